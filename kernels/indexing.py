@@ -1,0 +1,23 @@
+"""Arguments of kernels: rows of a dense last dimension, host numbers."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_offset(row, size1, size2, stride0, stride1, stride2):
+    """Offset, in elements (int64), of logical ``row`` of a tensor with up to three leading dimensions.
+
+    ``row = (i0 * size1 + i1) * size2 + i2``. Sizes of one, the contiguous case, are specialized by Triton's launcher
+    and the divisions vanish.
+    """
+    row = row.to(tl.int64)
+    i2 = row % size2
+    rest = row // size2
+    return (rest // size1) * stride0 + (rest % size1) * stride1 + i2 * stride2
+
+
+@triton.jit
+def as_fp32(number):
+    """A host float as fp32: Inductor passes fp64, the interpreter a Python float."""
+    return tl.to_tensor(number).to(tl.float32)

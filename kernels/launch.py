@@ -1,0 +1,56 @@
+"""Launch choices: pure functions of shapes, without triton, so that they can be tested anywhere.
+
+Sizes are powers of two. Rows up to `MAX_BLOCK` stay on chip and are read once; longer ones are walked in blocks of
+`LOOP_BLOCK`, since larger register blocks spill. The number of blocks is a compile-time constant (one binary per
+vocabulary, not per batch).
+"""
+
+from typing import NamedTuple
+
+MAX_BLOCK = 8192
+LOOP_BLOCK = 4096
+TILE = 1024  # elements a program handles when rows are short
+
+
+class Tile(NamedTuple):
+    """A program's share: ``rows`` rows of ``block`` columns, ``blocks`` times over a row, on ``warps`` warps."""
+
+    rows: int
+    block: int
+    blocks: int
+    warps: int
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _warps(elements: int) -> int:
+    # 16 elements a thread keep a tile's half dozen fp32 arrays inside the register file.
+    return min(16, max(1, next_power_of_two(elements) // 512))
+
+
+def row_tile(width: int) -> Tile:
+    """For kernels that need whole rows: `ascend`, `divergence` forward, elementwise backward."""
+    if width > MAX_BLOCK:
+        return Tile(1, LOOP_BLOCK, -(-width // LOOP_BLOCK), 16)
+    block = max(4, next_power_of_two(width))
+    rows = max(1, TILE // block)
+    return Tile(rows, block, 1, _warps(rows * block))
+
+
+def flat_tile(width: int) -> Tile:
+    """For kernels whose tiles do not depend on one another: `perturb` on rows, `divergence` backward."""
+    block = min(max(4, next_power_of_two(width)), 2048)
+    rows = max(1, TILE // block)
+    return Tile(rows, block, -(-width // block), _warps(rows * block))
+
+
+def stream_tile(count: int) -> Tile:
+    """For `perturb` on contiguous memory, seen as one row of ``count`` elements."""
+    return Tile(1, 2048, -(-count // 2048), 4)
+
+
+def grid(tile: Tile, rows: int, *, whole_rows: bool) -> int:
+    """Number of programs for ``rows`` rows."""
+    return -(-rows // tile.rows) * (1 if whole_rows else tile.blocks)

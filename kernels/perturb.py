@@ -1,0 +1,48 @@
+"""perturb: embed + noise_var * normal(seed), the noise never touching memory. Floor: read embed, write the result."""
+
+import triton
+import triton.language as tl
+
+from .indexing import as_fp32, row_offset
+from .philox import normal_tile
+
+
+@triton.jit
+def perturb_kernel(
+    embed_ptr,
+    seed_ptr,
+    mask_ptr,
+    out_ptr,
+    rows,
+    width,
+    size1,
+    size2,
+    stride0,
+    stride1,
+    stride2,
+    noise_var,
+    MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes ``out`` (``[rows, width]``, contiguous) from ``embed`` (rows at ``row_offset``, dense last dimension).
+
+    One program per ``[ROWS, BLOCK]`` tile; rows whose ``mask`` byte is zero are copied unchanged.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(width, BLOCK)
+    block = pid % blocks
+    row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
+    col = block * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (col < width)[None, :]
+
+    base = row_offset(row, size1, size2, stride0, stride1, stride2)
+    embed = tl.load(embed_ptr + base[:, None] + col[None, :], mask=inside).to(tl.float32)
+    noise = normal_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED)
+    noise = noise * as_fp32(noise_var)
+    if MASKED:
+        real = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0
+        noise = tl.where(real[:, None], noise, 0.0)
+    out = (embed + noise).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (row * width)[:, None] + col[None, :], out, mask=inside)

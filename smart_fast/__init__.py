@@ -1,0 +1,31 @@
+"""smart-fast: SMART regularization (Jiang et al., ACL 2020) for PyTorch, in fused kernels."""
+
+from pathlib import Path as _Path
+
+_here = _Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "philox.py").is_file():
+    # A source checkout: the kernels, installed as smart_fast.kernels, still lie beside this package.
+    __path__.append(str(_here.parent))
+
+from .backends import BackendFallbackWarning, available_backends, set_default_backend  # noqa: E402
+from .loss import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
+from .norms import inf_norm, l1_norm, l2_norm, sentence_norm  # noqa: E402
+from .smart import SMARTLoss  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendFallbackWarning",
+    "SMARTLoss",
+    "available_backends",
+    "hellinger_loss",
+    "inf_norm",
+    "js_loss",
+    "kl_loss",
+    "l1_norm",
+    "l2_norm",
+    "sentence_norm",
+    "set_default_backend",
+    "stable_sym_kl_loss",
+    "sym_kl_loss",
+]

@@ -1,0 +1,79 @@
+"""Argument checks: they name the argument, what was given and what is expected, before anything runs."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    """A floating point (or complex) tensor whose last dimension is not empty."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not (value.is_floating_point() or value.is_complex()):
+        raise TypeError(f"{name} must have a floating point dtype, got {value.dtype}")
+    if value.dim() > 0 and value.shape[-1] == 0:
+        raise ValueError(f"{name} must not have an empty last dimension, got shape {tuple(value.shape)}")
+    return value
+
+
+def check_mask(mask: Any, shape: torch.Size, device: torch.device, of: str) -> Tensor:
+    """A bool tensor with one entry per row of a tensor of ``shape``, on its device."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must have dtype torch.bool (True = real token), got {mask.dtype}")
+    if mask.shape != shape[:-1]:
+        raise ValueError(
+            f"mask must have the shape of {of} without its last dimension, {tuple(shape[:-1])}, got {tuple(mask.shape)}"
+        )
+    check_same_device("mask", mask.device, of, device)
+    return mask
+
+
+def check_same_device(name: str, device: torch.device, other: str, other_device: torch.device) -> None:
+    if device != other_device:
+        raise ValueError(f"{name} and {other} must be on one device, got {device} and {other_device}")
+
+
+def check_number(name: str, value: Any) -> Any:
+    """A finite real number. Tensors pass as they are: looking into one would synchronize its device."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
+def check_count(name: str, value: Any) -> int:
+    """A non-negative integer."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+    if count < 0:
+        raise ValueError(f"{name} must not be negative, got {count}")
+    return count
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], planned: tuple[str, ...] = ()) -> str:
+    """One of ``choices``; ``planned`` values get an error that says they are not in this version."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+    if value in planned:
+        raise ValueError(f"{name}={value!r} is not available in this version; choose one of {list(choices)}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+    return value
+
+
+def check_callable(name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")

@@ -1,0 +1,93 @@
+"""Gradients of the ascent loss with respect to the perturbed embeddings, and to nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter
+
+LossOf = Callable[..., Tensor]
+
+
+class ReentrantCheckpointError(RuntimeError):
+    """The graph holds a reentrant checkpoint, which refuses `torch.autograd.grad`."""
+
+
+def input_gradients(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """d loss_of(*inputs) / d inputs, without gradients of parameters.
+
+    Raises:
+        ReentrantCheckpointError: see `input_gradients_by_backward`.
+        RuntimeError: the loss does not depend on the inputs.
+    """
+    loss = _checked(loss_of(*inputs))
+    try:
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
+            raise ReentrantCheckpointError(str(error)) from error
+        raise
+    return _complete(grads)
+
+
+def input_gradients_by_backward(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same by ``loss.backward()``, for graphs with reentrant checkpoints.
+
+    These only support a backward pass to every leaf, so every parameter that the forward pass meets is frozen until
+    the backward pass is over: no ``.grad`` changes and no gradient hook runs.
+    """
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    frozen = _FreezeLeaves(keep=leaves)
+    try:
+        with frozen:
+            loss = _checked(loss_of(*leaves))
+        loss.backward()
+    finally:
+        frozen.thaw()
+    return _complete([leaf.grad for leaf in leaves])
+
+
+class _FreezeLeaves(TorchFunctionMode):
+    """Sets ``requires_grad=False`` on every leaf that a torch function is called with, until `thaw`."""
+
+    def __init__(self, keep: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._keep = {id(tensor) for tensor in keep}
+        self._frozen: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in tree_iter((args, kwargs)):
+            if isinstance(tensor, Tensor) and tensor.is_leaf and tensor.requires_grad and id(tensor) not in self._keep:
+                tensor.requires_grad_(False)
+                self._frozen.append(tensor)
+        return func(*args, **kwargs)
+
+    def thaw(self) -> None:
+        for tensor in self._frozen:
+            tensor.requires_grad_(True)
+        self._frozen.clear()
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "the ascent loss has no graph: eval_fn must compute the state from the embedding it is given"
+        )
+    return loss
+
+
+def _complete(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    missing = [index for index, grad in enumerate(grads) if grad is None]
+    if missing:
+        which = "the perturbed embedding" if len(grads) == 1 else f"the perturbed embeddings {missing}"
+        raise RuntimeError(f"the ascent loss does not depend on {which}: eval_fn must use what it is given")
+    return [grad for grad in grads if grad is not None]

@@ -1,0 +1,111 @@
+"""The operations of SMART as autograd sees them, whichever backend computes them.
+
+The only file that knows `save_for_backward`. Fused gradients are computed by kernels and are not differentiable
+themselves (no double backward); ``backend="torch"`` is ordinary PyTorch and is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .backends import torch_backend
+from .backends.base import FusedBackend, Step
+from .noise import draw_normal, draw_seed
+
+
+class _Shift(torch.autograd.Function):
+    """embed -> embed + something constant: the gradient passes through, except at masked rows."""
+
+    @staticmethod
+    def forward(ctx: Any, embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        # A view, since autograd wants an output that is not one of the inputs.
+        return perturbed.view_as(perturbed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        if mask is not None:
+            grad = torch.where(mask.unsqueeze(-1), grad, 0.0)
+        return grad, None, None
+
+
+def perturb(
+    backend: FusedBackend | None,
+    embed: Tensor,
+    noise_var: Any,
+    generator: torch.Generator | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``embed`` plus fresh noise, and that noise: its values (PyTorch, ``backend=None``) or its seed (fused)."""
+    if backend is None:
+        return torch_backend.perturb(embed, draw_normal(embed, generator), noise_var, mask)
+    seed = draw_seed(embed.device, generator)
+    return _shift(embed, backend.perturb(embed.detach(), seed, float(noise_var), mask), mask), seed
+
+
+def ascend(
+    backend: FusedBackend | None, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None,
+    keep_noise: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``embed`` plus the noise moved along ``grad``, and that noise if another step will need it."""
+    if backend is None:
+        return torch_backend.ascend(embed, grad, noise, step, mask)
+    perturbed, noise_out = backend.ascend(embed.detach(), grad.detach(), noise, step, mask, keep_noise)
+    return _shift(embed, perturbed, mask), noise_out
+
+
+def _shift(embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and embed.requires_grad:
+        shifted: Tensor = _Shift.apply(embed, perturbed, mask)
+        return shifted
+    return perturbed
+
+
+class _Divergence(torch.autograd.Function):
+    """Row statistics are saved and probabilities recomputed: nothing the size of the logits is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: FusedBackend, kind: str,
+        elementwise: bool, alpha: float, weight: float,
+    ) -> Tensor:  # fmt: skip
+        keep = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        loss, stats = backend.divergence_forward(input, target, kind, elementwise, alpha, weight, mask, keep)
+        if keep:
+            ctx.save_for_backward(input, target, mask, stats)
+            ctx.options = backend, kind, elementwise, alpha, weight
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, mask, stats = ctx.saved_tensors  # type: ignore[attr-defined]
+        backend, kind, elementwise, alpha, weight = ctx.options  # type: ignore[attr-defined]
+        want_input, want_target = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        d_input, d_target = backend.divergence_backward(
+            grad, input, target, stats, kind, elementwise, alpha, weight, mask, want_input, want_target
+        )
+        return d_input, d_target, None, None, None, None, None, None
+
+
+def divergence(
+    backend: FusedBackend | None, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any,
+    mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The divergence ``kind`` of logits ``[..., V]``, reduced as `torch.nn.functional.kl_div` reduces."""
+    if backend is None:
+        return torch_backend.divergence(input, target, kind, reduction, alpha, mask)
+    weight = 1.0
+    if reduction == "batchmean":
+        weight = 1.0 / input.size(0)
+    elif reduction == "mean" and mask is None:
+        weight = 1.0 / input.numel()
+    loss: Tensor = _Divergence.apply(input, target, mask, backend, kind, reduction == "none", float(alpha), weight)
+    if reduction == "mean" and mask is not None:
+        loss = loss / (mask.sum() * input.size(-1)).clamp(min=1)
+    return loss

@@ -1,0 +1,164 @@
+"""Which backend serves a call: names, availability, the meaning of "auto", and fallbacks that say so.
+
+A fused backend is represented by its module; ``None`` stands for plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import FUSED_DTYPES
+
+NAMES = ("torch", "triton", "native")
+
+
+class BackendFallbackWarning(UserWarning):
+    """A backend that was asked for by name could not serve the tensors at hand; PyTorch did instead."""
+
+
+class _Caller(threading.local):
+    backend: str | None = None
+
+
+_caller = _Caller()
+_default = "auto"
+# Read once: what SMART_FAST_BACKEND says is checked when "auto" is first resolved, not at import.
+_from_environment = os.environ.get("SMART_FAST_BACKEND", "").strip() or None
+_triton: ModuleType | str | None = None  # the module, or the reason why it cannot be imported
+
+
+def _load_triton() -> ModuleType | str:
+    global _triton
+    if _triton is None:
+        if importlib.util.find_spec("triton") is None:
+            _triton = "triton is not installed (pip install triton; wheels exist for Linux)"
+        else:
+            try:
+                from . import triton_backend
+
+                _triton = triton_backend
+            except Exception as error:
+                _triton = f"triton cannot be imported: {type(error).__name__}: {error}"
+    return _triton
+
+
+def _unavailable(backend: str) -> str | None:
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        module = _load_triton()
+        return module if isinstance(module, str) else module.unavailable()
+    return "this version has no compiled operators yet; it ships the PyTorch and Triton backends"
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name: None if it can be used in this process, otherwise the reason why not."""
+    return {backend: _unavailable(backend) for backend in NAMES}
+
+
+def check_name(backend: Any, argument: str = "backend") -> str:
+    """Return ``backend`` if it is a name that exists, "auto" included.
+
+    Raises:
+        TypeError: ``backend`` is not a string.
+        ValueError: no such backend; the message lists those that exist and why any of them is unavailable.
+    """
+    if not isinstance(backend, str):
+        raise TypeError(f"{argument} must be a string, got {type(backend).__name__}")
+    if backend != "auto" and backend not in NAMES:
+        states = "; ".join(f"{n!r} ({w or 'available'})" for n, w in available_backends().items())
+        raise ValueError(f"{argument} {backend!r} does not exist; choose 'auto' or one of {states}")
+    return backend
+
+
+def set_default_backend(name: str) -> None:
+    """Change what ``backend="auto"`` means: a backend's name, or "auto" for the fastest one available.
+
+    Takes precedence over the environment variable ``SMART_FAST_BACKEND``.
+
+    Raises:
+        TypeError, ValueError: ``name`` is not the name of a backend.
+    """
+    global _default, _from_environment
+    _default = check_name(name, "name")
+    _from_environment = None
+
+
+def default_backend() -> str:
+    """What "auto" means now: "auto" itself, or the name that was set."""
+    global _default, _from_environment
+    if _from_environment is not None:
+        _default = check_name(_from_environment, "environment variable SMART_FAST_BACKEND:")
+        _from_environment = None
+    return _default
+
+
+@contextlib.contextmanager
+def calling(backend: str) -> Iterator[None]:
+    """Within, losses that name no backend use this one: that of the `SMARTLoss` that calls them."""
+    before = _caller.backend
+    _caller.backend = backend
+    try:
+        yield
+    finally:
+        _caller.backend = before
+
+
+def backend_of_caller() -> str:
+    """The backend of the `SMARTLoss` that is calling on this thread, else "auto"."""
+    return _caller.backend or "auto"
+
+
+def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any:
+    """The module of the fused backend that serves ``tensors`` when ``backend`` is asked for, or None for PyTorch.
+
+    ``numbers`` are the hyper-parameters of the call. float64 and other dtypes without a kernel are PyTorch's silently.
+    """
+    if backend == "auto":
+        backend = default_backend()
+    if backend == "torch":
+        return None
+    if any(t.dtype not in FUSED_DTYPES or t.dim() == 0 for t in tensors):
+        return None
+    if any(isinstance(number, Tensor) for number in numbers):
+        if backend != "auto":
+            _warn_once(
+                f"backend {backend!r} falls back to PyTorch: kernels take plain numbers, not tensors, as settings"
+            )
+        return None
+    device = tensors[0].device
+    if backend == "auto":
+        if device.type == "cpu":
+            return None
+        module = _load_triton()
+        return None if isinstance(module, str) or module.cannot_serve(device) else module
+    if backend == "triton":
+        module = _load_triton()
+        reason = module if isinstance(module, str) else module.cannot_serve(device)
+        if reason is None:
+            return module
+    else:
+        reason = _unavailable(backend)
+    _warn_once(f"backend {backend!r} falls back to PyTorch: {reason}")
+    return None
+
+
+_said: dict[Any, Any] = {}
+
+
+def _warn_once(message: str) -> None:
+    """Warn once per message, and anew whenever the warning filters have changed (as Python's own registries do)."""
+    if torch.compiler.is_compiling():
+        return
+    warnings.warn_explicit(message, BackendFallbackWarning, __file__, 1, __name__, _said)
+    _said[(message, BackendFallbackWarning, 1)] = True

@@ -1,0 +1,140 @@
+"""The contract of a backend, and the shapes its kernels see.
+
+A backend is a module of plain functions on tensors. The fused ones (Triton, native) are not differentiable by
+themselves; `smart_fast.autograd` wraps them. The PyTorch one is made of ordinary operations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..norms import Norm
+
+#: The divergences: adding one is a row here, a formula per language, and a row in `smart_fast.loss`.
+DIVERGENCES = ("kl", "sym_kl", "js")
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+UPDATES = ("smart-pytorch", "sift")
+#: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The hyper-parameters of one ascent step, as `SMARTLoss` documents them."""
+
+    norm_fn: Norm
+    noise_var: float | Tensor
+    step_size: float | Tensor
+    epsilon: float | Tensor
+    update: str
+
+
+class FusedBackend(Protocol):
+    """What a fused backend provides.
+
+    Shapes: ``embed``, ``grad`` and ``perturbed`` ``[..., D]``; ``mask`` bool ``[...]`` or None; logits ``[..., V]``
+    with the same ``...`` for ``input`` and ``target``. Tensors may have any strides. Nothing passed in is written to.
+    """
+
+    name: str
+
+    def perturb(self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
+        """``embed + noise_var * normal(seed)``, in the dtype of ``embed``; masked rows unchanged.
+
+        ``seed``: int64 ``[1]`` on the device of ``embed``, read there.
+        """
+        ...
+
+    def ascend(
+        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One update of the noise and its sum with ``embed``: ``(perturbed, new noise or None)``.
+
+        ``noise`` is the int64 seed before the first step and the fp32 noise that the previous step kept afterwards.
+        """
+        ...
+
+    def divergence_forward(
+        self, input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float,
+        mask: Tensor | None, keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """``(loss, statistics for the backward pass or None)``.
+
+        The loss is ``weight`` times the sum over unmasked rows (fp32 scalar), or the elementwise terms ``[..., V]`` in
+        the promoted dtype of the logits.
+        """
+        ...
+
+    def divergence_backward(
+        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, kind: str, elementwise: bool, alpha: float,
+        weight: float, mask: Tensor | None, want_input: bool, want_target: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients to ``input`` and ``target``, each in its tensor's dtype, contiguous; None where not wanted."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tensors of one leading shape seen as ``count`` rows: sizes of the inner leading dimensions, strides of each."""
+
+    count: int
+    size1: int
+    size2: int
+    tensors: tuple[Tensor, ...]
+    strides: tuple[tuple[int, int, int], ...]
+
+
+def as_rows(*tensors: Tensor, free: Tensor | None = None) -> Rows:
+    """Describe ``[..., D]`` tensors of one shape as rows addressed by up to three leading strides.
+
+    Leading dimensions that every tensor allows to merge are merged. A tensor is copied only when its last dimension is
+    not dense or when more than three leading dimensions remain. ``free`` comes last in the result; its last dimension
+    may have any stride.
+    """
+    shape = tensors[0].shape
+    count = math.prod(shape[:-1])
+    tensors = tuple(t if t.stride(-1) == 1 or shape[-1] == 1 else t.contiguous() for t in tensors)
+    if free is not None:
+        tensors = (*tensors, free)
+    if all(t.is_contiguous() for t in tensors):
+        return Rows(count, 1, 1, tensors, ((shape[-1], 0, 0),) * len(tensors))
+
+    sizes, strides = _merge_leading(shape[:-1], [t.stride()[:-1] for t in tensors])
+    if len(sizes) > 3:
+        return as_rows(*(t.contiguous() for t in tensors))
+    if len(sizes) == 1:  # inner sizes of one let the launcher specialize the divisions away
+        return Rows(count, 1, 1, tensors, tuple((s[0], 0, 0) for s in strides))
+    if len(sizes) == 2:
+        return Rows(count, 1, sizes[1], tensors, tuple((s[0], 0, s[1]) for s in strides))
+    return Rows(count, sizes[1], sizes[2], tensors, tuple((s[0], s[1], s[2]) for s in strides))
+
+
+def _merge_leading(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Drop dimensions of size one and merge neighbors that all tensors step through evenly."""
+    sizes: list[int] = []
+    merged: list[list[int]] = [[] for _ in strides]
+    for dim, size in enumerate(shape):
+        if size == 1:
+            continue
+        steps = [s[dim] for s in strides]
+        if sizes and all(m[-1] == size * step for m, step in zip(merged, steps, strict=True)):
+            sizes[-1] *= size
+            for m, step in zip(merged, steps, strict=True):
+                m[-1] = step
+        else:
+            sizes.append(size)
+            for m, step in zip(merged, steps, strict=True):
+                m.append(step)
+    if not sizes:
+        return [1], [(0,) for _ in strides]
+    return sizes, [tuple(m) for m in merged]
+
+
+def new_output(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialized output of a kernel. One place, so that tests can hand out poisoned memory."""
+    return torch.empty(shape, dtype=dtype, device=device)

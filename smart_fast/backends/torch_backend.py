@@ -1,0 +1,78 @@
+"""Plain PyTorch: smart-pytorch 0.0.4's operations in smart-pytorch's order, and masks on top of them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Step
+
+name = "torch"
+
+
+def perturb(embed: Tensor, normal: Tensor, noise_var: float | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(embed + noise, noise)``. Masked rows are passed on as constants."""
+    noise = normal * noise_var
+    if mask is not None:
+        noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
+    return _add(embed, noise, mask), noise
+
+
+def ascend(embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One update of ``noise``; returns ``(embed + noise, noise)``."""
+    # Rows whose gradient is not finite stay where they are. Selecting finite rows changes no bits.
+    finite = torch.norm(grad, p=float("inf"), dim=-1, keepdim=True).isfinite()
+    if mask is not None:
+        finite = finite & mask.unsqueeze(-1)
+    grad = torch.where(finite, grad, 0.0)
+    if step.update == "sift":
+        noise = noise + step.step_size * (grad / (step.norm_fn(grad) + step.epsilon))
+    else:
+        moved = noise + step.step_size * grad
+        noise = moved / (step.norm_fn(moved) + step.epsilon)
+    noise = noise.detach()
+    if mask is not None:
+        noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
+    return _add(embed, noise, mask), noise
+
+
+def _add(embed: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return embed + noise
+    return torch.where(mask.unsqueeze(-1), embed + noise, embed.detach())
+
+
+def divergence(
+    input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float | Tensor, mask: Tensor | None
+) -> Tensor:
+    """The divergence of the logits by log-softmax, softmax and `torch.nn.functional.kl_div`."""
+    if mask is None:
+        return _formula(input, target, kind, reduction, alpha)
+    rows = mask.unsqueeze(-1)
+    # Masked logits may hold anything, NaN included: they leave the graph before they can reach a gradient.
+    input = torch.where(rows, input, 0.0)
+    target = torch.where(rows, target, 0.0)
+    terms = torch.where(rows, _formula(input, target, kind, "none", alpha), 0.0)
+    if reduction == "none":
+        return terms
+    total = terms.sum()
+    if reduction == "batchmean":
+        return total / input.size(0)
+    if reduction == "mean":
+        return total / (mask.sum() * input.size(-1)).clamp(min=1)
+    return total
+
+
+def _formula(input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float | Tensor) -> Tensor:
+    if kind == "kl":
+        return F.kl_div(F.log_softmax(input, dim=-1), F.softmax(target, dim=-1), reduction=reduction)
+    if kind == "sym_kl":
+        forward = F.kl_div(F.log_softmax(input, dim=-1), F.softmax(target.detach(), dim=-1), reduction=reduction)
+        reverse = F.kl_div(F.log_softmax(target, dim=-1), F.softmax(input.detach(), dim=-1), reduction=reduction)
+        return alpha * forward + reverse
+    mean = 0.5 * (F.softmax(input.detach(), dim=-1) + F.softmax(target.detach(), dim=-1))
+    return alpha * (
+        F.kl_div(F.log_softmax(input, dim=-1), mean, reduction=reduction)
+        + F.kl_div(F.log_softmax(target, dim=-1), mean, reduction=reduction)
+    )

@@ -1,0 +1,145 @@
+"""The Triton kernels behind the backend contract: allocate, choose a tile, launch.
+
+Imported only when Triton is there and a backend is asked for it. In eager mode the kernels are launched directly; when
+torch.compile traces, the registered operators of `triton_ops` are called instead (see `smart_fast.autograd`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..norms import known_norm
+from . import triton_ops as ops
+from .base import Step
+
+name = "triton"
+
+
+def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def _call(eager: Callable[..., Any], registered: Callable[..., Any], anchor: Tensor, *args: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return registered(*args)
+    with _device(anchor):
+        return eager(*args)
+
+
+def perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
+    return _call(ops.perturb, torch.ops.smart_fast.perturb, embed, embed, seed, noise_var, mask)
+
+
+def ascend(
+    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
+) -> tuple[Tensor, Tensor | None]:
+    known = known_norm(step.norm_fn)
+    common = (step.noise_var, step.step_size, step.update)
+    if known is not None and known.scope == "row":
+        norm, kind, scope = None, known.kind, "row"
+    elif known is not None:
+        if embed.dim() < 2:
+            step.norm_fn(embed)  # raises, saying why
+        partial = _call(
+            ops.ascend_measure,
+            torch.ops.smart_fast.ascend_measure,
+            embed,
+            grad,
+            noise,
+            mask,
+            known.kind,
+            *common,
+        )
+        norm, kind, scope = partial, known.kind, "group"
+    else:
+        measured = _call(
+            ops.ascend_measure,
+            torch.ops.smart_fast.ascend_measure,
+            embed,
+            grad,
+            noise,
+            mask,
+            "opaque",
+            *common,
+        )
+        norm = step.norm_fn(measured)
+        if norm.dim() > 0 and norm.shape[-1] != 1:
+            return _elementwise_norm(embed, noise, measured, norm, step, mask, keep_noise)
+        norm = norm.expand(*embed.shape[:-1], 1).to(torch.float32).contiguous()
+        kind, scope = "inf", "given"
+    perturbed, new_noise = _call(
+        ops.ascend, torch.ops.smart_fast.ascend, embed, embed, grad, noise, norm, mask, kind, scope, *common,
+        step.epsilon, keep_noise,
+    )  # fmt: skip
+    return perturbed, new_noise if keep_noise else None
+
+
+def _elementwise_norm(
+    embed: Tensor,
+    noise: Tensor,
+    measured: Tensor,
+    norm: Tensor,
+    step: Step,
+    mask: Tensor | None,
+    keep_noise: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A user's norm that differs within a row: nothing is left to fuse."""
+    update = measured / (norm + step.epsilon)
+    if step.update == "sift":
+        if noise.dtype == torch.int64:
+            zeros = torch.zeros_like(embed, dtype=torch.float32)
+            noise = perturb(zeros, noise, float(step.noise_var), mask)
+        update = noise + step.step_size * update
+    if mask is not None:
+        update = torch.where(mask.unsqueeze(-1), update, 0.0)
+    return (embed + update).to(embed.dtype), update if keep_noise else None
+
+
+def divergence_forward(
+    input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float, mask: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    loss, stats = _call(
+        ops.divergence_forward, torch.ops.smart_fast.divergence_forward, input, input, target, mask, kind,
+        elementwise, alpha, weight, keep,
+    )  # fmt: skip
+    return loss, stats if keep else None
+
+
+def divergence_backward(
+    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, kind: str, elementwise: bool, alpha: float,
+    weight: float, mask: Tensor | None, want_input: bool, want_target: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    dx, dt = _call(
+        ops.divergence_backward, torch.ops.smart_fast.divergence_backward, input, grad, input, target, stats, mask,
+        kind, elementwise, alpha, weight, want_input, want_target,
+    )  # fmt: skip
+    return dx if want_input else None, dt if want_target else None
+
+
+def unavailable() -> str | None:
+    """Why no kernel can run in this process, or None."""
+    if ops.INTERPRETED:
+        return None
+    if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
+        return "no GPU is visible to torch; set TRITON_INTERPRET=1 before the first import to try the kernels on CPU"
+    return None
+
+
+def cannot_serve(device: torch.device) -> str | None:
+    """Why tensors on ``device`` cannot be served, or None."""
+    if device.type in ("cuda", "xpu") and not ops.INTERPRETED:
+        return None
+    if device.type == "cpu" and ops.INTERPRETED:
+        return None
+    if device.type == "cpu":
+        return "CPU tensors need TRITON_INTERPRET=1 (kernels compile for GPUs only)"
+    return f"Triton kernels do not run on {device.type!r} tensors"

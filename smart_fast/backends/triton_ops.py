@@ -1,0 +1,236 @@
+"""Launchers of the Triton kernels, and the operators ``torch.ops.smart_fast.*`` that torch.compile sees.
+
+Each launcher is written once over ``kernel``: the plain kernel in eager mode, `torch.library.wrap_triton` of it inside
+the registered operator. Under TRITON_INTERPRET=1 the operator is opaque (`custom_op`), since interpreted kernels cannot
+be traced. Operators return tensors only; an empty one stands for "not wanted".
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, triton_op, wrap_triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from ..kernels import launch
+from ..kernels.ascend import ascend_kernel, measure_kernel
+from ..kernels.divergence import (
+    STATS,
+    divergence_backward_elementwise_kernel,
+    divergence_backward_kernel,
+    divergence_forward_kernel,
+)
+from ..kernels.perturb import perturb_kernel
+from .base import Rows, as_rows, new_output
+
+INTERPRETED = isinstance(perturb_kernel, InterpretedFunction)
+MAX_GROUP = 4096  # partial norms one program reduces; longer groups are reduced by torch first
+
+Wrap = Callable[[Any], Any]
+
+
+def _plain(kernel: Any) -> Any:
+    return kernel
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
+
+
+def _aligned(width: int) -> bool:
+    return width % 4 == 0
+
+
+def perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, wrap: Wrap = _plain) -> Tensor:
+    """See `FusedBackend.perturb`."""
+    out = new_output(embed.shape, embed.dtype, embed.device)
+    width = embed.shape[-1]
+    rows = as_rows(embed)
+    if mask is None and rows.tensors[0].is_contiguous():
+        # One long row: the element index is what counts, so that any width is aligned.
+        rows = Rows(1, 1, 1, rows.tensors, ((0, 0, 0),))
+        width = embed.numel()
+        tile = launch.stream_tile(width)
+    else:
+        tile = launch.flat_tile(width)
+    wrap(perturb_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
+        rows.tensors[0], seed, _bytes(mask), out, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
+        noise_var, MASKED=mask is not None, ALIGNED=rows.count == 1 or _aligned(width), ROWS=tile.rows,
+        BLOCK=tile.block, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+def ascend_measure(
+    grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float, update: str,
+    wrap: Wrap = _plain,
+) -> Tensor:  # fmt: skip
+    """What the norm is taken of (fp32 like ``grad``, kind "opaque"), or its partial norm per row (fp32 ``[N]``)."""
+    width = grad.shape[-1]
+    rows = as_rows(grad)
+    shape = grad.shape if kind == "opaque" else (rows.count,)
+    out = new_output(shape, torch.float32, grad.device)
+    tile = launch.row_tile(width)
+    from_seed = noise.dtype == torch.int64
+    wrap(measure_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
+        rows.tensors[0], noise, noise if from_seed else rows.tensors[0], _bytes(mask), out, rows.count, width,
+        rows.size1, rows.size2, *rows.strides[0], noise_var, step_size, UPDATE=update, NORM=kind,
+        FROM_SEED=from_seed, MASKED=mask is not None, ALIGNED=_aligned(width), ROWS=tile.rows, BLOCK=tile.block,
+        BLOCKS=tile.blocks, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+def ascend(
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
+    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool, wrap: Wrap = _plain,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `FusedBackend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
+    `ascend_measure`, grouped by the first dimension; "given" one norm per row."""
+    width = embed.shape[-1]
+    rows = as_rows(embed, grad)
+    group = rows.count // embed.shape[0] if scope == "group" else 1
+    if scope == "group" and group > MAX_GROUP:
+        assert norm is not None
+        grouped = norm.view(embed.shape[0], group)
+        if kind == "inf":
+            norm = grouped.amax(1)
+        else:
+            norm = grouped.sum(1).sqrt() if kind == "l2" else grouped.sum(1)
+        norm = norm.repeat_interleave(group)
+        scope = "given"
+    out = new_output(embed.shape, embed.dtype, embed.device)
+    noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
+    tile = launch.row_tile(width)
+    from_seed = noise.dtype == torch.int64
+    wrap(ascend_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
+        *rows.tensors, noise, noise if from_seed else rows.tensors[0], _bytes(mask), norm, out, noise_out,
+        rows.count, width, rows.size1, rows.size2, *rows.strides[0], *rows.strides[1], group, noise_var, step_size,
+        epsilon, UPDATE=update, NORM=kind, SCOPE=scope,
+        GROUP_BLOCK=launch.next_power_of_two(group) if scope == "group" else 1, FROM_SEED=from_seed,
+        KEEP_NOISE=keep_noise, MASKED=mask is not None, ALIGNED=_aligned(width), ROWS=tile.rows, BLOCK=tile.block,
+        BLOCKS=tile.blocks, num_warps=tile.warps,
+    )  # fmt: skip
+    return out, noise_out
+
+
+def divergence_forward(
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, elementwise: bool, alpha: float, weight: float,
+    keep: bool, wrap: Wrap = _plain,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `FusedBackend.divergence_forward`."""
+    width = input.shape[-1]
+    rows = as_rows(input, target)
+    tile = launch.row_tile(width)
+    programs = launch.grid(tile, rows.count, whole_rows=True)
+    total = programs == 1 and not elementwise
+    if elementwise:
+        out = new_output(input.shape, torch.promote_types(input.dtype, target.dtype), input.device)
+    else:
+        out = new_output(() if total else (rows.count,), torch.float32, input.device)
+    stats = new_output((rows.count, STATS.value) if keep else (0,), torch.float32, input.device)
+    wrap(divergence_forward_kernel)[(programs,)](
+        *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
+        *rows.strides[1], alpha, weight, KIND=kind, ELEMENTWISE=elementwise, TOTAL=total, MASKED=mask is not None,
+        KEEP=keep, ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, num_warps=tile.warps,
+    )  # fmt: skip
+    return out if total or elementwise else out.sum(), stats
+
+
+def divergence_backward(
+    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, elementwise: bool,
+    alpha: float, weight: float, want_input: bool, want_target: bool, wrap: Wrap = _plain,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `FusedBackend.divergence_backward`."""
+    width = input.shape[-1]
+    dx = new_output(input.shape if want_input else (0,), input.dtype, input.device)
+    dt = new_output(target.shape if want_target else (0,), target.dtype, target.device)
+    flags = {"KIND": kind, "WANT_X": want_input, "WANT_T": want_target, "MASKED": mask is not None}
+    if elementwise:
+        rows = as_rows(input, target, free=grad)  # often expanded: any strides will do
+        tile = launch.row_tile(width)
+        wrap(divergence_backward_elementwise_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
+            rows.tensors[2], *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
+            *rows.strides[0], *rows.strides[1], *rows.strides[2], rows.tensors[2].stride(-1), alpha, **flags,
+            ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, num_warps=tile.warps,
+        )  # fmt: skip
+    else:
+        rows = as_rows(input, target)
+        tile = launch.flat_tile(width)
+        wrap(divergence_backward_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
+            grad, *rows.tensors, _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
+            *rows.strides[0], *rows.strides[1], alpha, weight, **flags, ROWS=tile.rows, BLOCK=tile.block,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    return dx, dt
+
+
+def _fake_perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
+    return new_output(embed.shape, embed.dtype, embed.device)
+
+
+def _fake_ascend_measure(
+    grad: Tensor,
+    noise: Tensor,
+    mask: Tensor | None,
+    kind: str,
+    noise_var: float,
+    step_size: float,
+    update: str,
+) -> Tensor:
+    shape = grad.shape if kind == "opaque" else (grad.numel() // grad.shape[-1],)
+    return new_output(shape, torch.float32, grad.device)
+
+
+def _fake_ascend(
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
+    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
+    return new_output(embed.shape, embed.dtype, embed.device), noise_out
+
+
+def _fake_divergence_forward(
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, elementwise: bool, alpha: float, weight: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    stats = (input.numel() // input.shape[-1], STATS.value) if keep else (0,)
+    dtype = torch.promote_types(input.dtype, target.dtype) if elementwise else torch.float32
+    loss = new_output(input.shape if elementwise else (), dtype, input.device)
+    return loss, new_output(stats, torch.float32, input.device)
+
+
+def _fake_divergence_backward(
+    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, elementwise: bool,
+    alpha: float, weight: float, want_input: bool, want_target: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        new_output(input.shape if want_input else (0,), input.dtype, input.device),
+        new_output(target.shape if want_target else (0,), target.dtype, target.device),
+    )
+
+
+def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    qualified = f"smart_fast::{function.__name__}"
+    if INTERPRETED:
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        custom_op(qualified, function, mutates_args=(), schema=schema).register_fake(fake)
+        return
+
+    # The schema is read from the signature, which must not show `wrap`: that of the fake is the operator's own.
+    @functools.wraps(fake)
+    def traced(*args: Any) -> Any:
+        return function(*args, wrap=wrap_triton)
+
+    triton_op(qualified, traced, mutates_args=())
+
+
+_register(perturb, _fake_perturb)
+_register(ascend_measure, _fake_ascend_measure)
+_register(ascend, _fake_ascend)
+_register(divergence_forward, _fake_divergence_forward)
+_register(divergence_backward, _fake_divergence_backward)

@@ -1,0 +1,18 @@
+"""Where noise comes from: torch's generators, so that `torch.manual_seed` reproduces a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SEEDS = 2**63 - 1
+
+
+def draw_normal(embed: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal values like ``embed``: the values, and the generator state after, of `torch.randn_like`."""
+    return torch.empty_like(embed).normal_(generator=generator)
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """A seed for counter-based noise: int64 ``[1]`` on ``device``, drawn there and never read by the host."""
+    return torch.randint(_SEEDS, (1,), device=device, generator=generator)

@@ -1,0 +1,80 @@
+"""What ``eval_fn`` returns: one tensor, or a list, tuple or dict of them, compared by one or several losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+Loss = Callable[..., Any]
+
+
+def detach(state: Any) -> Any:
+    """``state`` with every tensor detached, in the same kind of container."""
+    if hasattr(state, "detach"):
+        return state.detach()
+    if isinstance(state, Mapping):
+        return {key: detach(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [detach(value) for value in state] if isinstance(state, list) else tuple(map(detach, state))
+    if state is None:
+        return None
+    raise TypeError(f"state must be a tensor, or a list, tuple or dict of tensors, got {type(state).__name__}")
+
+
+def check_losses(name: str, loss_fn: Any) -> None:
+    """Check that ``loss_fn`` is a callable or a non-empty list, tuple or dict of callables."""
+    losses = _items(loss_fn)
+    if losses is None:
+        if not callable(loss_fn):
+            raise TypeError(
+                f"{name} must be callable, or a list, tuple or dict of callables, got {type(loss_fn).__name__}"
+            )
+        return
+    if not losses:
+        raise ValueError(f"{name} must hold at least one loss, got an empty {type(loss_fn).__name__}")
+    for key, loss in losses.items():
+        if not callable(loss):
+            raise TypeError(f"{name}[{key!r}] must be callable, got {type(loss).__name__}")
+
+
+def compare(name: str, loss_fn: Any, perturbed: Any, state: Any) -> Any:
+    """``loss_fn`` of the two states, or the sum over states of one loss each.
+
+    Raises:
+        ValueError: the states, or the losses and the states, differ in structure.
+    """
+    left, right = _items(perturbed), _items(state)
+    if (left is None) != (right is None) or (left is not None and right is not None and left.keys() != right.keys()):
+        raise ValueError(
+            f"eval_fn must return the structure of state, got {_describe(perturbed)} from eval_fn"
+            f" and {_describe(state)} as state"
+        )
+    losses = _items(loss_fn)
+    if losses is None:
+        return loss_fn(perturbed, state)
+    if left is None or right is None or losses.keys() != left.keys():
+        raise ValueError(
+            f"{name} must match the states one to one, got {_describe(loss_fn)} for {_describe(perturbed)}"
+        )
+    terms = [loss(left[key], right[key]) for key, loss in losses.items()]
+    return sum(terms[1:], start=terms[0])
+
+
+def _items(value: Any) -> dict[Any, Any] | None:
+    """A container by key or position; None for anything else, a single callable or tensor."""
+    if isinstance(value, (Mapping, nn.ModuleDict)):
+        return dict(value.items())
+    if isinstance(value, (list, tuple, nn.ModuleList)):
+        return dict(enumerate(value))
+    return None
+
+
+def _describe(value: Any) -> str:
+    items = _items(value)
+    if items is None:
+        return f"one {type(value).__name__}"
+    if isinstance(value, (Mapping, nn.ModuleDict)):
+        return f"a dict with keys {list(items)}"
+    return f"a {type(value).__name__} of {len(items)}"
