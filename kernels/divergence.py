@@ -151,7 +151,7 @@ def _elementwise_terms(p, q, r, alpha, KIND: tl.constexpr):
     if KIND == "kl":
         return -_times(q, r)
     elif KIND == "sym_kl":
-        return _times(p, r) - alpha * _times(q, r)
+        return _times(_p_minus_q(p, q, r), r) + (1.0 - alpha) * _times(q, r)
     else:
         total = p + q
         return alpha * tl.where(total == 0.0, 0.0, total * _log_cosh_half(r))
@@ -267,6 +267,10 @@ def divergence_forward_kernel(
             tl.store(out_ptr + row, weight * loss, mask=valid)
     if KEEP:
         stats = stats_ptr + row * STATS
+        if MASKED:
+            inv_x = tl.where(real, inv_x, 0.0)
+            inv_t = tl.where(real, inv_t, 0.0)
+            shift = tl.where(real, shift, 0.0)
         tl.store(stats + STAT_MAX_T, max_t, mask=valid)
         tl.store(stats + STAT_INV_SUM_T, inv_t, mask=valid)
         tl.store(stats + STAT_MAX_X, max_x, mask=valid)

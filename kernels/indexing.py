@@ -9,12 +9,14 @@ def row_offset(row, size1, size2, stride0, stride1, stride2):
     """Offset, in elements (int64), of logical ``row`` of a tensor with up to three leading dimensions.
 
     ``row = (i0 * size1 + i1) * size2 + i2``. Sizes of one, the contiguous case, are specialized by Triton's launcher
-    and the divisions vanish.
+    and the divisions vanish. Those are 32 bits wide (launchers check the number of rows): 64-bit division is a call.
     """
-    row = row.to(tl.int64)
+    row = row.to(tl.int32)
     i2 = row % size2
     rest = row // size2
-    return (rest // size1) * stride0 + (rest % size1) * stride1 + i2 * stride2
+    i0 = (rest // size1).to(tl.int64)
+    i1 = (rest % size1).to(tl.int64)
+    return i0 * stride0 + i1 * stride1 + i2.to(tl.int64) * stride2
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 MAX_BLOCK = 8192
 LOOP_BLOCK = 4096
-TILE = 1024  # elements a program handles when rows are short
+TILE = 256  # elements a program handles when rows are short
 
 
 class Tile(NamedTuple):
@@ -26,8 +26,9 @@ def next_power_of_two(n: int) -> int:
 
 
 def _warps(elements: int) -> int:
-    # 16 elements a thread keep a tile's half dozen fp32 arrays inside the register file.
-    return min(16, max(1, next_power_of_two(elements) // 512))
+    # 4 elements a thread where a tile holds several rows and their statistics, 8 where it holds one (16 in the widest):
+    # more, and ptxas spills.
+    return 2 if elements <= TILE else min(16, elements // 256)
 
 
 def row_tile(width: int) -> Tile:
@@ -41,14 +42,14 @@ def row_tile(width: int) -> Tile:
 
 def flat_tile(width: int) -> Tile:
     """For kernels whose tiles do not depend on one another: `perturb` on rows, `divergence` backward."""
-    block = min(max(4, next_power_of_two(width)), 2048)
+    block = min(max(4, next_power_of_two(width)), 1024)
     rows = max(1, TILE // block)
     return Tile(rows, block, -(-width // block), _warps(rows * block))
 
 
 def stream_tile(count: int) -> Tile:
     """For `perturb` on contiguous memory, seen as one row of ``count`` elements."""
-    return Tile(1, 2048, -(-count // 2048), 4)
+    return Tile(1, 1024, -(-count // 1024), 4)
 
 
 def grid(tile: Tile, rows: int, *, whole_rows: bool) -> int:

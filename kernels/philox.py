@@ -23,7 +23,7 @@ ROUNDS = tl.constexpr(7)
 def box_muller(word_a, word_b):
     """Two independent standard normals from two 32-bit words (Box & Muller, 1958).
 
-    The radius uses all 32 bits (tails to 6.7 sigma). The angle is a quadrant (two bits) plus an offset in
+    The radius uses 32 bits, u = fp32((a + 1/2) / 2**32): tails to 6.7 sigma. The angle is a quadrant and an offset in
     [-pi/4, pi/4), for which short polynomials are accurate to fp32 rounding: no range reduction, no local memory, and
     the same values on every device.
     """

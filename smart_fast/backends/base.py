@@ -98,6 +98,8 @@ def as_rows(*tensors: Tensor, free: Tensor | None = None) -> Rows:
     """
     shape = tensors[0].shape
     count = math.prod(shape[:-1])
+    if count >= 2**31:
+        raise ValueError(f"the fused kernels take fewer than 2**31 rows, got shape {tuple(shape)}")
     tensors = tuple(t if t.stride(-1) == 1 or shape[-1] == 1 else t.contiguous() for t in tensors)
     if free is not None:
         tensors = (*tensors, free)

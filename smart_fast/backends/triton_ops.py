@@ -37,6 +37,16 @@ def _plain(kernel: Any) -> Any:
     return kernel
 
 
+def _resources(tile: launch.Tile, wrap: Wrap) -> dict[str, int]:
+    """Launch options. Left alone, ptxas spills a few bytes where that rounds the occupancy up; a register limit that is
+    not one (128 x 512 threads fill a multiprocessor) keeps it from that. HIP has no such option, Inductor passes none on.
+    """
+    options = {"num_warps": tile.warps}
+    if wrap is not wrap_triton and torch.version.hip is None:
+        options["maxnreg"] = 128
+    return options
+
+
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
@@ -60,7 +70,7 @@ def perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, 
     wrap(perturb_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
         rows.tensors[0], seed, _bytes(mask), out, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
         noise_var, MASKED=mask is not None, ALIGNED=rows.count == 1 or _aligned(width), ROWS=tile.rows,
-        BLOCK=tile.block, num_warps=tile.warps,
+        BLOCK=tile.block, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
@@ -80,7 +90,7 @@ def ascend_measure(
         rows.tensors[0], noise, noise if from_seed else rows.tensors[0], _bytes(mask), out, rows.count, width,
         rows.size1, rows.size2, *rows.strides[0], noise_var, step_size, UPDATE=update, NORM=kind,
         FROM_SEED=from_seed, MASKED=mask is not None, ALIGNED=_aligned(width), ROWS=tile.rows, BLOCK=tile.block,
-        BLOCKS=tile.blocks, num_warps=tile.warps,
+        BLOCKS=tile.blocks, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
@@ -113,7 +123,7 @@ def ascend(
         epsilon, UPDATE=update, NORM=kind, SCOPE=scope,
         GROUP_BLOCK=launch.next_power_of_two(group) if scope == "group" else 1, FROM_SEED=from_seed,
         KEEP_NOISE=keep_noise, MASKED=mask is not None, ALIGNED=_aligned(width), ROWS=tile.rows, BLOCK=tile.block,
-        BLOCKS=tile.blocks, num_warps=tile.warps,
+        BLOCKS=tile.blocks, **_resources(tile, wrap),
     )  # fmt: skip
     return out, noise_out
 
@@ -136,7 +146,7 @@ def divergence_forward(
     wrap(divergence_forward_kernel)[(programs,)](
         *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
         *rows.strides[1], alpha, weight, KIND=kind, ELEMENTWISE=elementwise, TOTAL=total, MASKED=mask is not None,
-        KEEP=keep, ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, num_warps=tile.warps,
+        KEEP=keep, ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
     )  # fmt: skip
     return out if total or elementwise else out.sum(), stats
 
@@ -156,7 +166,7 @@ def divergence_backward(
         wrap(divergence_backward_elementwise_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
             rows.tensors[2], *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
             *rows.strides[0], *rows.strides[1], *rows.strides[2], rows.tensors[2].stride(-1), alpha, **flags,
-            ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, num_warps=tile.warps,
+            ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
         )  # fmt: skip
     else:
         rows = as_rows(input, target)
@@ -164,7 +174,7 @@ def divergence_backward(
         wrap(divergence_backward_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
             grad, *rows.tensors, _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
             *rows.strides[0], *rows.strides[1], alpha, weight, **flags, ROWS=tile.rows, BLOCK=tile.block,
-            num_warps=tile.warps,
+            **_resources(tile, wrap),
         )  # fmt: skip
     return dx, dt
 

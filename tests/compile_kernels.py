@@ -1,0 +1,198 @@
+"""Compiles every specialization that the launchers ask for, for GPUs that need not be present.
+
+    python tests/compile_kernels.py sm_90            one JSON line per specialization: kernel, options, registers, stack
+
+The launchers run on meta tensors with a recorder in place of the kernel, so what is compiled is what they would launch.
+Must run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from smart_fast.backends import triton_ops as ops
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+#: A width for each kind of tile: several rows a program (one class, unaligned, aligned), one row, a row in blocks.
+WIDTHS = (1, 3, 20, 768, 5000, 30522)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Recorder:
+    """Stands in for a kernel: keeps what it would have been launched with."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[Any, dict[str, Any]]]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            named = dict(zip((p.name for p in self.kernel.params), args, strict=False))
+            self.launches.append((self.kernel, named | options))
+
+        return launch
+
+
+def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every (kernel, arguments), once per specialization.
+
+    ``full`` crosses every width, dtype and option. Otherwise every option is crossed in fp32 at one width, and the
+    options that need the most registers go through every width and dtype.
+    """
+    recorded: list[tuple[Any, dict[str, Any]]] = []
+
+    def wrap(kernel: Any) -> Recorder:
+        return Recorder(kernel, recorded)
+
+    for dtype, width in itertools.product(DTYPES, WIDTHS):
+        if dtype is torch.float16 and width != 768 and not full:
+            continue  # compiles as bfloat16 does, but for the conversions
+        every = full or (dtype is torch.float32 and width == 768)
+        for masked in (False, True) if every else (True,):
+            _record_ascent(dtype, width, masked, every, wrap)
+            _record_divergence(dtype, width, masked, every, wrap)
+
+    seen = set()
+    for kernel, arguments in recorded:
+        key = (kernel.fn.__name__, repr(_specialize(kernel, arguments)))
+        if key not in seen:
+            seen.add(key)
+            yield kernel, arguments
+
+
+def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wrap: Any) -> None:
+    x = torch.empty(2, 3, width, dtype=dtype, device="meta")
+    strided = torch.empty(3, 2, width, dtype=dtype, device="meta").transpose(0, 1)
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    kept = torch.empty(2, 3, width, device="meta")
+    mask = torch.empty(2, 3, dtype=torch.bool, device="meta") if masked else None
+    norm = torch.empty(6, device="meta")
+    for embed in (x, strided):
+        ops.perturb(embed, seed, 1e-5, mask, wrap=wrap)
+    for update, kind, noise in itertools.product(
+        ("smart-pytorch", "sift") if every else ("sift",), ("inf", "l2", "l1") if every else ("l2",), (seed, kept)
+    ):
+        step = (1e-5, 1e-3, update)
+        ops.ascend_measure(x, noise, mask, kind, *step, wrap=wrap)
+        ops.ascend_measure(x, noise, mask, "opaque", *step, wrap=wrap)
+        for keep in (False, True) if every else (True,):
+            ops.ascend(strided, x, noise, None, mask, kind, "row", *step, 1e-6, keep, wrap=wrap)
+            ops.ascend(strided, x, noise, norm, mask, kind, "group", *step, 1e-6, keep, wrap=wrap)
+            ops.ascend(strided, x, noise, norm, mask, "inf", "given", *step, 1e-6, keep, wrap=wrap)
+
+
+def _record_divergence(dtype: torch.dtype, width: int, masked: bool, every: bool, wrap: Any) -> None:
+    x = torch.empty(2, 3, width, dtype=dtype, device="meta")
+    strided = torch.empty(3, 2, width, dtype=dtype, device="meta").transpose(0, 1)
+    many = torch.empty(4096, width, dtype=dtype, device="meta")
+    mask = torch.empty(2, 3, dtype=torch.bool, device="meta") if masked else None
+    many_mask = torch.empty(4096, dtype=torch.bool, device="meta") if masked else None
+    stats = torch.empty(6, ops.STATS.value, device="meta")
+    for kind, elementwise in itertools.product(("kl", "sym_kl", "js"), (False, True)):
+        for keep in (False, True) if every else (True,):
+            ops.divergence_forward(x, strided, mask, kind, elementwise, 1.0, 1.0, keep, wrap=wrap)
+            ops.divergence_forward(many, many, many_mask, kind, elementwise, 1.0, 1.0, keep, wrap=wrap)
+        for want in ((True, True), (True, False), (False, True)) if every else ((True, True),):
+            grad = x if elementwise else torch.empty((), device="meta")
+            ops.divergence_backward(grad, x, strided, stats, mask, kind, elementwise, 1.0, 1.0, *want, wrap=wrap)
+
+
+def _specialize(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """(signature, constants, attributes) as Triton's launcher would derive them."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for index, param in enumerate(kernel.params):
+        value = arguments[param.name]
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_for(target: str, kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Compile one specialization; registers and bytes of stack from the machine code's own report."""
+    signature, constants, attributes = _specialize(kernel, arguments)
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": arguments["num_warps"]}
+    if target.startswith("sm_"):
+        options["maxnreg"] = arguments["maxnreg"]
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    if target.startswith("sm_"):
+        registers, stack = _resources_nvidia(compiled.asm["cubin"])
+    else:
+        registers, stack = _resources_amd(compiled.asm["amdgcn"])
+    return {
+        "kernel": kernel.fn.__name__,
+        "options": {k: v for k, v in constants.items() if k.isupper()} | options,
+        "types": [t for t in signature.values() if t.startswith("*")],
+        "registers": registers,
+        "stack": stack,
+    }
+
+
+def _resources_nvidia(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found, report
+    return int(found[1]), int(found[2])
+
+
+def _resources_amd(assembly: str) -> tuple[int, int]:
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    assert registers, assembly[-2000:]
+    assert stack, assembly[-2000:]
+    return int(registers[1]), int(stack[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th specialization, starting with the I-th")
+    parser.add_argument("--full", action="store_true", help="cross every width, dtype and option (many minutes)")
+    arguments = parser.parse_args()
+    part, parts = map(int, arguments.part.split("/"))
+    for kernel, launch in itertools.islice(launches(arguments.full), part, None, parts):
+        print(json.dumps(compile_for(arguments.target, kernel, launch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""float64 oracles, from the definitions. They share no code with the package.
+
+Probabilities are computed from log-probabilities shifted by an exact log-sum-exp, and the divergences of nearly equal
+distributions by series, so that the oracle stays accurate where float64 itself would cancel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """|| value - reference || / || reference ||; infinite where one is NaN and the other is not."""
+    value, reference = value.detach().double().cpu(), reference.detach().double().cpu()
+    if not torch.equal(value.isnan(), reference.isnan()):
+        return math.inf
+    value, reference = value.nan_to_num(nan=0.0), reference.nan_to_num(nan=0.0)
+    if torch.equal(value, reference):
+        return 0.0
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-300))
+
+
+def log_ratio(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(r, p, q): log p - log q and the probabilities of logits [..., V], without cancellation for close x and t."""
+    x, t = x.double(), t.double()
+    d = x - t
+    q = torch.softmax(t, -1)
+    if float(d.abs().max()) < 1.0:
+        shift = torch.log1p((q * torch.expm1(d)).sum(-1, keepdim=True))
+    else:
+        shift = torch.logsumexp(x, -1, keepdim=True) - torch.logsumexp(t, -1, keepdim=True)
+    return d - shift, torch.softmax(x, -1), q
+
+
+def _gap(r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """p - q."""
+    near = r.abs() < 1
+    return torch.where(near, q * torch.expm1(torch.where(near, r, 0.0)), p - q)
+
+
+def _f(r: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """q (exp(r) - 1 - r), by its series where float64 would lose digits, by p and q where exp(r) would overflow."""
+    small = r.abs() < 1e-2
+    s = torch.where(small, r, 0.0)
+    series = s * s / 2 * (1 + s / 3 * (1 + s / 4 * (1 + s / 5 * (1 + s / 6 * (1 + s / 7)))))
+    return torch.where(small, q * series, _gap(r, p, q) - q * r)
+
+
+def _log_cosh(y: Tensor) -> Tensor:
+    small = y.abs() < 1
+    near = torch.log1p(2 * torch.sinh(torch.where(small, y, 0.0) / 2) ** 2)
+    return torch.where(small, near, y.abs() - math.log(2) + torch.log1p(torch.exp(-2 * y.abs())))
+
+
+def divergence_rows(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
+    """The divergence of each row [...], float64."""
+    r, p, q = log_ratio(x, t)
+    if kind == "kl":
+        return _f(r, p, q).sum(-1)
+    if kind == "sym_kl":
+        return (alpha * _f(r, p, q) + _f(-r, q, p)).sum(-1)
+    return alpha * ((p + q) * _log_cosh(r / 2)).sum(-1)
+
+
+def divergence_terms(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
+    """The elementwise terms [..., V] of `torch.nn.functional.kl_div`'s definition, float64."""
+    r, p, q = log_ratio(x, t)
+    if kind == "kl":
+        return -q * r
+    if kind == "sym_kl":
+        return (_gap(r, p, q) + (1 - alpha) * q) * r
+    return alpha * (p + q) * _log_cosh(r / 2)
+
+
+def divergence_grads(kind: str, x: Tensor, t: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to x and t of sum(upstream * terms), upstream [..., V], with smart-pytorch's detachments, float64.
+
+    Written from the softmax Jacobian: d/dx_j sum_i c_i log p_i = c_j - p_j sum_i c_i.
+    """
+    r, p, q = log_ratio(x, t)
+    g = upstream.double().expand_as(q)
+    gap = _gap(r, p, q)
+
+    def toward_p(c: Tensor) -> Tensor:  # gradient of sum of -c log p: p sum(c) - c
+        return p * c.sum(-1, keepdim=True) - c
+
+    def toward_q(c: Tensor) -> Tensor:
+        return q * c.sum(-1, keepdim=True) - c
+
+    constant = bool((g == g[..., :1]).all())
+    if kind == "kl":
+        # terms q (log q - log p): p moves the second, q both.
+        dx = g * gap if constant else toward_p(g * q)
+        inner = g * (1 - r)
+        dt = q * (inner - (q * inner).sum(-1, keepdim=True))
+        if constant:
+            dt = -g * q * (r - (q * r).sum(-1, keepdim=True))
+        return dx, dt
+    if kind == "sym_kl":
+        if constant:
+            return alpha * g * gap, -g * gap
+        return alpha * toward_p(g * q), toward_q(g * p)
+    if constant:
+        return alpha * g * gap / 2, -alpha * g * gap / 2
+    mean = (p + q) / 2
+    return alpha * toward_p(g * mean), alpha * toward_q(g * mean)
+
+
+def philox_normal(seed: int, count: int, start: int = 0) -> np.ndarray:
+    """The noise of elements start … start + count - 1, float64: Philox-4x32-7 and Box-Muller from their papers.
+
+    Random123's round function in Python integers; angles and logarithms in float64. Only the uniform under the
+    logarithm is rounded to fp32, as the definition has it.
+    """
+    first, last = start // 4, (start + count - 1) // 4
+    words = np.array([_philox((i & 0xFFFFFFFF, i >> 32, 0, 0), seed) for i in range(first, last + 1)], dtype=np.uint32)
+    normals = np.empty((len(words), 4))
+    for lane, (a, b) in enumerate(((0, 1), (2, 3))):
+        uniform = words[:, a].astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)
+        radius = np.sqrt(-2.0 * np.log(uniform.astype(np.float64)))
+        # Two bits choose the quadrant, thirty the offset from its center: -pi/4 … pi/4.
+        word = words[:, b].astype(np.float64)
+        angle = (word // 2**30) * (math.pi / 2) + (word % 2**30 - 2**29) * (math.pi / 2 / 2**30)
+        normals[:, 2 * lane] = radius * np.cos(angle)
+        normals[:, 2 * lane + 1] = radius * np.sin(angle)
+    return normals.reshape(-1)[start - 4 * first :][:count]
+
+
+def _philox(counter: tuple[int, int, int, int], seed: int, rounds: int = 7) -> tuple[int, int, int, int]:
+    low = 0xFFFFFFFF
+    k0, k1 = seed & low, seed >> 32
+    c0, c1, c2, c3 = counter
+    for _ in range(rounds):
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (product1 >> 32) ^ c1 ^ k0, product1 & low, (product0 >> 32) ^ c3 ^ k1, product0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def norm_rows(kind: str, scope: str, x: Tensor) -> Tensor:
+    """A norm, broadcastable to x, float64."""
+    flat = x.double() if scope == "row" else x.double().flatten(1)
+    value = {"inf": flat.abs().amax(-1), "l1": flat.abs().sum(-1), "l2": (flat * flat).sum(-1).sqrt()}[kind]
+    return value.reshape(*value.shape, *([1] * (x.dim() - value.dim())))
+
+
+def ascend(noise: Tensor, grad: Tensor, update: str, kind: str, scope: str, step_size: float, epsilon: float,
+           mask: Tensor | None) -> Tensor:  # fmt: skip
+    """The next noise, float64: non-finite gradient rows count as zero, masked rows get none."""
+    noise, grad = noise.double(), grad.double()
+    finite = grad.isfinite().all(-1, keepdim=True)
+    if mask is not None:
+        finite = finite & mask.unsqueeze(-1)
+        noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
+    grad = torch.where(finite, grad, 0.0)
+    if update == "sift":
+        moved = noise + step_size * grad / (norm_rows(kind, scope, grad) + epsilon)
+    else:
+        step = noise + step_size * grad
+        moved = step / (norm_rows(kind, scope, step) + epsilon)
+    return moved if mask is None else torch.where(mask.unsqueeze(-1), moved, 0.0)

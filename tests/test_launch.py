@@ -1,0 +1,70 @@
+"""Launch choices and row views: pure functions, tested without kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from smart_fast.kernels import launch
+
+from smart_fast.backends.base import as_rows
+
+WIDTHS = [1, 2, 3, 4, 5, 31, 64, 100, 768, 1000, 1024, 4096, 8192, 8193, 30522, 128256, 262144]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("choose", [launch.row_tile, launch.flat_tile, launch.stream_tile])
+def test_tiles_cover_rows(choose, width: int) -> None:
+    tile = choose(width)
+    assert tile.block * tile.blocks >= width
+    assert tile.block * (tile.blocks - 1) < width
+    for power in (tile.rows, tile.block, tile.warps):
+        assert power == launch.next_power_of_two(power)
+    assert 1 <= tile.warps <= 16
+    # Larger register blocks spill; see the compiler tests.
+    assert tile.rows * tile.block <= launch.MAX_BLOCK
+    assert tile.rows == 1 or tile.blocks == 1
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rows_stay_on_chip_where_they_can(width: int) -> None:
+    assert (launch.row_tile(width).blocks == 1) == (width <= launch.MAX_BLOCK)
+
+
+def test_grid() -> None:
+    tile = launch.Tile(rows=4, block=8, blocks=3, warps=1)
+    assert launch.grid(tile, 9, whole_rows=True) == 3
+    assert launch.grid(tile, 9, whole_rows=False) == 9
+
+
+BASE = torch.arange(2 * 3 * 4 * 5 * 6, dtype=torch.float32).view(2, 3, 4, 5, 6)
+VIEWS = [
+    BASE, BASE[0, 0, 0], BASE[0, 0], BASE[:, 1:], BASE.transpose(0, 1), BASE.permute(3, 1, 0, 2, 4), BASE[:, :, ::2],
+    BASE[..., 1:4], BASE[:, :1].expand(2, 7, 4, 5, 6), BASE[:1, :, :1], BASE[..., ::2], BASE.transpose(0, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=range(len(VIEWS)))
+def test_rows_address_every_element(view: torch.Tensor) -> None:
+    other = torch.empty(view.shape).transpose(0, -1).contiguous().transpose(0, -1) if view.dim() > 2 else view
+    rows = as_rows(view, other)
+    flat = torch.as_strided(rows.tensors[0], (BASE.numel(),), (1,), 0) if view._base is None else None
+    storage = rows.tensors[0]
+    for row, expected in enumerate(view.reshape(-1, view.shape[-1])):
+        i2, rest = row % rows.size2, row // rows.size2
+        s0, s1, s2 = rows.strides[0]
+        offset = storage.storage_offset() + (rest // rows.size1) * s0 + (rest % rows.size1) * s1 + i2 * s2
+        assert torch.equal(storage.as_strided((view.shape[-1],), (1,), offset), expected)
+    assert flat is None or flat.numel() == BASE.numel()
+
+
+def test_rows_copy_only_what_they_must() -> None:
+    assert as_rows(BASE.transpose(0, 1)).tensors[0].data_ptr() == BASE.data_ptr()
+    assert as_rows(BASE[..., ::2]).tensors[0].data_ptr() != BASE.data_ptr()
+    merged = as_rows(BASE[:, 1:])
+    assert (merged.size1, merged.size2) == (1, 2 * 4 * 5)
+    assert as_rows(BASE[:, 1:], free=BASE[..., :1].expand_as(BASE)[:, 1:]).tensors[1].stride(-1) == 0
+
+
+def test_too_many_rows() -> None:
+    with pytest.raises(ValueError, match="rows"):
+        as_rows(torch.empty(1, 1).expand(2**31, 1))

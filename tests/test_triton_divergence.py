@@ -1,0 +1,301 @@
+"""The divergence kernels against float64: values, gradients, shapes, strides, dtypes, extremes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import smart_fast
+from tests import oracle
+
+LOSSES = {"kl": smart_fast.kl_loss, "sym_kl": smart_fast.sym_kl_loss, "js": smart_fast.js_loss}
+KINDS = sorted(LOSSES)
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on infinities, in the interpreter
+
+
+def loss_and_grads(
+    kind: str, x: Tensor, t: Tensor, reduction: str = "sum", alpha: float = 1.0, upstream: Tensor | None = None,
+    **options: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Triton's loss, and its gradients to both sides under ``upstream`` (default: ones)."""
+    x, t = x.detach().requires_grad_(), t.detach().requires_grad_()
+    extra = {} if kind == "kl" else {"alpha": alpha}
+    loss = LOSSES[kind](x, t, reduction=reduction, backend="triton", **extra, **options)
+    dx, dt = torch.autograd.grad(loss, (x, t), torch.ones_like(loss) if upstream is None else upstream)
+    assert dx.dtype == x.dtype
+    assert dt.dtype == t.dtype
+    return loss, dx, dt
+
+
+def expected(
+    kind: str, x: Tensor, t: Tensor, reduction: str, alpha: float, upstream: Tensor | None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in float64."""
+    alpha = 1.0 if kind == "kl" else alpha
+    keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
+    x, t, rows = x.detach().cpu(), t.detach().cpu(), keep.unsqueeze(-1)
+    weight = {"none": 1.0, "sum": 1.0, "batchmean": 1 / x.size(0), "mean": 1 / max(1, int(keep.sum()) * x.size(-1))}
+    g = torch.ones(1, dtype=torch.float64) if upstream is None else upstream.cpu().double()
+    if reduction == "none":
+        loss = oracle.divergence_terms(kind, x, t, alpha)
+        loss = torch.where(rows, loss, 0.0)
+    else:
+        loss = torch.where(keep, oracle.divergence_rows(kind, x, t, alpha), 0.0).sum() * weight[reduction]
+    dx, dt = oracle.divergence_grads(kind, x, t, alpha, g * weight[reduction])
+    return loss, torch.where(rows, dx, 0.0), torch.where(rows, dt, 0.0)
+
+
+def check(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float) -> None:
+    for name, value, reference in zip(("loss", "gradient to input", "gradient to target"), got, want, strict=True):
+        error = oracle.relative_error(value, reference)
+        assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"
+
+
+def pair(shape: tuple[int, ...], apart: float, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randn(shape, generator=generator)
+    x = t + apart * torch.randn(shape, generator=generator)
+    return x.to(device, dtype), t.to(device, dtype)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [2, 3, 17, 1000, 8193])
+def test_float64_agreement(kind: str, width: int, reduction: str, device: torch.device, poison: None) -> None:
+    x, t = pair((3, width), 1.0, device)
+    g = torch.rand_like(x) if reduction == "none" else torch.tensor(1.7, device=device)
+    got = loss_and_grads(kind, x, t, reduction, 0.7, g)
+    check(got, expected(kind, x, t, reduction, 0.7, g), 2e-6)
+
+
+@pytest.mark.parametrize("apart", [1e-5, 1e-3, 1.0])
+@pytest.mark.parametrize("width", [30522, 128256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_vocabulary(kind: str, width: int, apart: float, device: torch.device, poison: None) -> None:
+    x, t = pair((2, width), apart, device)
+    got = loss_and_grads(kind, x, t, "batchmean")
+    assert got[0] > 0
+    check(got, expected(kind, x, t, "batchmean", 1.0, None), 2e-6)
+
+
+@pytest.mark.parametrize("width", [1, 262144])
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrowest_and_widest(kind: str, width: int, device: torch.device, poison: None) -> None:
+    x, t = pair((1, width), 1.0, device)
+    loss, dx, dt = loss_and_grads(kind, x, t)
+    if width == 1:
+        assert loss == 0
+        assert not dx.any()
+        assert not dt.any()
+    else:
+        check((loss, dx, dt), expected(kind, x, t, "sum", 1.0, None), 2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("apart", [1e-6, 1e-5, 1e-4, 1e-2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearly_equal(kind: str, apart: float, reduction: str, device: torch.device, poison: None) -> None:
+    x, t = pair((4, 1000), apart, device)
+    got = loss_and_grads(kind, x, t, reduction, 0.5)
+    check(got, expected(kind, x, t, reduction, 0.5, None), 2e-6)
+    if reduction == "sum":
+        assert got[0] > 0
+
+
+def test_reference_cancels_where_we_do_not(device: torch.device) -> None:
+    """What the formulas are for: smart-pytorch's sum in fp32 is off by more than its own value."""
+    x, t = pair((8, 1000), 1e-5, device)
+    exact = oracle.divergence_rows("kl", x.cpu(), t.cpu(), 1.0).sum()
+    theirs = smart_fast.kl_loss(x, t, reduction="sum", backend="torch")
+    ours = smart_fast.kl_loss(x, t, reduction="sum", backend="triton")
+    assert oracle.relative_error(theirs, exact) > 1.0
+    assert oracle.relative_error(ours, exact) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 3, 2, 5), (2, 1, 3, 2, 5)])
+def test_dimensions(kind: str, shape: tuple[int, ...], device: torch.device, poison: None) -> None:
+    x, t = pair(shape, 0.5, device)
+    for reduction in REDUCTIONS:
+        check(loss_and_grads(kind, x, t, reduction), expected(kind, x, t, reduction, 1.0, None), 2e-6)
+
+
+VIEWS = {
+    "transposed": lambda base: base[:, :, :3, :].transpose(0, 1),
+    "permuted": lambda base: base.permute(2, 1, 0, 3),
+    "sliced": lambda base: base[:, 1:, ::2, 2:9],
+    "expanded": lambda base: base[:1].expand(4, -1, -1, -1),
+    "last dimension strided": lambda base: base[..., ::2],
+    "last dimension first": lambda base: base.transpose(0, 3),
+    "reversed five dimensions": lambda base: base.unflatten(3, (2, 8)).permute(3, 2, 1, 0, 4),
+}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(view: str, reduction: str, device: torch.device, poison: None) -> None:
+    x, _ = pair((4, 5, 6, 16), 0.0, device)
+    _, t = pair((4, 5, 6, 16), 0.0, device, seed=1)
+    x, t = VIEWS[view](x), VIEWS[view](t).contiguous()
+    g = torch.rand(x.shape, device=device).transpose(0, 1).contiguous().transpose(0, 1) if reduction == "none" else None
+    for left, right in ((x, t), (t, x), (x, VIEWS[view](torch.rand(4, 5, 6, 16, device=device)))):
+        got = loss_and_grads("sym_kl", left, right, reduction, 0.3, g)
+        check(got, expected("sym_kl", left, right, reduction, 0.3, g), 2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_upstream_gradients(kind: str, device: torch.device, poison: None) -> None:
+    """Any strides, stride 0 included, and constants that must cancel."""
+    x, t = pair((3, 4, 50), 1e-4, device)
+    row = torch.rand(3, 4, 1, device=device)
+    one = torch.ones((), device=device)
+    for g in (row.expand(3, 4, 50), one.expand(3, 4, 50), torch.rand(50, 4, 3, device=device).permute(2, 1, 0)):
+        got = loss_and_grads(kind, x, t, "none", 1.0, g)
+        # A constant upstream gives gradients of the size of x - t; any other of the size of p.
+        check(got, expected(kind, x, t, "none", 1.0, g), 5e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_mask(kind: str, reduction: str, device: torch.device, poison: None) -> None:
+    """Masked rows count for nothing, whatever they hold."""
+    x, t = pair((4, 6, 33), 1.0, device)
+    mask = torch.rand(4, 6, device=device) < 0.6
+    g = torch.rand_like(x) if reduction == "none" else torch.tensor(0.3, device=device)
+    want = expected(kind, x, t, reduction, 0.4, g, mask)
+    for garbage in (math.nan, math.inf, 1e30):
+        dirty = torch.where(mask.unsqueeze(-1), x, garbage)
+        check(loss_and_grads(kind, dirty, t, reduction, 0.4, g, mask=mask), want, 2e-6)
+    strided = torch.stack([mask, ~mask], -1)[..., 0]
+    check(loss_and_grads(kind, x, t, reduction, 0.4, g, mask=strided), want, 2e-6)
+    nothing = loss_and_grads(kind, x, t, reduction, 0.4, g, mask=torch.zeros_like(mask))
+    assert all(not each.any() for each in nothing)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtypes", ["bf16 bf16", "fp16 fp16", "bf16 fp32", "fp32 fp16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision(kind: str, dtypes: str, reduction: str, device: torch.device, poison: None) -> None:
+    """Arithmetic is fp32: the only error is the rounding of what is written."""
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    left, right = (names[name] for name in dtypes.split())
+    x, t = pair((3, 100), 1.0, device)
+    x, t = x.to(left), t.to(right)
+    loss, dx, dt = loss_and_grads(kind, x, t, reduction)
+    want = expected(kind, x, t, reduction, 1.0, None)
+    ulp = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-6}
+    assert loss.dtype == (torch.float32 if reduction == "sum" else torch.promote_types(left, right))
+    for value, reference in zip((loss, dx, dt), want, strict=True):
+        assert oracle.relative_error(value, reference) <= ulp[value.dtype]
+
+
+@pytest.mark.parametrize("apart", [20.0, 200.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_far_apart(kind: str, apart: float, device: torch.device, poison: None) -> None:
+    """Probabilities underflow in fp32 (the reference's kl gradient to the target is then NaN)."""
+    x, t = pair((4, 50), apart, device)
+    got = loss_and_grads(kind, x, t)
+    # A KL of several hundred next to a log-ratio of the same size: fp32 keeps five digits of their difference.
+    check(got, expected(kind, x, t, "sum", 1.0, None), 2e-6 if apart < 100 else 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_logits_are_exactly_zero(kind: str, device: torch.device, poison: None) -> None:
+    _, t = pair((5, 300), 0.0, device)
+    for reduction in ("sum", "none"):
+        assert all(not each.any() for each in loss_and_grads(kind, t.clone(), t, reduction))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_masked_classes(kind: str, reduction: str, device: torch.device, poison: None) -> None:
+    """-inf on both sides: as if the class were not there."""
+    x, t = pair((3, 40), 0.5, device)
+    some = torch.arange(40, device=device) % 3 == 0
+    got = loss_and_grads(kind, x.masked_fill(some, -math.inf), t.masked_fill(some, -math.inf), reduction)
+    want = expected(kind, x[:, ~some], t[:, ~some], reduction, 1.0, None)
+    kept = got if reduction == "none" else got[1:]
+    assert all(not each[:, some].any() for each in kept)
+    check(tuple(each[:, ~some] if each.dim() else each for each in got), want, 2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinite_divergence_and_dead_rows(kind: str, device: torch.device) -> None:
+    x, t = pair((3, 10), 0.5, device)
+    one_sided = x.clone()
+    one_sided[1, 4] = -math.inf
+    assert loss_and_grads(kind, one_sided, t)[0] == math.inf  # target puts mass where the input has none
+    dead = x.clone()
+    dead[1] = -math.inf
+    assert loss_and_grads(kind, dead, t)[0].isnan()  # as softmax of such a row
+    assert loss_and_grads(kind, dead, dead)[0].isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp16_extremes(kind: str, device: torch.device, poison: None) -> None:
+    x = torch.tensor([[65504.0, 65472.0, -65504.0], [65504.0, 65504.0, 65504.0]], dtype=torch.float16, device=device)
+    t = torch.tensor([[65504.0, 65504.0, -65504.0], [-65504.0, -65504.0, -65504.0]], dtype=torch.float16, device=device)
+    got = loss_and_grads(kind, x, t)
+    assert all(each.isfinite().all() for each in got)
+    assert oracle.relative_error(got[0], expected(kind, x, t, "sum", 1.0, None)[0]) < 2e-6
+
+
+def test_inputs_are_not_written(device: torch.device) -> None:
+    x, t = pair((3, 100), 1.0, device)
+    before = x.clone(), t.clone()
+    loss_and_grads("sym_kl", x, t)
+    assert torch.equal(x, before[0])
+    assert torch.equal(t, before[1])
+
+
+@pytest.mark.parametrize("want", [(True, False), (False, True)])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_sided_gradients(
+    kind: str, reduction: str, want: tuple[bool, bool], device: torch.device, poison: None
+) -> None:
+    x, t = pair((3, 20), 1.0, device)
+    both = loss_and_grads(kind, x, t, reduction)[1:]
+    x, t = x.requires_grad_(want[0]), t.requires_grad_(want[1])
+    loss = LOSSES[kind](x, t, reduction=reduction, backend="triton")
+    loss.backward(torch.ones_like(loss))
+    for tensor, gradient in zip((x, t), both, strict=True):
+        assert (tensor.grad is not None) == tensor.requires_grad
+        assert tensor.grad is None or torch.equal(tensor.grad, gradient)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(KINDS),
+    reduction=st.sampled_from(REDUCTIONS),
+    leading=st.lists(st.integers(1, 4), max_size=3),
+    width=st.integers(1, 70),
+    log_apart=st.floats(-6, 1.5),
+    magnitude=st.sampled_from([1e-3, 1.0, 30.0]),
+    alpha=st.floats(0, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_and_value(
+    kind: str, reduction: str, leading: list[int], width: int, log_apart: float, magnitude: float, alpha: float,
+    seed: int, device: torch.device,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*leading, width)
+    t = (magnitude * torch.randn(shape, generator=generator)).to(device)
+    x = t + (10**log_apart * torch.randn(shape, generator=generator)).to(device)
+    got = loss_and_grads(kind, x, t, reduction, alpha)
+    want = expected(kind, x, t, reduction, alpha, None)
+    if reduction != "none":
+        assert got[0] >= 0
+        assert oracle.relative_error(got[0], want[0]) < 2e-5 or want[0] < 1e-13 * magnitude**2
+    # A log-ratio is as exact as the logits' difference, however small it comes out.
+    noise = 5e-7 * float((x - t).abs().max())
+    for value, reference in zip(got[1:], want[1:], strict=True):
+        assert (value.cpu().double() - reference).abs().max() <= 1e-5 * reference.abs().max() + noise
