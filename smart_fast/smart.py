@@ -133,7 +133,7 @@ class SMARTLoss(nn.Module):
                 for backend, each, grad, noise, each_mask in zip(backends, embeds, grads, noises, masks, strict=True)
             )
         if torch.is_grad_enabled():
-            _require_grad(perturbed)
+            perturbed = [autograd.track(each) for each in perturbed]
         perturbed_state = self.eval_fn(*perturbed, *args, **kwargs)
         return self._compare("loss_last_fn", perturbed_state, state)
 
@@ -183,7 +183,7 @@ class SMARTLoss(nn.Module):
             return self._compare("loss_fn", self.eval_fn(*inputs, *args, **kwargs), clean)
 
         with torch.enable_grad():
-            _require_grad(perturbed)
+            perturbed = [autograd.track(each) for each in perturbed]
             if not self._reentrant_checkpoints:
                 try:
                     return input_gradients(loss_of, perturbed)
@@ -206,13 +206,6 @@ class SMARTLoss(nn.Module):
 def _unzip(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor], list[Any]]:
     first, second = zip(*pairs, strict=True)
     return list(first), list(second)
-
-
-def _require_grad(perturbed: list[Tensor]) -> None:
-    """As in smart-pytorch, ``eval_fn`` always gets an input that requires grad, frozen embeddings included."""
-    for each in perturbed:
-        if not each.requires_grad:
-            each.requires_grad_()
 
 
 def _nothing(embeds: tuple[Tensor, ...], state: Any) -> Tensor:
