@@ -115,6 +115,8 @@ class SMARTLoss(nn.Module):
         step = self._step()
         embeds = tuple(embed) if isinstance(embed, (tuple, list)) else (embed,)
         masks = self._check_inputs(embeds, mask, several=embeds[:1] != (embed,))
+        for name in ("loss_fn", "loss_last_fn") if self.num_steps > 0 else ("loss_last_fn",):
+            states.check_match(name, getattr(self, name), state)
         if any(each.numel() == 0 for each in embeds):
             return _nothing(embeds, state)
         numbers = (self.noise_var, self.step_size, self.epsilon)
@@ -209,6 +211,6 @@ def _unzip(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor],
 
 
 def _nothing(embeds: tuple[Tensor, ...], state: Any) -> Tensor:
-    """The loss of an empty batch: zero, with zero gradients."""
+    """The loss of an empty batch: zero, with zero gradients, even where means over nothing are NaN in ``state``."""
     tensors = [t for t in tree_iter((embeds, state)) if isinstance(t, Tensor) and t.is_floating_point()]
-    return torch.stack([t.sum().to(embeds[0].dtype) for t in tensors]).sum() * 0.0
+    return sum((t.flatten()[:0].sum().to(embeds[0].dtype) for t in tensors), start=embeds[0].new_zeros(()))
