@@ -14,6 +14,7 @@ from ._checks import check_callable, check_choice, check_count, check_mask, chec
 from .ascent import ReentrantCheckpointError, input_gradients, input_gradients_by_backward
 from .backends import calling, check_name, select
 from .backends.base import UPDATES, Step
+from .noise import remember_generators
 from .norms import Norm, inf_norm
 
 __all__ = ["SMARTLoss"]
@@ -86,7 +87,7 @@ class SMARTLoss(nn.Module):
         self.scale = scale
         self.ascent_dtype = ascent_dtype
         self.generator = generator
-        self._reentrant_checkpoints = False
+        self._reentrant_checkpoints: bool | None = None  # unknown before the first ascent
         self._step()
 
     def forward(
@@ -186,11 +187,23 @@ class SMARTLoss(nn.Module):
 
         with torch.enable_grad():
             perturbed = [autograd.track(each) for each in perturbed]
-            if not self._reentrant_checkpoints:
-                try:
-                    return input_gradients(loss_of, perturbed)
-                except ReentrantCheckpointError:
-                    self._reentrant_checkpoints = True
+            if torch.compiler.is_compiling():
+                return input_gradients(loss_of, perturbed)
+            if self._reentrant_checkpoints:
+                return input_gradients_by_backward(loss_of, perturbed)
+            # The second attempt must see the dropout of the first, or the first call would differ from the others.
+            capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            unknown = self._reentrant_checkpoints is None and not capturing
+            rewind = remember_generators(perturbed[0].device) if unknown else None
+            try:
+                grads = input_gradients(loss_of, perturbed)
+                if unknown:
+                    self._reentrant_checkpoints = False
+                return grads
+            except ReentrantCheckpointError:
+                self._reentrant_checkpoints = True
+            if rewind:
+                rewind()
             return input_gradients_by_backward(loss_of, perturbed)
 
     def _compare(self, name: str, perturbed: Any, state: Any) -> Tensor:
