@@ -123,6 +123,7 @@ def test_the_calling_backend_belongs_to_its_thread():
     assert seen == {"other": "auto", "same": "native", "after": "auto"}
 
 
+@pytest.mark.filterwarnings("ignore::smart_fast.BackendFallbackWarning")
 def test_the_calling_backend_is_restored_after_an_error():
     def fail(p, s):
         raise KeyError("from the loss")

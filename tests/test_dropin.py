@@ -14,6 +14,9 @@ from torch import nn
 
 import smart_fast
 
+# torch's, about the meaning of reduction="mean".
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NORMS = ("default", "l2", "l1", "inf of everything", "mean square")
 MODELS = ("linear", "dropout", "inplace", "attention", "identity")

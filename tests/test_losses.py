@@ -6,6 +6,9 @@ from helpers import same_bits
 
 from smart_fast import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss
 
+# torch's, about the meaning of reduction="mean".
+pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+
 LOSSES = [kl_loss, sym_kl_loss, js_loss, hellinger_loss, stable_sym_kl_loss]
 REDUCTIONS = ["none", "sum", "mean", "batchmean"]
 SHAPES = [(7,), (4, 7), (2, 3, 7), (2, 1, 3, 7)]

@@ -128,7 +128,8 @@ def test_last_loss_may_be_several_too():
         ([kl_loss, kl_loss], lambda a, b: a, None, ("loss_fn", "list of 2", "one Tensor")),
         ({"logits": kl_loss}, as_dict, None, ("loss_fn", "['logits']", "['logits', 'hidden']")),
         ([kl_loss, kl_loss], as_dict, None, ("loss_fn", "list of 2", "dict")),
-        (lambda p, s: p[0].sum(), as_list, torch.zeros(2), ("eval_fn", "list of 2", "one Tensor")),
+        (kl_loss, as_list, torch.zeros(2), ("eval_fn", "list of 2", "one Tensor")),
+        (F.mse_loss, as_dict, torch.zeros(2), ("eval_fn", "['logits', 'hidden']", "one Tensor")),
         (lambda p, s: p[0].sum(), as_tuple, (torch.zeros(1),) * 3, ("eval_fn", "tuple of 2", "tuple of 3")),
         (lambda p, s: p.sum(), lambda a, b: a, [torch.zeros(1)], ("eval_fn", "one Tensor", "list of 1")),
     ],
@@ -138,6 +139,16 @@ def test_a_mismatch_names_both_structures(losses, pack, state, says):
     with pytest.raises(ValueError, match=says[0]) as error:
         SMARTLoss(net, losses)(embed, net(embed) if state is None else state)
     assert all(part in str(error.value) for part in says)
+
+
+def test_one_loss_may_pick_from_what_eval_fn_returns():
+    """smart-pytorch lets it, where the state is one tensor."""
+    net, embed = TwoStates(as_tuple), embedding()
+    found = [
+        seeded(smart_loss(net, lambda p, s: reference.kl_loss(p[0], s)), embed, net(embed)[0])
+        for smart_loss in (reference.SMARTLoss, SMARTLoss)
+    ]
+    assert same_bits(*found)
 
 
 # The arguments of eval_fn
@@ -285,11 +296,13 @@ def test_eval_fn_may_modify_its_input_in_place(in_place, requires_grad):
 
 
 class Checkpointed(nn.Module):
-    """A small network whose blocks are checkpointed one by one, or not at all."""
+    """A small network with dropout whose blocks are checkpointed one by one, or not at all."""
 
     def __init__(self, kind):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Dropout(0.3)) for _ in range(2)
+        )
         self.head, self.kind = nn.Linear(WIDTH, 3), kind
 
     def forward(self, x):
@@ -312,7 +325,7 @@ def test_checkpoints_inside_eval_fn(kind, as_module):
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     embed, found = embedding(), []
     for each in (plain, net):
-        state = each(embed)
+        state = seeded(each, embed)
         loss = seeded(SMARTLoss(each if as_module else lambda x, f=each: f(x), kl_loss, step_size=1e3), embed, state)
         if each is net:
             assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters() if p.requires_grad)
@@ -470,6 +483,7 @@ def test_one_empty_embedding_of_a_pair():
 # Backends
 
 
+@pytest.mark.filterwarnings("ignore::smart_fast.BackendFallbackWarning")
 def test_the_backend_reaches_losses_inside_a_lambda(monkeypatch):
     asked = []
     select = smart_fast.loss.select
@@ -482,6 +496,7 @@ def test_the_backend_reaches_losses_inside_a_lambda(monkeypatch):
     assert asked == ["auto"]
 
 
+@pytest.mark.filterwarnings("ignore::smart_fast.BackendFallbackWarning")
 def test_two_smart_losses_inside_each_other_keep_their_backends(monkeypatch):
     asked = []
     select = smart_fast.loss.select
