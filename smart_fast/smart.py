@@ -111,7 +111,7 @@ class SMARTLoss(nn.Module):
                 structure; a loss that is not a scalar.
             RuntimeError: the loss does not depend on the perturbed embedding.
         """
-        if torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             return self._outside_inference_mode(embed, state, *args, mask=mask, **kwargs)
         step = self._step()
         embeds = tuple(embed) if isinstance(embed, (tuple, list)) else (embed,)
