@@ -506,3 +506,16 @@ def test_two_smart_losses_inside_each_other_keep_their_backends(monkeypatch):
     outer = SMARTLoss(net, lambda p, s: inner(embed, s) + kl_loss(p, s), backend="native", num_steps=0)
     outer(embed, net(embed))
     assert asked == ["torch", "native"]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_torch_compile_with_its_default_settings(requires_grad):
+    net, embed = nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, 3)), embedding(requires_grad=requires_grad)
+    smart = SMARTLoss(net, kl_loss, num_steps=2, step_size=10.0, backend="torch")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda embed: smart(embed, net(embed)), backend="eager")
+    found = []
+    for run in (compiled, lambda embed: smart(embed, net(embed))):
+        loss = seeded(run, embed)
+        found.append((loss, *torch.autograd.grad(loss, [net[0].weight] + [embed] * requires_grad)))
+    torch.testing.assert_close(*found)
