@@ -34,12 +34,19 @@ def _devices() -> list[str]:
     return found
 
 
+def _auto() -> str:
+    try:
+        return f"auto means {default_backend()}"
+    except ValueError as error:
+        return str(error)
+
+
 def _lines() -> list[str]:
     lines = [f"smart-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
     lines += [f"  {package:<14} {_version(package)}" for package in ("torch", "triton", "transformers", "ninja")]
     lines += [f"  {'nvcc':<14} {shutil.which('nvcc') or 'not found'}", "devices"]
     lines += [f"  {device}" for device in _devices()]
-    lines += [f"backends (auto means {default_backend()})"]
+    lines += [f"backends ({_auto()})"]
     for name, reason in available_backends().items():
         lines.append(f"  {name:<8} {'available' if reason is None else 'unavailable: ' + reason}")
         lines += [f"  {'':<8} fix: {fix}" for symptom, fix in _FIXES.items() if reason and symptom in reason]

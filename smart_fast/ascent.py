@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
@@ -24,9 +25,11 @@ def input_gradients(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
         ReentrantCheckpointError: see `input_gradients_by_backward`.
         RuntimeError: the loss does not depend on the inputs.
     """
+    # Edges of the graph, since eval_fn may modify its inputs in place; the compiler knows only tensors.
+    points: Any = inputs if torch.compiler.is_compiling() else [get_gradient_edge(each) for each in inputs]
     loss = _checked(loss_of(*inputs))
     try:
-        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        grads = torch.autograd.grad(loss, points, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
             raise ReentrantCheckpointError(str(error)) from error

@@ -23,8 +23,7 @@ class _Shift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(mask)
-        # A view, since autograd wants an output that is not one of the inputs.
-        return perturbed.view_as(perturbed)
+        return _as_output(ctx, perturbed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -32,6 +31,36 @@ class _Shift(torch.autograd.Function):
         if mask is not None:
             grad = torch.where(mask.unsqueeze(-1), grad, 0.0)
         return grad, None, None
+
+
+class _Track(torch.autograd.Function):
+    """A tensor that requires grad and is no leaf: unlike a leaf, ``eval_fn`` may modify it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, perturbed: Tensor) -> Tensor:
+        return _as_output(ctx, perturbed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _as_output(ctx: Any, perturbed: Tensor) -> Tensor:
+    """The input itself, as autograd allows where it was modified; a view could not be modified in place later on."""
+    if torch.compiler.is_compiling():
+        return perturbed.view_as(perturbed)
+    ctx.mark_dirty(perturbed)
+    return perturbed
+
+
+def track(perturbed: Tensor) -> Tensor:
+    """``perturbed``, requiring grad as smart-pytorch's does even for frozen embeddings."""
+    if perturbed.requires_grad:
+        return perturbed
+    if torch.compiler.is_compiling():
+        return perturbed.requires_grad_()
+    tracked: Tensor = _Track.apply(torch.empty((), requires_grad=True), perturbed)
+    return tracked
 
 
 def perturb(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,17 @@ def draw_normal(embed: Tensor, generator: torch.Generator | None) -> Tensor:
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A seed for counter-based noise: int64 ``[1]`` on ``device``, drawn there and never read by the host."""
     return torch.randint(_SEEDS, (1,), device=device, generator=generator)
+
+
+def remember_generators(device: torch.device) -> Callable[[], None]:
+    """Calling the result sets torch's generators of the CPU and of ``device`` back to where they are now."""
+    on_cpu = torch.get_rng_state()
+    module = getattr(torch, device.type) if device.type in ("cuda", "xpu") else None
+    on_device = module.get_rng_state(device) if module else None
+
+    def rewind() -> None:
+        torch.set_rng_state(on_cpu)
+        if module:
+            module.set_rng_state(on_device, device)
+
+    return rewind

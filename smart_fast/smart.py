@@ -14,6 +14,7 @@ from ._checks import check_callable, check_choice, check_count, check_mask, chec
 from .ascent import ReentrantCheckpointError, input_gradients, input_gradients_by_backward
 from .backends import calling, check_name, select
 from .backends.base import UPDATES, Step
+from .noise import remember_generators
 from .norms import Norm, inf_norm
 
 __all__ = ["SMARTLoss"]
@@ -86,7 +87,7 @@ class SMARTLoss(nn.Module):
         self.scale = scale
         self.ascent_dtype = ascent_dtype
         self.generator = generator
-        self._reentrant_checkpoints = False
+        self._reentrant_checkpoints: bool | None = None  # unknown before the first ascent
         self._step()
 
     def forward(
@@ -110,11 +111,13 @@ class SMARTLoss(nn.Module):
                 structure; a loss that is not a scalar.
             RuntimeError: the loss does not depend on the perturbed embedding.
         """
-        if torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             return self._outside_inference_mode(embed, state, *args, mask=mask, **kwargs)
         step = self._step()
         embeds = tuple(embed) if isinstance(embed, (tuple, list)) else (embed,)
         masks = self._check_inputs(embeds, mask, several=embeds[:1] != (embed,))
+        for name in ("loss_fn", "loss_last_fn") if self.num_steps > 0 else ("loss_last_fn",):
+            states.check_match(name, getattr(self, name), state)
         if any(each.numel() == 0 for each in embeds):
             return _nothing(embeds, state)
         numbers = (self.noise_var, self.step_size, self.epsilon)
@@ -133,7 +136,7 @@ class SMARTLoss(nn.Module):
                 for backend, each, grad, noise, each_mask in zip(backends, embeds, grads, noises, masks, strict=True)
             )
         if torch.is_grad_enabled():
-            _require_grad(perturbed)
+            perturbed = [autograd.track(each) for each in perturbed]
         perturbed_state = self.eval_fn(*perturbed, *args, **kwargs)
         return self._compare("loss_last_fn", perturbed_state, state)
 
@@ -183,12 +186,24 @@ class SMARTLoss(nn.Module):
             return self._compare("loss_fn", self.eval_fn(*inputs, *args, **kwargs), clean)
 
         with torch.enable_grad():
-            _require_grad(perturbed)
-            if not self._reentrant_checkpoints:
-                try:
-                    return input_gradients(loss_of, perturbed)
-                except ReentrantCheckpointError:
-                    self._reentrant_checkpoints = True
+            perturbed = [autograd.track(each) for each in perturbed]
+            if torch.compiler.is_compiling():
+                return input_gradients(loss_of, perturbed)
+            if self._reentrant_checkpoints:
+                return input_gradients_by_backward(loss_of, perturbed)
+            # The second attempt must see the dropout of the first, or the first call would differ from the others.
+            capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            unknown = self._reentrant_checkpoints is None and not capturing
+            rewind = remember_generators(perturbed[0].device) if unknown else None
+            try:
+                grads = input_gradients(loss_of, perturbed)
+                if unknown:
+                    self._reentrant_checkpoints = False
+                return grads
+            except ReentrantCheckpointError:
+                self._reentrant_checkpoints = True
+            if rewind:
+                rewind()
             return input_gradients_by_backward(loss_of, perturbed)
 
     def _compare(self, name: str, perturbed: Any, state: Any) -> Tensor:
@@ -208,14 +223,7 @@ def _unzip(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor],
     return list(first), list(second)
 
 
-def _require_grad(perturbed: list[Tensor]) -> None:
-    """As in smart-pytorch, ``eval_fn`` always gets an input that requires grad, frozen embeddings included."""
-    for each in perturbed:
-        if not each.requires_grad:
-            each.requires_grad_()
-
-
 def _nothing(embeds: tuple[Tensor, ...], state: Any) -> Tensor:
-    """The loss of an empty batch: zero, with zero gradients."""
+    """The loss of an empty batch: zero, with zero gradients, even where means over nothing are NaN in ``state``."""
     tensors = [t for t in tree_iter((embeds, state)) if isinstance(t, Tensor) and t.is_floating_point()]
-    return torch.stack([t.sum().to(embeds[0].dtype) for t in tensors]).sum() * 0.0
+    return sum((t.flatten()[:0].sum().to(embeds[0].dtype) for t in tensors), start=embeds[0].new_zeros(()))

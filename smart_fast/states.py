@@ -6,21 +6,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_map
 
 Loss = Callable[..., Any]
 
 
 def detach(state: Any) -> Any:
-    """``state`` with every tensor detached, in the same kind of container."""
-    if hasattr(state, "detach"):
-        return state.detach()
-    if isinstance(state, Mapping):
-        return {key: detach(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [detach(value) for value in state] if isinstance(state, list) else tuple(map(detach, state))
-    if state is None:
+    """``state`` with every tensor detached, in the same kinds of containers."""
+    return _detach(state) if hasattr(state, "detach") else tree_map(_detach, state)
+
+
+def _detach(value: Any) -> Any:
+    if hasattr(value, "detach"):
+        return value.detach()
+    if value is None:
         return None
-    raise TypeError(f"state must be a tensor, or a list, tuple or dict of tensors, got {type(state).__name__}")
+    if isinstance(value, Mapping):  # of a kind that torch does not know
+        return {key: detach(each) for key, each in value.items()}
+    raise TypeError(f"state must be a tensor, or a list, tuple or dict of tensors, got {type(value).__name__}")
 
 
 def check_losses(name: str, loss_fn: Any) -> None:
@@ -39,6 +42,13 @@ def check_losses(name: str, loss_fn: Any) -> None:
             raise TypeError(f"{name}[{key!r}] must be callable, got {type(loss).__name__}")
 
 
+def check_match(name: str, loss_fn: Any, state: Any) -> None:
+    """Check that several losses stand for the states one to one."""
+    losses, items = _items(loss_fn), _items(state)
+    if losses is not None and (items is None or losses.keys() != items.keys()):
+        raise ValueError(f"{name} must match the states one to one, got {_describe(loss_fn)} for {_describe(state)}")
+
+
 def compare(name: str, loss_fn: Any, perturbed: Any, state: Any) -> Any:
     """``loss_fn`` of the two states, or the sum over states of one loss each.
 
@@ -47,17 +57,20 @@ def compare(name: str, loss_fn: Any, perturbed: Any, state: Any) -> Any:
     """
     left, right = _items(perturbed), _items(state)
     if (left is None) != (right is None) or (left is not None and right is not None and left.keys() != right.keys()):
-        raise ValueError(
+        mismatch = ValueError(
             f"eval_fn must return the structure of state, got {_describe(perturbed)} from eval_fn"
             f" and {_describe(state)} as state"
         )
+        if right is not None or _items(loss_fn) is not None:
+            raise mismatch
+        try:  # smart-pytorch leaves it to the loss, which may well pick what it compares
+            return loss_fn(perturbed, state)
+        except (TypeError, AttributeError) as error:
+            raise mismatch from error
+    check_match(name, loss_fn, state)
     losses = _items(loss_fn)
-    if losses is None:
+    if losses is None or left is None or right is None:
         return loss_fn(perturbed, state)
-    if left is None or right is None or losses.keys() != left.keys():
-        raise ValueError(
-            f"{name} must match the states one to one, got {_describe(loss_fn)} for {_describe(perturbed)}"
-        )
     terms = [loss(left[key], right[key]) for key, loss in losses.items()]
     return sum(terms[1:], start=terms[0])
 

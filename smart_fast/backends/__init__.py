@@ -27,7 +27,8 @@ class BackendFallbackWarning(UserWarning):
 
 
 class _Caller(threading.local):
-    backend: str | None = None
+    def __init__(self) -> None:  # in every thread; torch.compile cannot guard a default of the class
+        self.backend: str | None = None
 
 
 _caller = _Caller()

@@ -27,11 +27,16 @@ def ascend(embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor 
         finite = finite & mask.unsqueeze(-1)
     grad = torch.where(finite, grad, 0.0)
     if step.update == "sift":
-        noise = noise + step.step_size * (grad / (step.norm_fn(grad) + step.epsilon))
+        scale = step.norm_fn(grad) + step.epsilon
+        moved = noise + step.step_size * (grad / scale)
     else:
         moved = noise + step.step_size * grad
-        noise = moved / (step.norm_fn(moved) + step.epsilon)
-    noise = noise.detach()
+        scale = step.norm_fn(moved) + step.epsilon
+        moved = moved / scale
+    if not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
+        # Nothing to divide by: smart-pytorch's NaN only where smart-pytorch has it.
+        moved = torch.where((scale != 0) | (finite & (step.update != "sift")), moved, noise)
+    noise = moved.detach()
     if mask is not None:
         noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
     return _add(embed, noise, mask), noise

@@ -1,0 +1,172 @@
+"""Backends by name: which exist, what "auto" means, and fallbacks that say so once."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from helpers import run_python
+from torch import nn
+
+import smart_fast
+from smart_fast import BackendFallbackWarning, SMARTLoss, available_backends, kl_loss, set_default_backend
+from smart_fast.__main__ import main
+from smart_fast.backends import backend_of_caller, calling, default_backend
+
+PAIR = (torch.randn(3, 5), torch.randn(3, 5))
+
+
+@pytest.fixture(autouse=True)
+def _auto_afterwards():
+    before = default_backend()
+    yield
+    set_default_backend(before)
+
+
+def test_available_backends_says_why_not():
+    found = available_backends()
+    assert list(found) == ["torch", "triton", "native"]
+    assert found["torch"] is None
+    assert all(reason is None or (isinstance(reason, str) and len(reason) > 20) for reason in found.values())
+
+
+def test_a_backend_that_does_not_exist():
+    unavailable = [reason for reason in available_backends().values() if reason]
+    for call in (
+        lambda: kl_loss(*PAIR, backend="jax"),
+        lambda: SMARTLoss(nn.Linear(5, 5), kl_loss, backend="jax"),
+        lambda: set_default_backend("jax"),
+    ):
+        with pytest.raises(ValueError, match="'jax' does not exist") as error:
+            call()
+        assert all(part in str(error.value) for part in ("'auto'", "'torch' (available)", *unavailable))
+    with pytest.raises(TypeError, match="name"):
+        set_default_backend(None)
+    assert default_backend() == "auto"
+
+
+def fallbacks(call, action="always"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        call()
+    return [str(each.message) for each in caught if each.category is BackendFallbackWarning]
+
+
+def test_a_fallback_says_so_once_per_reason():
+    smart, embed = SMARTLoss(nn.Linear(5, 5), kl_loss, backend="native"), torch.randn(3, 5)
+
+    def calls():
+        for _ in range(3):
+            smart(embed, PAIR[0])
+            kl_loss(*PAIR, backend="native")
+
+    (said,) = fallbacks(calls)
+    assert "'native' falls back to PyTorch" in said
+
+
+def test_a_fallback_can_be_an_error():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", BackendFallbackWarning)
+        for _ in range(2):
+            with pytest.raises(BackendFallbackWarning, match="native"):
+                kl_loss(*PAIR, backend="native")
+
+
+def test_a_fallback_gives_what_pytorch_gives():
+    with pytest.warns(BackendFallbackWarning):
+        found = kl_loss(*PAIR, backend="native")
+    assert torch.equal(found, kl_loss(*PAIR, backend="torch"))
+
+
+@pytest.mark.skipif(available_backends()["triton"] is None, reason="the Triton backend serves tensors here")
+def test_triton_on_cpu_tensors_says_what_would_help():
+    (said,) = fallbacks(lambda: kl_loss(*PAIR, backend="triton"))
+    assert "triton" in said
+    assert "TRITON_INTERPRET=1" in said or "install" in said
+
+
+@pytest.mark.parametrize("backend", ["triton", "native", "auto"])
+def test_float64_is_silent(backend):
+    def calls():
+        kl_loss(PAIR[0].double(), PAIR[1].double(), backend=backend)
+        net = nn.Linear(5, 3).double()
+        SMARTLoss(net, kl_loss, backend=backend)(PAIR[0].double(), net(PAIR[0].double()))
+
+    assert fallbacks(calls) == []
+
+
+def test_auto_is_silent():
+    assert fallbacks(lambda: SMARTLoss(nn.Linear(5, 5), kl_loss)(*PAIR)) == []
+
+
+def test_set_default_backend_changes_what_auto_means():
+    set_default_backend("native")
+    assert len(fallbacks(lambda: kl_loss(*PAIR))) == 1
+    assert len(fallbacks(lambda: SMARTLoss(nn.Linear(5, 5), lambda p, s: p.sum())(*PAIR))) == 1
+    assert fallbacks(lambda: kl_loss(*PAIR, backend="torch")) == []
+    set_default_backend("auto")
+    assert fallbacks(lambda: kl_loss(*PAIR)) == []
+
+
+def test_the_calling_backend_belongs_to_its_thread():
+    seen = {}
+
+    def look(name):
+        seen[name] = backend_of_caller()
+
+    with calling("native"):
+        other = threading.Thread(target=look, args=("other",))
+        other.start()
+        other.join()
+        look("same")
+    look("after")
+    assert seen == {"other": "auto", "same": "native", "after": "auto"}
+
+
+@pytest.mark.filterwarnings("ignore::smart_fast.BackendFallbackWarning")
+def test_the_calling_backend_is_restored_after_an_error():
+    def fail(p, s):
+        raise KeyError("from the loss")
+
+    with pytest.raises(KeyError):
+        SMARTLoss(nn.Linear(5, 5), fail, backend="native", num_steps=0)(*PAIR)
+    assert backend_of_caller() == "auto"
+
+
+ENVIRONMENT = """
+import torch, warnings, smart_fast
+warnings.simplefilter("error", smart_fast.BackendFallbackWarning)
+pair = torch.randn(2, 3), torch.randn(2, 3)
+try:
+    smart_fast.kl_loss(*pair)
+except Exception as error:
+    print(type(error).__name__, error)
+smart_fast.set_default_backend("torch")
+print("loss", smart_fast.kl_loss(*pair).item())
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [("native", "BackendFallbackWarning"), ("jax", "ValueError environment variable SMART_FAST_BACKEND"), ("", "loss")],
+)
+def test_the_environment_variable(tmp_path, value, says):
+    done = run_python(ENVIRONMENT, cwd=tmp_path, env={"SMART_FAST_BACKEND": value})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(says)
+    assert "loss" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("how", ["here", "with a mistake in the environment"])
+def test_the_report(how, tmp_path, capsys):
+    if how == "here":
+        assert main() == 0
+        report = capsys.readouterr().out
+        assert "auto means auto" in report
+    else:
+        done = run_python(["-m", "smart_fast"], cwd=tmp_path, env={"SMART_FAST_BACKEND": "jax"})
+        assert done.returncode == 0, done.stderr
+        report = done.stdout
+        assert "SMART_FAST_BACKEND: 'jax' does not exist" in report
+    for part in (f"smart-fast {smart_fast.__version__}", torch.__version__, "cpu:", "torch    available", "native"):
+        assert part in report
