@@ -119,7 +119,7 @@ class SMARTLoss(nn.Module):
         for name in ("loss_fn", "loss_last_fn") if self.num_steps > 0 else ("loss_last_fn",):
             states.check_match(name, getattr(self, name), state)
         if any(each.numel() == 0 for each in embeds):
-            return _nothing(embeds, state)
+            return _nothing(embeds, state, self.parameters())
         numbers = (self.noise_var, self.step_size, self.epsilon)
         backends = [select(self.backend, each, numbers=numbers) for each in embeds]
 
@@ -223,7 +223,8 @@ def _unzip(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor],
     return list(first), list(second)
 
 
-def _nothing(embeds: tuple[Tensor, ...], state: Any) -> Tensor:
+def _nothing(embeds: tuple[Tensor, ...], state: Any, parameters: Iterable[Tensor]) -> Tensor:
     """The loss of an empty batch: zero, with zero gradients, even where means over nothing are NaN in ``state``."""
-    tensors = [t for t in tree_iter((embeds, state)) if isinstance(t, Tensor) and t.is_floating_point()]
-    return sum((t.flatten()[:0].sum().to(embeds[0].dtype) for t in tensors), start=embeds[0].new_zeros(()))
+    tensors = [t for t in tree_iter((embeds, state, list(parameters))) if isinstance(t, Tensor)]
+    empty = [t.flatten()[:0].sum().to(embeds[0]) for t in tensors if t.is_floating_point()]
+    return sum(empty, start=embeds[0].new_zeros(()))

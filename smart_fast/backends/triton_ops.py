@@ -38,8 +38,8 @@ def _plain(kernel: Any) -> Any:
 
 
 def _resources(tile: launch.Tile, wrap: Wrap) -> dict[str, int]:
-    """Launch options. Left alone, ptxas spills a few bytes where that rounds the occupancy up; a register limit that is
-    not one (128 x 512 threads fill a multiprocessor) keeps it from that. HIP has no such option, Inductor passes none on.
+    """Launch options. Left alone, ptxas spills a few bytes where that rounds the occupancy up. A register limit that
+    hardly is one (128 x 512 threads fill a multiprocessor) keeps it from that. HIP has none, Inductor passes none on.
     """
     options = {"num_warps": tile.warps}
     if wrap is not wrap_triton and torch.version.hip is None:
