@@ -55,9 +55,7 @@ def _load_triton() -> ModuleType | str:
     return _triton
 
 
-_NOT_BUILT = (
-    "not built yet: `python -m smart_fast build` compiles it once; so does the first use of backend='native'"
-)
+_NOT_BUILT = "not built yet: `python -m smart_fast build` compiles it once; so does the first use of backend='native'"
 
 
 def _load_native(build: bool) -> ModuleType | str:
