@@ -1,7 +1,11 @@
-"""``python -m smart_fast``: which backends work here, what they run on, and what would fix those that do not."""
+"""``python -m smart_fast``: which backends work here, what they run on, and what would fix those that do not.
+
+``python -m smart_fast build`` compiles the native backend, once for this version of smart-fast and torch.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import shutil
@@ -9,12 +13,13 @@ import sys
 
 import torch
 
-from . import __version__, available_backends
-from .backends import default_backend
+from . import __version__, available_backends, native_build
+from .backends import build_native, default_backend
 
 _FIXES = {
     "is not installed": "pip install triton (Linux; the CUDA build of torch brings its own)",
     "no GPU is visible": "install a CUDA build of torch and check that nvidia-smi lists a device",
+    "not built yet": "python -m smart_fast build",
 }
 
 
@@ -53,10 +58,38 @@ def _lines() -> list[str]:
     return lines
 
 
-def main() -> int:
-    print("\n".join(_lines()))
+def _native_lines() -> list[str]:
+    if available_backends()["native"] is not None:
+        return []
+    about = native_build.report(build_native().extension)
+    sets = ", ".join(about["instruction_sets"])
+    return [
+        f"native   {about['compiler']}, torch {about['torch']}, cuda: {'yes' if about['cuda'] else 'no'}",
+        f"  {'':<8} instruction sets here: {sets} (in use: {about['instruction_set']}); flags: {about['flags']}",
+        f"  {'':<8} {about['file']}",
+    ]
+
+
+def _build() -> int:
+    try:
+        build_native()
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(_native_lines()))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m smart_fast", description="Environment report of smart-fast.")
+    parser.add_argument(
+        "command", nargs="?", choices=["report", "build"], default="report", help="build: compile the native backend"
+    )
+    if parser.parse_args([] if arguments is None else arguments).command == "build":
+        return _build()
+    print("\n".join([*_lines(), *_native_lines()]))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
