@@ -1,0 +1,229 @@
+"""What is particular to the compiled operators: threads, instruction sets, memory, gradients given with the loss."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import smart_fast
+from smart_fast import native_build
+from smart_fast.backends import build_native, select
+from smart_fast.backends.base import Step
+from tests import oracle
+
+LOSSES = [smart_fast.kl_loss, smart_fast.sym_kl_loss, smart_fast.js_loss]
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def native():
+    if native_build.load() is None and (reason := native_build.missing()):
+        pytest.skip(reason)
+    return build_native()
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instruction_set(request, native):
+    if not native.extension.use_instruction_set(request.param):
+        pytest.skip(f"this CPU does not run {request.param}")
+    yield request.param
+    native.extension.use_instruction_set("auto")
+
+
+def pair(*shape, apart=1.0, dtype=torch.float32):
+    t = torch.randn(shape)
+    return tuple(each.to(dtype).requires_grad_() for each in (t + apart * torch.randn(shape), t))
+
+
+def test_auto_prefers_what_is_built(native):
+    assert select("auto", torch.zeros(2, 2)) is native
+    assert select("auto", torch.zeros(2, 2, dtype=torch.float64)) is None
+
+
+def test_how_it_was_built(native):
+    about = native_build.report(native.extension)
+    assert about["torch"] == torch.__version__.split("+")[0]
+    assert about["compiler"].startswith(("gcc", "clang"))
+    assert "portable" in about["instruction_sets"]
+    assert about["instruction_set"] == about["instruction_sets"][0]
+    assert isinstance(about["cuda"], bool)
+    assert "march" not in about["flags"]
+    assert "fast-math" not in about["flags"]
+    assert not native.extension.use_instruction_set("sse9")
+
+
+@pytest.mark.parametrize("width", [768, 30, 7])
+def test_noise_of_the_triton_kernels(native, width):
+    triton_backend = pytest.importorskip("smart_fast.backends.triton_backend")
+    if triton_backend.cannot_serve(torch.device("cpu")):
+        pytest.skip("the Triton kernels are not interpreted here")
+    embed = torch.zeros(50, width)
+    for seed in (0, 2**40 + 3, 2**63 - 2):
+        seeds = torch.tensor([seed])
+        ours = native.perturb(embed, seeds, 1.0, None, False)[0]
+        theirs = triton_backend.perturb(embed, seeds, 1.0, None, False)[0]
+        assert (ours - theirs).abs().max() < 2e-6
+
+
+def test_noise_is_kept_as_it_was_added(native, instruction_set):
+    embed, seed = torch.zeros(33, 100), torch.tensor([5])
+    perturbed, noise = native.perturb(embed, seed, 0.5, None, True)
+    assert torch.equal(perturbed, noise)
+    mask = torch.rand(33) < 0.5
+    perturbed, noise = native.perturb(embed, seed, 0.5, mask, True)
+    assert torch.equal(perturbed, noise)
+    assert not noise[~mask].any()
+    assert noise[mask].all()
+    assert torch.equal(native.perturb(embed, seed, 0.5, None, False)[1], seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 5000), (300, 100), (1000, 3), (2, 70000)])
+def test_results_do_not_depend_on_threads(native, shape, dtype, instruction_set):
+    embed, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    x, t = pair(*shape, dtype=dtype)
+    step = Step(smart_fast.sentence_norm(smart_fast.l2_norm), 0.1, 0.1, 1e-6, "smart-pytorch")
+
+    def everything():
+        seed = torch.tensor([9])
+        perturbed, noise = native.perturb(embed, seed, 0.1, None, True)
+        yield from (perturbed, noise, *native.ascend(embed, grad, noise, step, None, True))
+        for loss_fn in LOSSES:
+            for reduction in ("sum", "none"):
+                loss = loss_fn(x, t, reduction, backend="native")
+                yield from (loss, *torch.autograd.grad(loss, (x, t), torch.ones_like(loss)))
+
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(list(everything()))
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_large_outputs_are_used_again(native):
+    embed, seed = torch.zeros(MIB), torch.tensor([1])
+    smart_fast.empty_cache()
+    first = native.perturb(embed, seed, 1.0, None, False)[0]
+    assert native.extension.cached_bytes() == 0
+    values, address = first.clone(), first.data_ptr()
+    del first
+    assert native.extension.cached_bytes() == 4 * MIB
+    again = native.perturb(embed, seed, 1.0, None, False)[0]
+    assert again.data_ptr() == address
+    assert torch.equal(again, values)
+    other = native.perturb(embed, seed, 1.0, None, False)[0]
+    assert other.data_ptr() != address
+    del again, other
+    assert smart_fast.empty_cache() == 8 * MIB
+    assert smart_fast.empty_cache() == 0
+    assert native.extension.cached_bytes() == 0
+
+
+def test_kept_memory_is_bounded(native):
+    smart_fast.empty_cache()
+    seed = torch.tensor([1])
+    outputs = [native.perturb(torch.zeros(MIB // 4 + 1024 * i), seed, 1.0, None, False)[0] for i in range(40)]
+    del outputs
+    assert 0 < native.extension.cached_bytes() <= 16 * 2 * MIB
+    smart_fast.empty_cache()
+
+
+def test_outputs_are_ordinary_tensors(native):
+    out = native.perturb(torch.zeros(MIB), torch.tensor([1]), 1.0, None, False)[0]
+    assert out.is_contiguous()
+    assert out.untyped_storage().resizable()
+    out.resize_(2 * MIB).zero_()
+    assert out[:10].clone().share_memory_().is_shared()
+
+
+# ---- gradients given with the loss -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 1000)])
+@pytest.mark.parametrize("loss_fn", LOSSES)
+def test_a_second_backward_pass(native, loss_fn, shape):
+    """The first one hands its gradients over: whatever becomes of them, the second is right."""
+    x, t = pair(*shape)
+    loss = loss_fn(x, t, backend="native")
+    first = torch.autograd.grad(loss, (x, t), retain_graph=True)
+    kept = [each.clone() for each in first]
+    for each in first:
+        each.fill_(math.nan)
+    second = torch.autograd.grad(loss, (x, t), torch.tensor(3.0), retain_graph=True)
+    third = torch.autograd.grad(loss, (x, t))
+    for one, two, three in zip(kept, second, third, strict=True):
+        assert torch.equal(two, 3 * one)
+        assert torch.equal(three, one)
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES)
+def test_scaled_losses(native, loss_fn):
+    """As torch.nn weighs its losses: a factor, a sum of two uses, accumulation into .grad."""
+    x, t = pair(4, 50)
+    loss = loss_fn(x, t, backend="native")
+    (0.25 * loss + loss / 2).backward()
+    x2, t2 = (each.detach().clone().requires_grad_() for each in (x, t))
+    for factor in (0.25, 0.5):
+        (factor * loss_fn(x2, t2, backend="native")).backward()
+    for one, two in ((x, x2), (t, t2)):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-6, atol=0)
+
+
+def test_fp16_gradients_survive_a_loss_scale(native):
+    """A gradient that underflows in fp16 until it is scaled, as torch.amp.GradScaler does."""
+    x, t = pair(4096, 20, apart=1e-2, dtype=torch.float16)
+    scale = 2.0**16
+    (smart_fast.kl_loss(x, t, backend="native") * scale).backward()
+    exact = oracle.divergence_grads("kl", x.detach(), t.detach(), 1.0, torch.tensor([scale / 4096]))
+    assert oracle.relative_error(x.grad, exact[0]) < 2**-9
+
+
+def test_no_gradient_no_memory(native):
+    x, t = (each.detach() for each in pair(MIB // 4, 8))
+    smart_fast.empty_cache()
+    with torch.no_grad():
+        smart_fast.sym_kl_loss(x, t, backend="native")
+    smart_fast.sym_kl_loss(x, t, backend="native")
+    assert smart_fast.empty_cache() == 0
+
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_under_address_and_undefined_behavior_sanitizer(tmp_path):
+    csrc = native_build.sources()
+    if reason := native_build.missing():
+        pytest.skip(reason)
+    here = Path(__file__).parent
+    flags = [flag for flag in native_build.FLAGS if flag not in ("-O3", "-fopenmp")]
+    flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{csrc}"]
+    compiler = os.environ.get("CXX", "c++").split()
+    units = [*sorted((csrc / "cpu").glob("*.cpp")), here / "native" / "test_kernels.cpp"]
+
+    def compile_unit(source):
+        target = tmp_path / f"{source.stem}.o"
+        return subprocess.run([*compiler, *flags, "-c", source, "-o", target], capture_output=True, text=True), target
+
+    with ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(compile_unit, units))
+    assert all(done.returncode == 0 for done, _ in compiled), "".join(done.stderr for done, _ in compiled)
+    program = tmp_path / "test_kernels"
+    objects = [target for _, target in compiled]
+    linked = subprocess.run([*compiler, *flags, *objects, "-o", program], capture_output=True, text=True)
+    if linked.returncode != 0 and "asan" in linked.stderr:
+        pytest.skip("this compiler comes without sanitizers")
+    assert linked.returncode == 0, linked.stderr
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "0 failures" in done.stdout
