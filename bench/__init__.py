@@ -1,0 +1,1 @@
+"""How fast smart-fast is, against whom: ``python -m bench``, or ``pytest bench --benchmark-only``."""
