@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pathlib
 import re
+import signal
 import sys
 import time
 import warnings
@@ -87,7 +89,7 @@ def _list(chosen, backends, device) -> int:
 def _measure(chosen, backends, device, options, console) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .measure import copy_bandwidth
+    from .measure import busy_share, copy_bandwidth
     from .plots import save_plots
     from .report import Report, device_name, environment, save_json, show
     from .run import run_case
@@ -97,26 +99,31 @@ def _measure(chosen, backends, device, options, console) -> int:
     limit = options.limit or (QUICK_LIMIT if options.quick else float("inf"))
     seconds = options.seconds or (0.6 if options.quick else 2.0)
 
-    report = Report(environment(device))
+    report = Report(environment(device), busy=busy_share())
     size = 1 << 30 if device.type == "cuda" else 1 << 28
     report.copy_rate = copy_bandwidth(device, size)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    waiting = list(chosen)
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # `timeout` gets the table of what was done, as Ctrl-C does
+    with Progress(*columns, console=console, transient=True) as progress, contextlib.suppress(KeyboardInterrupt):
         bar = progress.add_task("", total=len(chosen))
-        for case in chosen:
-            if time.perf_counter() - START > limit:
-                report.left_out.append(case.name)
-                progress.advance(bar)
-                continue
+        while waiting and time.perf_counter() - START < limit:
+            name = waiting[0].name
             if not console.is_terminal:
-                console.print(f"{time.perf_counter() - START:6.1f} s  {case.name}", highlight=False, markup=False)
+                console.print(f"{time.perf_counter() - START:6.1f} s  {name}", highlight=False, markup=False)
 
-            def say(doing: str, name: str = case.name) -> None:
+            def say(doing: str, name: str = name) -> None:
                 progress.update(bar, description=f"{name}: {doing}".replace("[", r"\["))
 
-            report.rows += run_case(case, device, backends, seconds=seconds, copy_rate=report.copy_rate, say=say)
-            save_json(report, json_path)  # after every case: a run that is cut short keeps what it measured
+            report.rows += run_case(waiting[0], device, backends, seconds=seconds, copy_rate=report.copy_rate, say=say)
+            waiting.pop(0)
+            save_json(report, json_path)  # after every case: a run that is killed keeps what it measured
             progress.advance(bar)
+    report.left_out = [case.name for case in waiting]
+    if report.busy is not None:
+        report.busy = max(report.busy, busy_share() or 0.0)
     save_json(report, json_path)
     show(report, console)
     for path in (json_path, *save_plots(report, plot_path)):

@@ -120,8 +120,8 @@ TABLE: tuple[Case, ...] = (
     regularizer("masked LM 1x128, V=30522", (4, 32, 128), "quick", TINIER_LM),
     regularizer("masked LM 2x128, V=30522", (8, 64, 128), "cpu cuda", TINY_LM),
     regularizer("masked LM 2x128, V=30522", (32, 128, 128), "cuda", TINY_LM),
-    regularizer("bert-base classifier 12x768", (32, 128, 768), "cuda", BASE),
     regularizer("bert-base classifier 12x768", (8, 128, 768), "cuda", BASE),
+    regularizer("bert-base classifier 12x768", (32, 128, 768), "cuda", BASE),
     regularizer("bert-base classifier 12x768", (2, 32, 768), "cpu", BASE),
     regularizer("bert classifier 2x768", (4, 32, 768), "quick", SHALLOW),
 )

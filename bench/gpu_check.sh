@@ -33,7 +33,7 @@ part() {
 
 if [ "$device" = cuda ]; then
     tests=(-m gpu tests)
-    cases=(--device cuda --limit 170 --seconds 1)
+    cases=(--device cuda --limit 190 --seconds 1)
 else
     tests=(tests/test_bench.py)
     cases=(--device cpu --quick)

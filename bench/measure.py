@@ -120,6 +120,15 @@ def _summary(values: list[float], calls: int) -> Timing:
     return Timing(median, q1, q3, len(values), calls)
 
 
+def busy_share() -> float | None:
+    """The share of the processors in use while this process sleeps for a third of a second; None without psutil."""
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return None
+    return psutil.cpu_percent(interval=0.3) / 100
+
+
 def copy_bandwidth(device: torch.device, size: int) -> float:
     """Bytes read plus bytes written per second by `Tensor.copy_` of ``size`` bytes: the median of nine copies."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -47,7 +47,9 @@ def _bars(
         heights = [cases.index(row.case) + (place - (len(names) - 1) / 2) * thick for row in mine]
         values = [value(row) for row in mine]
         bars = axes.barh(heights, values, thick * 0.92, color=colors[name], label=name)
-        axes.bar_label(bars, [f"{v:.2f}" for v in values], padding=3, fontsize=8, color="#3e4c59")
+        labels = axes.bar_label(bars, [_label(v) for v in values], padding=3, fontsize=8, color="#3e4c59")
+        for text in labels:
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axes.axvline(1, color="#cf1124", linewidth=1, linestyle="--", zorder=0, label=line)
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
@@ -58,7 +60,20 @@ def _bars(
     env = report.environment
     threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
     figure.suptitle(f"{env['device']}{threads}, torch {env['versions']['torch']}", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    handles, entries = axes.get_legend_handles_labels()
+    by_name = dict(zip(entries, handles, strict=True))
+    figure.legend(
+        [by_name[name] for name in (*names, line)],
+        [*names, line],
+        loc="outside lower center",
+        ncols=min(3, len(names) + 1),
+        frameon=False,
+        fontsize=9,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _label(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.1g}"

@@ -26,14 +26,17 @@ from .measure import Timing
 from .run import Row
 
 SCHEMA = 1
+BUSY = 0.1  # others' share of the processors above which the table says that the machine was busy
 
 
 @dataclass
 class Report:
-    """``environment``: versions, device, threads, commit, date. ``copy_rate`` in bytes per second."""
+    """``environment``: versions, device, threads, commit, date. ``copy_rate`` in bytes per second. ``busy``: the share
+    of the processors that other programs took just before or just after the run, whichever is larger."""
 
     environment: dict[str, Any]
     copy_rate: float | None = None
+    busy: float | None = None
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -115,21 +118,28 @@ def load_json(path: pathlib.Path) -> Report:
     for fields in content["rows"]:
         timing = fields.pop("timing")
         rows.append(Row(**fields, timing=None if timing is None else Timing(**timing)))
-    return Report(content["environment"], content["copy_rate"], rows, content["left_out"])
+    return Report(content["environment"], content["copy_rate"], content["busy"], rows, content["left_out"])
 
 
 def show(report: Report, console: Console) -> None:
     """The table, then the geometric means and the cases that were not run."""
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log file has no edge to wrap at
-    console.print(_heading(report))
+    console.print(_heading(report), highlight=False, soft_wrap=True)
     console.print(_table(report.rows))
     for (group, contestant), (speed, cases) in geometric_means(report.rows).items():
         if contestant.startswith("smart-fast"):
             what = f"{contestant}, {group}: {speed:.2f} x the fastest rival"
             console.print(f"{what} (geometric mean of {cases} case{'s' if cases > 1 else ''})", highlight=False)
+    if report.busy is not None and report.busy > BUSY:
+        console.print(
+            f"[yellow]this machine was busy with other work ({report.busy:.0%} of its processors before or after the "
+            "run): times, spreads and ratios suffer",
+            highlight=False,
+            soft_wrap=True,
+        )
     for note in _absent(report.rows):
-        console.print(f"[yellow]not run:[/] {_escape(note)}", highlight=False)
+        console.print(f"[yellow]not run:[/] {_escape(note)}", highlight=False, soft_wrap=True)
     for name in report.left_out:
         console.print(f"[yellow]not run, out of time:[/] {_escape(name)}", highlight=False)
 
@@ -139,7 +149,7 @@ def _heading(report: Report) -> str:
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in env["versions"].items())
     copy = "not measured" if report.copy_rate is None else f"{report.copy_rate / 1e9:.1f} GB/s read + written"
     threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
-    return f"[bold]{env['device']}[/]{threads}; copy bandwidth {copy}\n{versions}; commit {env['commit']}"
+    return f"[bold]{env['device']}[/]{threads}; copy bandwidth {copy}; commit {env['commit']}\n{versions}"
 
 
 def _absent(rows: Sequence[Row]) -> list[str]:

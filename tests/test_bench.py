@@ -18,6 +18,7 @@ if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repos
 
 from bench import cases, measure, peers, report  # noqa: E402
 from bench.run import Row, plain_error, run_case  # noqa: E402
+from smart_fast.backends import select  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = cases.divergence("sym_kl", (8, 5), torch.float32, "cpu")
@@ -64,7 +65,7 @@ def test_bytes_that_must_move():
     assert all(counted == expected for counted, expected in by_hand.items())
 
 
-@pytest.mark.parametrize(
+every_kind = pytest.mark.parametrize(
     "case",
     [
         cases.perturb((64, 33), torch.float32, "cpu", masked=True),
@@ -77,6 +78,21 @@ def test_bytes_that_must_move():
     ],
     ids=lambda case: case.name,
 )
+
+
+@every_kind
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_fused_backends_pass_the_checks(case, backend):
+    if reason := peers.smart_fast.available_backends()[backend]:
+        pytest.skip(reason)
+    if select(backend, torch.zeros(1)) is None:
+        pytest.skip(f"{backend} does not serve CPU tensors here")
+    task = case.build(CPU)
+    findings = task.check(task.call(task.ours(backend)), task.inputs(0), backend)
+    assert not [found for found in findings if found.wrong]
+
+
+@every_kind
 def test_right_results_are_timed(case):
     rows = run_small(("smart-fast torch", lambda run: run), case=case)
     for row in rows.values():
@@ -114,7 +130,7 @@ def test_wrong_result_gets_no_time(change, capsys):
     assert wrong.peak is None
     assert rows[peers.EAGER].timing is not None
 
-    shown = report.Report({**report.environment(CPU)}, 1e10, [wrong])
+    shown = report.Report(report.environment(CPU), 1e10, rows=[wrong])
     report.show(shown, report.Console(width=120))
     line = next(line for line in capsys.readouterr().out.splitlines() if "smart-fast wrong" in line)
     assert "WRONG" in line
@@ -152,7 +168,7 @@ def test_interpreted_kernels_are_never_timed(monkeypatch):
 def test_json_round_trip(tmp_path):
     rows = list(run_small(("smart-fast torch", lambda run: run)).values())
     rows.append(Row("another", "ops", "smart-fast triton", "ours", skipped="no GPU"))
-    written = report.Report(report.environment(CPU), 2.5e10, rows, ["left out"])
+    written = report.Report(report.environment(CPU), 2.5e10, 0.5, rows, ["left out"])
     path = tmp_path / "folder" / "results.json"
     report.save_json(written, path)
     assert report.load_json(path) == written
@@ -167,7 +183,7 @@ def test_plots_are_written(tmp_path):
     from bench.plots import save_plots
 
     rows = list(run_small(("smart-fast torch", lambda run: run)).values())
-    written = save_plots(report.Report(report.environment(CPU), 1e10, rows), tmp_path / "speed.png")
+    written = save_plots(report.Report(report.environment(CPU), 1e10, rows=rows), tmp_path / "speed.png")
     assert [path.name for path in written] == ["speed.png", "speed-bandwidth.png"]
     assert all(path.stat().st_size > 1000 for path in written)
 
