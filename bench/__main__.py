@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -14,7 +15,8 @@ import warnings
 
 START = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
-QUICK_LIMIT = 80.0  # seconds after which --quick starts no other case: a slow machine still ends within two minutes
+QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
+GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,12 +26,19 @@ def parser() -> argparse.ArgumentParser:
         "against smart-pytorch, eager and under torch.compile. Results are checked before anything is timed.",
     )
     made.add_argument("group", nargs="?", default="all", choices=("all", "ops", "regulariser"), help="what to measure")
-    made.add_argument("--quick", action="store_true", help="few, small cases: two minutes on two cores without a GPU")
+    made.add_argument(
+        "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"
+    )
     made.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     made.add_argument("--backends", nargs="+", metavar="NAME", help="only these backends of smart-fast")
     made.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     made.add_argument("--seconds", type=_positive, metavar="S", help="time to spend on timing a case (default 2)")
-    made.add_argument("--limit", type=_positive, metavar="S", help="start no other case after S seconds")
+    made.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="S",
+        help="after S seconds compile nothing more, and soon after start no other case",
+    )
     made.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of results (default: bench/out/DEVICE)")
     made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="JSON file (default: results.json in --out)")
     made.add_argument("--plot", type=pathlib.Path, metavar="PATH", help="PNG file (default: speed.png in --out)")
@@ -47,7 +56,6 @@ def _positive(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, prints lines otherwise
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
         import torch
@@ -90,6 +98,7 @@ def _measure(chosen, backends, device, options, console) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .measure import busy_share, copy_bandwidth
+    from .peers import contestants
     from .plots import save_plots
     from .report import Report, device_name, environment, save_json, show
     from .run import run_case
@@ -101,7 +110,7 @@ def _measure(chosen, backends, device, options, console) -> int:
 
     report = Report(environment(device), busy=busy_share())
     size = 1 << 30 if device.type == "cuda" else 1 << 28
-    report.copy_rate = copy_bandwidth(device, size)
+    copies = [copy_bandwidth(device, size)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     waiting = list(chosen)
     signal.signal(
@@ -109,18 +118,21 @@ def _measure(chosen, backends, device, options, console) -> int:
     )  # `timeout` gets the table of what was done, as Ctrl-C does
     with Progress(*columns, console=console, transient=True) as progress, contextlib.suppress(KeyboardInterrupt):
         bar = progress.add_task("", total=len(chosen))
-        while waiting and time.perf_counter() - START < limit:
+        while waiting and (elapsed := time.perf_counter() - START) < limit + GRACE:
             name = waiting[0].name
             if not console.is_terminal:
-                console.print(f"{time.perf_counter() - START:6.1f} s  {name}", highlight=False, markup=False)
+                console.print(f"{elapsed:6.1f} s  {name}", highlight=False, markup=False)
 
             def say(doing: str, name: str = name) -> None:
                 progress.update(bar, description=f"{name}: {doing}".replace("[", r"\["))
 
-            report.rows += run_case(waiting[0], device, backends, seconds=seconds, copy_rate=report.copy_rate, say=say)
+            entrants = functools.partial(contestants, compiling=elapsed < limit)
+            report.rows += run_case(waiting[0], device, backends, seconds=seconds, say=say, entrants=entrants)
             waiting.pop(0)
+            report.compare_with_copies(copies)
             save_json(report, json_path)  # after every case: a run that is killed keeps what it measured
             progress.advance(bar)
+    report.compare_with_copies([*copies, copy_bandwidth(device, size)])
     report.left_out = [case.name for case in waiting]
     if report.busy is not None:
         report.busy = max(report.busy, busy_share() or 0.0)

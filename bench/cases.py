@@ -114,7 +114,7 @@ TABLE: tuple[Case, ...] = (
     divergence("kl", (256, 30522), FP32, "cpu"),
     divergence("kl", (8192, 32000), FP32, "cuda"),
     divergence("kl", (8192, 32000), BF16, "cuda"),
-    divergence("js", (256, 30522), FP32, "quick cpu"),
+    divergence("js", (256, 30522), FP32, "cpu"),
     divergence("js", (8192, 32000), BF16, "cuda"),
     regularizer("pooled head 768 to 3", (32, 768), "quick cpu cuda", HEAD, needs=None),
     regularizer("masked LM 1x128, V=30522", (4, 32, 128), "quick", TINIER_LM),

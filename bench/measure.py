@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -153,7 +152,6 @@ def peak_memory(run: Callable[..., Any], arguments: tuple[Any, ...], device: tor
         run(*arguments)
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print a line for each start and stop
     with torch.autograd.profiler.profile(profile_memory=True) as profiler:
         results = run(*arguments)
     del results

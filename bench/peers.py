@@ -32,10 +32,15 @@ class Contestant:
     skipped: str | None = None
 
 
-def contestants(task: Task, device: torch.device, backends: Sequence[str]) -> Iterator[Contestant]:
+def contestants(
+    task: Task, device: torch.device, backends: Sequence[str], *, compiling: bool = True
+) -> Iterator[Contestant]:
     """Everyone who could run ``task`` on ``device``, in the order of the report."""
     yield Contestant(EAGER, "rival", task.call(task.smart_pytorch()))
-    yield Contestant(COMPILED, "rival", compiled(task))
+    if compiling:
+        yield Contestant(COMPILED, "rival", compiled(task))
+    else:
+        yield Contestant(COMPILED, "rival", None, skipped="no time was left to compile it")
     for name in backends:
         reason = why_not(name, device)
         run = None if reason else task.call(task.ours(name))

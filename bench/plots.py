@@ -47,8 +47,8 @@ def _bars(
         heights = [cases.index(row.case) + (place - (len(names) - 1) / 2) * thick for row in mine]
         values = [value(row) for row in mine]
         bars = axes.barh(heights, values, thick * 0.92, color=colors[name], label=name)
-        labels = axes.bar_label(bars, [_label(v) for v in values], padding=3, fontsize=8, color="#3e4c59")
-        for text in labels:
+        texts = axes.bar_label(bars, [_label(v) for v in values], padding=3, fontsize=8, color="#3e4c59")
+        for text in texts:
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axes.axvline(1, color="#cf1124", linewidth=1, linestyle="--", zorder=0, label=line)
     axes.set_yticks(range(len(cases)), cases)
@@ -60,16 +60,11 @@ def _bars(
     env = report.environment
     threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
     figure.suptitle(f"{env['device']}{threads}, torch {env['versions']['torch']}", fontsize=11)
-    handles, entries = axes.get_legend_handles_labels()
-    by_name = dict(zip(entries, handles, strict=True))
-    figure.legend(
-        [by_name[name] for name in (*names, line)],
-        [*names, line],
-        loc="outside lower center",
-        ncols=min(3, len(names) + 1),
-        frameon=False,
-        fontsize=9,
-    )
+    handles, labels = axes.get_legend_handles_labels()
+    by_name = dict(zip(labels, handles, strict=True))
+    entries = (*names, line)
+    columns = min(3, len(entries))
+    figure.legend([by_name[e] for e in entries], entries, loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

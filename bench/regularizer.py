@@ -34,10 +34,10 @@ class _Logits(nn.Module):
 
 
 def classifier(layers: int) -> nn.Module:
-    """BERT-base's width (768, 12 heads) at any depth, three classes."""
+    """BERT-base's width (768, 12 heads) at any depth, three classes; no vocabulary, since its input is embedded."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    return _Logits(BertForSequenceClassification(BertConfig(num_hidden_layers=layers, num_labels=3)))
+    return _Logits(BertForSequenceClassification(BertConfig(num_hidden_layers=layers, num_labels=3, vocab_size=1)))
 
 
 def masked_lm(layers: int, width: int) -> nn.Module:

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import platform
 import statistics
@@ -40,6 +41,13 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    def compare_with_copies(self, rates: Sequence[float]) -> None:
+        """Relate every bandwidth to the fastest copy: before and after the run, since other work may slow one down."""
+        self.copy_rate = max(rates)
+        for row in self.rows:
+            if row.bandwidth is not None:
+                row.copy_share = row.bandwidth / self.copy_rate
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to repeat the run; nothing that names the machine or its user."""
@@ -49,6 +57,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "versions": {
             "python": platform.python_version(),
             "smart_fast": smart_fast.__version__,

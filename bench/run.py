@@ -25,7 +25,7 @@ class Row:
 
     ``speed`` is the median of the fastest right rival divided by this one's: above one is faster than every rival.
     ``beside_model`` is the share of the time that is not the model's own passes. ``error`` is the largest deviation
-    found, relative where the reference is not zero.
+    found, relative where the reference is not zero. ``copy_share`` is filled in by the report.
     """
 
     case: str
@@ -50,7 +50,6 @@ def run_case(
     backends: Sequence[str],
     *,
     seconds: float,
-    copy_rate: float | None,
     say: Callable[[str], None] = lambda doing: None,
     entrants: Callable[..., Iterable[Contestant]] = contestants,
 ) -> list[Row]:
@@ -71,7 +70,7 @@ def run_case(
         say("measuring memory")
         for name, run in runs.items():
             rows[name].peak = peak_memory(run, sets[0], device)
-    _derive(list(rows.values()), case, copy_rate)
+    _derive(list(rows.values()), case)
     del task, field, runs
     gc.collect()
     if device.type == "cuda":
@@ -119,7 +118,7 @@ def plain_error(error: Exception) -> str:
     return re.sub(r"(/[\w.+-]+){2,}", "(path)", f"{type(error).__name__}: {first}")[:200]
 
 
-def _derive(rows: list[Row], case: Case, copy_rate: float | None) -> None:
+def _derive(rows: list[Row], case: Case) -> None:
     """What follows from the medians."""
     medians = {row.contestant: row.timing.median for row in rows if row.timing is not None}
     rivals = [medians[row.contestant] for row in rows if row.role == "rival" and row.timing is not None]
@@ -131,7 +130,6 @@ def _derive(rows: list[Row], case: Case, copy_rate: float | None) -> None:
             row.speed = min(rivals) / row.timing.median
         if case.bytes is not None:
             row.bytes, row.bandwidth = case.bytes, case.bytes / row.timing.median
-            row.copy_share = row.bandwidth / copy_rate if copy_rate else None
         # The model's passes were timed eagerly: they say nothing about a compiled model's.
         if model is not None and row.role != "part" and row.contestant != COMPILED:
             row.beside_model = 1 - model / row.timing.median

@@ -36,7 +36,7 @@ def eager_and(*others):
 
 
 def run_small(*others, case=SMALL):
-    rows = run_case(case, CPU, [], seconds=0.01, copy_rate=1e10, entrants=eager_and(*others))
+    rows = run_case(case, CPU, [], seconds=0.01, entrants=eager_and(*others))
     return {row.contestant: row for row in rows}
 
 
@@ -104,6 +104,9 @@ def test_right_results_are_timed(case):
     ours, rival = rows["smart-fast torch"], rows[peers.EAGER]
     assert ours.speed == pytest.approx(rival.timing.median / ours.timing.median)
     if case.bytes is not None:
+        summary = report.Report(report.environment(CPU), rows=[ours])
+        summary.compare_with_copies([1e9, 1e10])
+        assert summary.copy_rate == 1e10
         assert ours.copy_share == pytest.approx(case.bytes / ours.timing.median / 1e10)
 
 
@@ -130,7 +133,7 @@ def test_wrong_result_gets_no_time(change, capsys):
     assert wrong.peak is None
     assert rows[peers.EAGER].timing is not None
 
-    shown = report.Report(report.environment(CPU), 1e10, rows=[wrong])
+    shown = report.Report(report.environment(CPU), rows=[wrong])
     report.show(shown, report.Console(width=120))
     line = next(line for line in capsys.readouterr().out.splitlines() if "smart-fast wrong" in line)
     assert "WRONG" in line
@@ -183,7 +186,9 @@ def test_plots_are_written(tmp_path):
     from bench.plots import save_plots
 
     rows = list(run_small(("smart-fast torch", lambda run: run)).values())
-    written = save_plots(report.Report(report.environment(CPU), 1e10, rows=rows), tmp_path / "speed.png")
+    summary = report.Report(report.environment(CPU), rows=rows)
+    summary.compare_with_copies([1e10])
+    written = save_plots(summary, tmp_path / "speed.png")
     assert [path.name for path in written] == ["speed.png", "speed-bandwidth.png"]
     assert all(path.stat().st_size > 1000 for path in written)
 
