@@ -12,6 +12,13 @@ import signal
 import sys
 import time
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch and rich are imported once the arguments are known to be right
+    import torch
+    from rich.console import Console
+
+    from .cases import Case
 
 START = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
@@ -82,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     return _measure(chosen, backends, device, options, console)
 
 
-def _list(chosen, backends, device) -> int:
+def _list(chosen: list[Case], backends: list[str], device: torch.device) -> int:
     from . import peers
 
     for case in chosen:
@@ -94,7 +101,9 @@ def _list(chosen, backends, device) -> int:
     return 0
 
 
-def _measure(chosen, backends, device, options, console) -> int:
+def _measure(
+    chosen: list[Case], backends: list[str], device: torch.device, options: argparse.Namespace, console: Console
+) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .measure import busy_share, copy_bandwidth
@@ -113,10 +122,10 @@ def _measure(chosen, backends, device, options, console) -> int:
     copies = [copy_bandwidth(device, size)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     waiting = list(chosen)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # `timeout` gets the table of what was done, as Ctrl-C does
+    # `timeout` ends a run as Ctrl-C does: with the table of what was done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Progress(*columns, console=console, transient=True) as progress, contextlib.suppress(KeyboardInterrupt):
+        interrupted = True
         bar = progress.add_task("", total=len(chosen))
         while waiting and (elapsed := time.perf_counter() - START) < limit + GRACE:
             name = waiting[0].name
@@ -132,6 +141,7 @@ def _measure(chosen, backends, device, options, console) -> int:
             report.compare_with_copies(copies)
             save_json(report, json_path)  # after every case: a run that is killed keeps what it measured
             progress.advance(bar)
+        interrupted = False
     report.compare_with_copies([*copies, copy_bandwidth(device, size)])
     report.left_out = [case.name for case in waiting]
     if report.busy is not None:
@@ -141,6 +151,8 @@ def _measure(chosen, backends, device, options, console) -> int:
     for path in (json_path, *save_plots(report, plot_path)):
         console.print(f"wrote {os.path.relpath(path)}", highlight=False)
     console.print(f"took {time.perf_counter() - START:.0f} s", highlight=False)
+    if interrupted:
+        return 130
     return 1 if any(row.wrong and row.role == "ours" for row in report.rows) else 0
 
 

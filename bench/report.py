@@ -150,7 +150,7 @@ def show(report: Report, console: Console) -> None:
     for note in _absent(report.rows):
         console.print(f"[yellow]not run:[/] {_escape(note)}", highlight=False, soft_wrap=True)
     for name in report.left_out:
-        console.print(f"[yellow]not run, out of time:[/] {_escape(name)}", highlight=False)
+        console.print(f"[yellow]not run, out of time or interrupted:[/] {_escape(name)}", highlight=False)
 
 
 def _heading(report: Report) -> str:
