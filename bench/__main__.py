@@ -32,7 +32,14 @@ def parser() -> argparse.ArgumentParser:
         description="Measure SMART regularization and its fused operations: every available backend of smart-fast "
         "against smart-pytorch, eager and under torch.compile. Results are checked before anything is timed.",
     )
-    made.add_argument("group", nargs="?", default="all", choices=("all", "ops", "regulariser"), help="what to measure")
+    made.add_argument(
+        "group",
+        nargs="?",
+        default="all",
+        choices=("all", "ops", "regulariser", "accuracy", "report"),
+        help="what to measure; accuracy: how exact the divergences of nearly equal logits are; report: nothing, "
+        "write README.md's tables from bench/results",
+    )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"
     )
@@ -79,14 +86,47 @@ def main(arguments: list[str] | None = None) -> int:
     backends = options.backends or peers.default_backends()
     for name in set(backends) - set(peers.default_backends()):
         parse.error(f"--backends {name}: choose from {', '.join(peers.default_backends())}")
+    console = Console()
+    if options.group == "report":
+        from . import readme
+
+        readme.write()
+        return 0
+    if options.group == "accuracy":
+        return _accuracy(backends, device, options, console)
     chosen = cases.select(device, quick=options.quick, group=options.group, containing=options.cases)
     if not chosen:
         parse.error(f"--cases {options.cases!r}: no such case among those that --list prints")
 
-    console = Console()
     if options.list:
         return _list(chosen, backends, device)
     return _measure(chosen, backends, device, options, console)
+
+
+def _folder(options: argparse.Namespace, device: torch.device) -> pathlib.Path:
+    from .report import device_name
+
+    folder: pathlib.Path | None = options.out
+    return folder or HERE / "out" / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def _accuracy(backends: list[str], device: torch.device, options: argparse.Namespace, console: Console) -> int:
+    from smart_fast import available_backends
+
+    from . import accuracy
+    from .report import environment
+
+    unavailable = available_backends()
+    fused = [name for name in backends if name != "torch" and unavailable[name] is None]
+    for name in backends:
+        if unavailable[name] is not None:
+            console.print(f"[yellow]not run:[/] {name}: {unavailable[name]}", highlight=False, soft_wrap=True)
+    results = list(accuracy.measure(device, fused))
+    path = options.json or _folder(options, device) / "accuracy.json"
+    accuracy.save(results, environment(device), path)
+    accuracy.show(results, console)
+    console.print(f"wrote {os.path.relpath(path)}", highlight=False)
+    return 0
 
 
 def _list(chosen: list[Case], backends: list[str], device: torch.device) -> int:
@@ -109,10 +149,10 @@ def _measure(
     from .measure import busy_share, copy_bandwidth
     from .peers import contestants
     from .plots import save_plots
-    from .report import Report, device_name, environment, save_json, show
+    from .report import Report, environment, save_json, show
     from .run import run_case
 
-    folder = options.out or HERE / "out" / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    folder = _folder(options, device)
     json_path, plot_path = options.json or folder / "results.json", options.plot or folder / "speed.png"
     limit = options.limit or (QUICK_LIMIT if options.quick else float("inf"))
     seconds = options.seconds or (0.6 if options.quick else 2.0)

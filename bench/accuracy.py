@@ -82,12 +82,14 @@ def measure(device: torch.device, backends: Sequence[str]) -> Iterator[Accuracy]
 def _compare(
     kind: str, difference: float, name: str, run: Callable[..., Tensor], x: Tensor, t: Tensor, reference: Any
 ) -> Accuracy:
-    x = x.requires_grad_()
+    x = x.detach().requires_grad_()
     rows = torch.stack([run(x[i : i + 1], t[i : i + 1], reduction="sum") for i in range(len(x))])
     (gradient,) = torch.autograd.grad(rows.sum(), x)
     loss, rows = reference[0], rows.detach().double().cpu()
     off = (gradient.double().cpu() - reference[1]).norm() / reference[1].norm()
-    return Accuracy(kind, difference, name, float(((rows - loss) / loss).abs().max()), int((rows < 0).sum()), float(off))
+    return Accuracy(
+        kind, difference, name, float(((rows - loss) / loss).abs().max()), int((rows < 0).sum()), float(off)
+    )
 
 
 def table(results: Sequence[Accuracy]) -> list[list[str]]:

@@ -16,7 +16,7 @@ for package in ("smart_pytorch", "rich"):
 if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
     sys.path.insert(0, str(ROOT))
 
-from bench import cases, measure, peers, report  # noqa: E402
+from bench import accuracy, cases, measure, peers, readme, report  # noqa: E402
 from bench.run import Row, plain_error, run_case  # noqa: E402
 from smart_fast.backends import select  # noqa: E402
 
@@ -246,3 +246,25 @@ def test_command_line_errors_are_clear(arguments, message, capsys):
         main(arguments)
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_accuracy_table() -> None:
+    results = [accuracy.Accuracy("kl", 1e-2, name, loss, 0, 1e-6) for name, loss in (("theirs", 1e-3), ("ours", 1e-7))]
+    header, row = accuracy.table(results)
+    assert header[2:5] == ["theirs: loss", "theirs: rows < 0", "theirs: gradient"]
+    assert row == ["1e-02", "kl", "1e-03", "0 of 8", "1e-06", "1e-07", "0 of 8", "1e-06"]
+
+
+def test_accuracy_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "DIFFERENCES", (1e-2,))
+    monkeypatch.setattr(accuracy, "VOCABULARY", 500)
+    found = {each.contestant: each for each in accuracy.measure(CPU, ["triton"]) if each.kind == "sym_kl"}
+    assert found[peers.EAGER].loss > 1e-5 > found[peers.OURS + "triton"].loss
+    assert found[peers.EAGER].gradient > 1e-6 > found[peers.OURS + "triton"].gradient
+
+
+def test_readme_holds_the_committed_results(tmp_path: Path) -> None:
+    """Every number in the README's tables comes from bench/results."""
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.README.read_text())
+    assert readme.write(copy) == readme.README.read_text()

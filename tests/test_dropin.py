@@ -9,10 +9,10 @@ import pytest
 import smart_pytorch as reference
 import torch
 import torch.nn.functional as F
-from helpers import same_bits
 from torch import nn
 
 import smart_fast
+from tests.helpers import same_bits
 
 # torch's, about the meaning of reduction="mean".
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")

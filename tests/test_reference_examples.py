@@ -4,10 +4,10 @@ import pytest
 import smart_pytorch
 import torch
 import torch.nn.functional as F
-from helpers import same_bits
 from torch import nn
 
 import smart_fast
+from tests.helpers import same_bits
 
 transformers = pytest.importorskip("transformers")
 
