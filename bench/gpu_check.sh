@@ -32,7 +32,7 @@ part() {
 }
 
 if [ "$device" = cuda ]; then
-    tests=(-m gpu tests)
+    tests=(-m gpu -n 8 tests)  # most of a test's time is compiling its kernels
     cases=(--device cuda --limit 190 --seconds 1)
 else
     tests=(tests/test_bench.py)

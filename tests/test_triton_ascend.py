@@ -19,8 +19,6 @@ NORMS = {"inf": inf_norm, "l2": l2_norm, "l1": l1_norm}
 UPDATES = ("smart-pytorch", "sift")
 SCOPES = ("row", "group")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 
 def norm_of(kind: str, scope: str) -> smart_fast.norms.Norm:
     return NORMS[kind] if scope == "row" else sentence_norm(NORMS[kind])
