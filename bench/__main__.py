@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "group",
         nargs="?",
         default="all",
-        choices=("all", "ops", "regulariser", "accuracy", "report"),
+        choices=("all", "ops", "regulariser", "overhead", "accuracy", "report"),
         help="what to measure; accuracy: how exact the divergences of nearly equal logits are; report: nothing, "
         "write README.md's tables from bench/results",
     )

@@ -6,6 +6,7 @@ every result written once (PyTorch's noise and saved probabilities are not in it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from .regularizer import Regularizer, classifier, masked_lm, pooled_head
 from .task import Task
 
 FP32, BF16 = torch.float32, torch.bfloat16
-GROUPS = ("ops", "regulariser")
+GROUPS = ("ops", "regulariser", "overhead")
 DTYPES = {FP32: "fp32", BF16: "bf16"}
 
 
@@ -81,9 +82,14 @@ def regularizer(
     )
 
 
+def overhead(case: Case) -> Case:
+    """A case so small that what is timed is the host: Python, autograd and launches."""
+    return dataclasses.replace(case, group="overhead", name=f"overhead, {case.name}")
+
+
 BASE, SHALLOW = functools.partial(classifier, 12), functools.partial(classifier, 2)
 HEAD, TINY_LM = functools.partial(pooled_head, 768, 3), functools.partial(masked_lm, 2, 128)
-TINIER_LM = functools.partial(masked_lm, 1, 128)
+TINY_HEAD, TINIER_LM = functools.partial(pooled_head, 8, 2), functools.partial(masked_lm, 1, 128)
 
 # The cheapest first within a group: what a time limit cuts off is the tail.
 TABLE: tuple[Case, ...] = (
@@ -124,6 +130,11 @@ TABLE: tuple[Case, ...] = (
     regularizer("bert-base classifier 12x768", (32, 128, 768), "cuda", BASE),
     regularizer("bert-base classifier 12x768", (2, 32, 768), "cpu", BASE),
     regularizer("bert classifier 2x768", (4, 32, 768), "quick", SHALLOW),
+    overhead(regularizer("head 8 to 2", (1, 8), "quick cpu cuda", TINY_HEAD, needs=None)),
+    overhead(perturb((1, 8), FP32, "cpu cuda")),
+    overhead(ascend((1, 8), FP32, "cpu cuda")),
+    overhead(divergence("kl", (1, 4), FP32, "cpu cuda")),
+    overhead(divergence("sym_kl", (1, 4), FP32, "cpu cuda")),
 )
 
 

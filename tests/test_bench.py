@@ -16,7 +16,7 @@ for package in ("smart_pytorch", "rich"):
 if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
     sys.path.insert(0, str(ROOT))
 
-from bench import accuracy, cases, measure, peers, readme, report  # noqa: E402
+from bench import accuracy, cases, measure, peers, readme, regularizer, report  # noqa: E402
 from bench.run import Row, plain_error, run_case  # noqa: E402
 from smart_fast.backends import select  # noqa: E402
 
@@ -46,7 +46,7 @@ def test_table_is_well_formed():
     for case in cases.TABLE:
         assert case.group in cases.GROUPS
         assert set(case.where) <= {"quick", "cpu", "cuda"}
-        assert (case.bytes is None) == (case.group == "regulariser")
+        assert (case.bytes is None) == (case.build.func is regularizer.Regularizer)
     for device, quick in ((CPU, True), (CPU, False), (torch.device("cuda"), True), (torch.device("cuda"), False)):
         chosen = cases.select(device, quick=quick)
         assert {case.group for case in chosen} == set(cases.GROUPS)
