@@ -7,7 +7,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "philox.py")
     # A source checkout: the kernels, installed as smart_fast.kernels, still lie beside this package.
     __path__.append(str(_here.parent))
 
-from .backends import BackendFallbackWarning, available_backends, set_default_backend  # noqa: E402
+from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
 from .loss import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
 from .norms import inf_norm, l1_norm, l2_norm, sentence_norm  # noqa: E402
 from .smart import SMARTLoss  # noqa: E402
@@ -18,6 +18,7 @@ __all__ = [
     "BackendFallbackWarning",
     "SMARTLoss",
     "available_backends",
+    "empty_cache",
     "hellinger_loss",
     "inf_norm",
     "js_loss",

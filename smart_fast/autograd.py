@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from .backends import torch_backend
 from .backends.base import FusedBackend, Step
@@ -69,12 +69,14 @@ def perturb(
     noise_var: Any,
     generator: torch.Generator | None,
     mask: Tensor | None,
+    keep_noise: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``embed`` plus fresh noise, and that noise: its values (PyTorch, ``backend=None``) or its seed (fused)."""
+    """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
     if backend is None:
         return torch_backend.perturb(embed, draw_normal(embed, generator), noise_var, mask)
     seed = draw_seed(embed.device, generator)
-    return _shift(embed, backend.perturb(embed.detach(), seed, float(noise_var), mask), mask), seed
+    perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise)
+    return _shift(embed, perturbed, mask), noise
 
 
 def ascend(
@@ -96,30 +98,39 @@ def _shift(embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """Row statistics are saved and probabilities recomputed: nothing the size of the logits is kept."""
+    """Row statistics are saved and probabilities recomputed, unless the backend gives the gradients with the loss."""
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: FusedBackend, kind: str,
         elementwise: bool, alpha: float, weight: float,
     ) -> Tensor:  # fmt: skip
-        keep = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        loss, stats = backend.divergence_forward(input, target, kind, elementwise, alpha, weight, mask, keep)
-        if keep:
+        wanted = ctx.needs_input_grad[:2]
+        loss, stats, gradients = backend.divergence_forward(
+            input, target, kind, elementwise, alpha, weight, mask, *wanted
+        )
+        if stats is not None:
             ctx.save_for_backward(input, target, mask, stats)
             ctx.options = backend, kind, elementwise, alpha, weight
+            ctx.gradients = gradients
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, mask, stats = ctx.saved_tensors  # type: ignore[attr-defined]
-        backend, kind, elementwise, alpha, weight = ctx.options  # type: ignore[attr-defined]
-        want_input, want_target = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        d_input, d_target = backend.divergence_backward(
-            grad, input, target, stats, kind, elementwise, alpha, weight, mask, want_input, want_target
-        )
-        return d_input, d_target, None, None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, mask, stats = ctx.saved_tensors
+        backend, kind, elementwise, alpha, weight = ctx.options
+        if ctx.gradients is None:
+            gradients = backend.divergence_backward(
+                grad, input, target, stats, kind, elementwise, alpha, weight, mask, *ctx.needs_input_grad[:2]
+            )
+        else:
+            # Handed over, not lent: the receiver may write to them. A second backward pass computes its own.
+            gradients, ctx.gradients = ctx.gradients, None
+            upstream = grad.item()
+            if upstream != 1.0:
+                gradients = tuple(None if each is None else each.mul_(upstream) for each in gradients)
+        return *gradients, None, None, None, None, None, None
 
 
 def divergence(

@@ -123,7 +123,7 @@ class SMARTLoss(nn.Module):
         backends = [select(self.backend, each, numbers=numbers) for each in embeds]
 
         perturbed, noises = _unzip(
-            autograd.perturb(backend, each, self.noise_var, self.generator, each_mask)
+            autograd.perturb(backend, each, self.noise_var, self.generator, each_mask, keep_noise=self.num_steps > 0)
             for backend, each, each_mask in zip(backends, embeds, masks, strict=True)
         )
         if self.num_steps > 0:

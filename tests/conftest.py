@@ -6,6 +6,8 @@ TRITON_INTERPRET must be set before Triton is first imported, hence here.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,22 +27,73 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-@pytest.fixture(params=[pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a kernel test runs: interpreted on the CPU, or compiled on the GPU. A process can only do one of them."""
-    if request.param == "cpu" and torch.cuda.is_available():
-        pytest.skip(
-            "kernels are compiled in this process; TRITON_INTERPRET=1 with CUDA_VISIBLE_DEVICES= interprets them"
-        )
-    return torch.device(request.param)
+# Every kernel test runs on each of these: Triton interpreted on the CPU or compiled on the GPU (a process can only do
+# one of them), and the compiled operators with another number of threads and with every instruction set.
+GPU = pytest.mark.gpu
+KERNELS = {
+    "triton": ("triton", "cpu"),
+    "triton-cuda": ("triton", "cuda"),
+    "native": ("native", "cpu"),
+    "native-2-threads": ("native", "cpu"),
+    "native-avx2": ("native", "cpu"),
+    "native-portable": ("native", "cpu"),
+    "native-cuda": ("native", "cuda"),
+}
+
+
+@pytest.fixture(params=[pytest.param(each, marks=[GPU] if "cuda" in each else []) for each in KERNELS])
+def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[ModuleType, torch.device]]:
+    """The module of a fused backend, made the default one, and the device to run it on."""
+    from smart_fast import native_build
+    from smart_fast.backends import build_native, set_default_backend
+
+    name, device = KERNELS[request.param][0], torch.device(KERNELS[request.param][1])
+    if name == "triton":
+        if device.type == "cpu" and torch.cuda.is_available():
+            pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 with CUDA_VISIBLE_DEVICES= interprets them")
+        module = pytest.importorskip("smart_fast.backends.triton_backend")
+    else:
+        if native_build.load() is None and (reason := native_build.missing()):
+            pytest.skip(reason)
+        module = build_native()
+        if reason := module.cannot_serve(device):
+            pytest.skip(reason)
+        chosen = request.param.removeprefix("native-")
+        if chosen in ("avx2", "portable") and not module.extension.use_instruction_set(chosen):
+            pytest.skip(f"this CPU does not run {chosen}")
+        if chosen == "2-threads":
+            torch.set_num_threads(2)
+    set_default_backend(name)
+    yield module, device
+    set_default_backend("auto")
+    if name == "native":
+        torch.set_num_threads(1)
+        module.extension.use_instruction_set("auto")
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def backend(kernels: tuple[ModuleType, torch.device]) -> ModuleType:
+    return kernels[0]
+
+
+@pytest.fixture
+def device(kernels: tuple[ModuleType, torch.device]) -> torch.device:
+    return kernels[1]
+
+
+@pytest.fixture
+def poison(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernel outputs start as NaN: whatever is not written shows."""
+    if backend.name == "native":
+        backend.extension.poison_outputs(True)
+        yield
+        backend.extension.poison_outputs(False)
+        return
+
     from smart_fast.backends import triton_ops
 
     def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     monkeypatch.setattr(triton_ops, "new_output", poisoned)
+    yield

@@ -36,6 +36,8 @@ _default = "auto"
 # Read once: what SMART_FAST_BACKEND says is checked when "auto" is first resolved, not at import.
 _from_environment = os.environ.get("SMART_FAST_BACKEND", "").strip() or None
 _triton: ModuleType | str | None = None  # the module, or the reason why it cannot be imported
+_native: ModuleType | str | None = None  # the module, or the reason why it cannot be built or loaded
+_native_sought = False  # whether an extension that was built before has been looked for
 
 
 def _load_triton() -> ModuleType | str:
@@ -53,13 +55,58 @@ def _load_triton() -> ModuleType | str:
     return _triton
 
 
+_NOT_BUILT = "not built yet: `python -m smart_fast build` compiles it once; so does the first use of backend='native'"
+
+
+def _load_native(build: bool) -> ModuleType | str:
+    """The native backend, or why not. Looks once for operators built earlier; compiles only if ``build``."""
+    global _native, _native_sought
+    if _native is None and (build or not _native_sought):
+        from .. import native_build
+
+        _native_sought = True
+        try:
+            extension = native_build.build() if build else native_build.load()
+            if extension is not None:
+                from . import native_backend
+
+                native_backend.extension = extension
+                _native = native_backend
+        except native_build.BuildError as error:
+            _native = f"it cannot be built: {error}"
+        except Exception as error:
+            _native = f"the compiled operators cannot be loaded: {type(error).__name__}: {error}"
+    return _NOT_BUILT if _native is None else _native
+
+
+def build_native() -> ModuleType:
+    """Compile the native backend unless that has been done; a failure of an earlier attempt is forgotten.
+
+    Raises:
+        RuntimeError: it cannot be built; the message says what is missing.
+    """
+    global _native
+    if isinstance(_native, str):
+        _native = None
+    module = _load_native(build=True)
+    if isinstance(module, str):
+        raise RuntimeError(f"the native backend is not available: {module}")
+    return module
+
+
+def empty_cache() -> int:
+    """Free the CPU memory that the native backend keeps for its next large outputs; the number of bytes it was."""
+    return int(_native.extension.empty_cache()) if isinstance(_native, ModuleType) else 0
+
+
 def _unavailable(backend: str) -> str | None:
     if backend == "torch":
         return None
     if backend == "triton":
         module = _load_triton()
         return module if isinstance(module, str) else module.unavailable()
-    return "this version has no compiled operators yet; it ships the PyTorch and Triton backends"
+    module = _load_native(build=False)
+    return module if isinstance(module, str) else None
 
 
 def available_backends() -> dict[str, str | None]:
@@ -139,17 +186,12 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any
         return None
     device = tensors[0].device
     if backend == "auto":
-        if device.type == "cpu":
-            return None
-        module = _load_triton()
+        module = _load_native(build=False) if device.type == "cpu" else _load_triton()
         return None if isinstance(module, str) or module.cannot_serve(device) else module
-    if backend == "triton":
-        module = _load_triton()
-        reason = module if isinstance(module, str) else module.cannot_serve(device)
-        if reason is None:
-            return module
-    else:
-        reason = _unavailable(backend)
+    module = _load_triton() if backend == "triton" else _load_native(build=True)
+    reason = module if isinstance(module, str) else module.cannot_serve(device)
+    if reason is None:
+        return module
     _warn_once(f"backend {backend!r} falls back to PyTorch: {reason}")
     return None
 

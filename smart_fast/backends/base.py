@@ -21,6 +21,8 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 UPDATES = ("smart-pytorch", "sift")
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: fp32 numbers that a divergence keeps of each row for its backward pass.
+STATISTICS = 6
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,13 @@ class FusedBackend(Protocol):
 
     name: str
 
-    def perturb(self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
-        """``embed + noise_var * normal(seed)``, in the dtype of ``embed``; masked rows unchanged.
+    def perturb(
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``embed + noise_var * normal(seed)``, in the dtype of ``embed``, masked rows unchanged; and the noise.
 
-        ``seed``: int64 ``[1]`` on the device of ``embed``, read there.
+        ``seed``: int64 ``[1]`` on the device of ``embed``, read there. The noise is what `ascend` takes: the seed, or,
+        where the backend prefers that and ``keep_noise`` says that a step follows, its values in fp32.
         """
         ...
 
@@ -55,18 +60,19 @@ class FusedBackend(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """One update of the noise and its sum with ``embed``: ``(perturbed, new noise or None)``.
 
-        ``noise`` is the int64 seed before the first step and the fp32 noise that the previous step kept afterwards.
+        ``noise`` is what `perturb` gave (an int64 seed or fp32 values), then the fp32 noise that the last step kept.
         """
         ...
 
     def divergence_forward(
         self, input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float,
-        mask: Tensor | None, keep: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """``(loss, statistics for the backward pass or None)``.
+        mask: Tensor | None, want_input: bool, want_target: bool,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None] | None]:  # fmt: skip
+        """``(loss, statistics for the backward pass, gradients)``.
 
         The loss is ``weight`` times the sum over unmasked rows (fp32 scalar), or the elementwise terms ``[..., V]`` in
-        the promoted dtype of the logits.
+        the promoted dtype of the logits. Statistics are None if no gradient is wanted. A backend that computes the
+        gradients of a scalar loss on the way gives them as well, for an upstream gradient of one; otherwise None.
         """
         ...
 

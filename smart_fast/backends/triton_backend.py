@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norms import known_norm
+from . import fused
 from . import triton_ops as ops
 from .base import Step
 
@@ -34,84 +34,44 @@ def _call(eager: Callable[..., Any], registered: Callable[..., Any], anchor: Ten
         return eager(*args)
 
 
-def perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
-    return _call(ops.perturb, torch.ops.smart_fast.perturb, embed, embed, seed, noise_var, mask)
+def perturb(
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
+) -> tuple[Tensor, Tensor]:
+    # The seed is all that is kept: a GPU computes noise again sooner than it reads it back.
+    return _noise_alone(embed, seed, noise_var, mask), seed
+
+
+def _noise_alone(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
+    perturbed: Tensor = _call(ops.perturb, torch.ops.smart_fast.perturb, embed, embed, seed, noise_var, mask)
+    return perturbed
+
+
+def _measure(grad: Tensor, *args: Any) -> Tensor:
+    measured: Tensor = _call(ops.ascend_measure, torch.ops.smart_fast.ascend_measure, grad, grad, *args)
+    return measured
+
+
+def _move(embed: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    perturbed, noise = _call(ops.ascend, torch.ops.smart_fast.ascend, embed, embed, *args)
+    return perturbed, noise
 
 
 def ascend(
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
 ) -> tuple[Tensor, Tensor | None]:
-    known = known_norm(step.norm_fn)
-    common = (step.noise_var, step.step_size, step.update)
-    if known is not None and known.scope == "row":
-        norm, kind, scope = None, known.kind, "row"
-    elif known is not None:
-        if embed.dim() < 2:
-            step.norm_fn(embed)  # raises, saying why
-        partial = _call(
-            ops.ascend_measure,
-            torch.ops.smart_fast.ascend_measure,
-            embed,
-            grad,
-            noise,
-            mask,
-            known.kind,
-            *common,
-        )
-        norm, kind, scope = partial, known.kind, "group"
-    else:
-        measured = _call(
-            ops.ascend_measure,
-            torch.ops.smart_fast.ascend_measure,
-            embed,
-            grad,
-            noise,
-            mask,
-            "opaque",
-            *common,
-        )
-        norm = step.norm_fn(measured)
-        if norm.dim() > 0 and norm.shape[-1] != 1:
-            return _elementwise_norm(embed, noise, measured, norm, step, mask, keep_noise)
-        norm = norm.expand(*embed.shape[:-1], 1).to(torch.float32).contiguous()
-        kind, scope = "inf", "given"
-    perturbed, new_noise = _call(
-        ops.ascend, torch.ops.smart_fast.ascend, embed, embed, grad, noise, norm, mask, kind, scope, *common,
-        step.epsilon, keep_noise,
-    )  # fmt: skip
-    return perturbed, new_noise if keep_noise else None
-
-
-def _elementwise_norm(
-    embed: Tensor,
-    noise: Tensor,
-    measured: Tensor,
-    norm: Tensor,
-    step: Step,
-    mask: Tensor | None,
-    keep_noise: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """A user's norm that differs within a row: nothing is left to fuse."""
-    update = measured / (norm + step.epsilon)
-    if step.update == "sift":
-        if noise.dtype == torch.int64:
-            zeros = torch.zeros_like(embed, dtype=torch.float32)
-            noise = perturb(zeros, noise, float(step.noise_var), mask)
-        update = noise + step.step_size * update
-    if mask is not None:
-        update = torch.where(mask.unsqueeze(-1), update, 0.0)
-    return (embed + update).to(embed.dtype), update if keep_noise else None
+    return fused.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise)
 
 
 def divergence_forward(
     input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float, mask: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    want_input: bool, want_target: bool,
+) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
+    keep = want_input or want_target
     loss, stats = _call(
         ops.divergence_forward, torch.ops.smart_fast.divergence_forward, input, input, target, mask, kind,
         elementwise, alpha, weight, keep,
     )  # fmt: skip
-    return loss, stats if keep else None
+    return loss, stats if keep else None, None
 
 
 def divergence_backward(

@@ -26,6 +26,7 @@ from ..kernels.divergence import (
 )
 from ..kernels.perturb import perturb_kernel
 from .base import Rows, as_rows, new_output
+from .fused import fake_ascend, fake_ascend_measure, fake_divergence_backward, fake_divergence_forward
 
 INTERPRETED = isinstance(perturb_kernel, InterpretedFunction)
 MAX_GROUP = 4096  # partial norms one program reduces; longer groups are reduced by torch first
@@ -183,47 +184,6 @@ def _fake_perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | 
     return new_output(embed.shape, embed.dtype, embed.device)
 
 
-def _fake_ascend_measure(
-    grad: Tensor,
-    noise: Tensor,
-    mask: Tensor | None,
-    kind: str,
-    noise_var: float,
-    step_size: float,
-    update: str,
-) -> Tensor:
-    shape = grad.shape if kind == "opaque" else (grad.numel() // grad.shape[-1],)
-    return new_output(shape, torch.float32, grad.device)
-
-
-def _fake_ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
-    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
-    return new_output(embed.shape, embed.dtype, embed.device), noise_out
-
-
-def _fake_divergence_forward(
-    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, elementwise: bool, alpha: float, weight: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    stats = (input.numel() // input.shape[-1], STATS.value) if keep else (0,)
-    dtype = torch.promote_types(input.dtype, target.dtype) if elementwise else torch.float32
-    loss = new_output(input.shape if elementwise else (), dtype, input.device)
-    return loss, new_output(stats, torch.float32, input.device)
-
-
-def _fake_divergence_backward(
-    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, elementwise: bool,
-    alpha: float, weight: float, want_input: bool, want_target: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return (
-        new_output(input.shape if want_input else (0,), input.dtype, input.device),
-        new_output(target.shape if want_target else (0,), target.dtype, target.device),
-    )
-
-
 def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     qualified = f"smart_fast::{function.__name__}"
     if INTERPRETED:
@@ -240,7 +200,7 @@ def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
 
 
 _register(perturb, _fake_perturb)
-_register(ascend_measure, _fake_ascend_measure)
-_register(ascend, _fake_ascend)
-_register(divergence_forward, _fake_divergence_forward)
-_register(divergence_backward, _fake_divergence_backward)
+_register(ascend_measure, fake_ascend_measure)
+_register(ascend, fake_ascend)
+_register(divergence_forward, fake_divergence_forward)
+_register(divergence_backward, fake_divergence_backward)

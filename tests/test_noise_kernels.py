@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -11,22 +13,21 @@ from scipy import stats
 from smart_fast.kernels.philox import normal_tile
 
 from smart_fast import autograd
-from smart_fast.backends import select, triton_backend, triton_ops
 from tests import oracle
 
 
-def noise_like(embed: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+def noise_like(backend: ModuleType, embed: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The noise that `perturb` adds to zeros of the shape and strides of ``embed``."""
     seeds = torch.tensor([seed], dtype=torch.int64, device=embed.device)
-    return triton_backend.perturb(torch.zeros_like(embed), seeds, 1.0, mask)
+    return backend.perturb(torch.zeros_like(embed), seeds, 1.0, mask, False)[0]
 
 
 @pytest.fixture
-def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def large_tiles(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays by the program, not by the element."""
     from smart_fast.kernels import launch
 
-    if triton_ops.INTERPRETED:
+    if backend.name == "triton" and backend.ops.INTERPRETED:
         monkeypatch.setattr(launch, "stream_tile", lambda count: launch.Tile(1, 2**17, -(-count // 2**17), 1))
 
 
@@ -35,8 +36,8 @@ def row_major(*shape: int, device: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**40 + 12345, 2**63 - 2])
-def test_matches_the_papers(seed: int, device: torch.device, poison: None) -> None:
-    got = noise_like(row_major(4097, device=device), seed).cpu().double().numpy()
+def test_matches_the_papers(seed: int, backend: ModuleType, device: torch.device, poison: None) -> None:
+    got = noise_like(backend, row_major(4097, device=device), seed).cpu().double().numpy()
     want = oracle.philox_normal(seed, 4097)
     assert np.abs(got - want).max() < 2e-6
 
@@ -46,8 +47,8 @@ def test_philox_known_answer() -> None:
     assert oracle._philox((0, 0, 0, 0), 0, rounds=10) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
-def test_distribution(device: torch.device, large_tiles: None) -> None:
-    sample = noise_like(row_major(1_000_000, device=device), 42).cpu().double().numpy()
+def test_distribution(backend: ModuleType, device: torch.device, large_tiles: None) -> None:
+    sample = noise_like(backend, row_major(1_000_000, device=device), 42).cpu().double().numpy()
     assert stats.kstest(sample, "norm").pvalue > 1e-3
     assert abs(sample.mean()) < 4e-3
     assert abs(sample.std() - 1) < 3e-3
@@ -62,8 +63,10 @@ def test_distribution(device: torch.device, large_tiles: None) -> None:
     assert 4.2 < np.abs(sample).max() < 6.8
 
 
-def test_seeds_and_rows_are_independent(device: torch.device, large_tiles: None) -> None:
-    noise = torch.stack([noise_like(row_major(64, 1024, device=device), seed) for seed in range(8)]).cpu().double()
+def test_seeds_and_rows_are_independent(backend: ModuleType, device: torch.device, large_tiles: None) -> None:
+    noise = (
+        torch.stack([noise_like(backend, row_major(64, 1024, device=device), seed) for seed in range(8)]).cpu().double()
+    )
     rows = noise.flatten(0, 1).numpy()
     correlation = np.corrcoef(rows)
     np.fill_diagonal(correlation, 0)
@@ -73,40 +76,40 @@ def test_seeds_and_rows_are_independent(device: torch.device, large_tiles: None)
 
 
 @pytest.mark.parametrize("width", [768, 30, 7, 1])
-def test_pure_function_of_the_index(width: int, device: torch.device, poison: None) -> None:
+def test_pure_function_of_the_index(width: int, backend: ModuleType, device: torch.device, poison: None) -> None:
     """The same values under another shape, stride, mask or kernel."""
     rows = 24
-    flat = noise_like(row_major(rows * width, device=device), 7)
+    flat = noise_like(backend, row_major(rows * width, device=device), 7)
     shaped = flat.view(2, 3, 4, width)
-    assert torch.equal(noise_like(row_major(rows, width, device=device), 7).flatten(), flat)
-    assert torch.equal(noise_like(row_major(2, 3, 4, width, device=device), 7), shaped)
+    assert torch.equal(noise_like(backend, row_major(rows, width, device=device), 7).flatten(), flat)
+    assert torch.equal(noise_like(backend, row_major(2, 3, 4, width, device=device), 7), shaped)
 
     seed = torch.tensor([7], device=device)
     strided = row_major(4, 2, 3, width, device=device).permute(1, 2, 0, 3)
-    assert torch.equal(triton_backend.perturb(strided, seed, 1.0, None), shaped)
+    assert torch.equal(backend.perturb(strided, seed, 1.0, None, False)[0], shaped)
     mask = torch.rand(2, 3, 4, device=device) < 0.5
-    masked = triton_backend.perturb(strided, seed, 1.0, mask)
+    masked = backend.perturb(strided, seed, 1.0, mask, False)[0]
     assert torch.equal(masked, torch.where(mask.unsqueeze(-1), shaped, 0.0))
 
 
-def test_another_block_size(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_another_block_size(monkeypatch: pytest.MonkeyPatch, backend: ModuleType, device: torch.device) -> None:
     from smart_fast.kernels import launch
 
     embed = row_major(5, 100, device=device)
-    before = noise_like(embed, 3)
-    masked = noise_like(embed, 3, torch.ones(5, dtype=torch.bool, device=device))
+    before = noise_like(backend, embed, 3)
+    masked = noise_like(backend, embed, 3, torch.ones(5, dtype=torch.bool, device=device))
     monkeypatch.setattr(launch, "stream_tile", lambda count: launch.Tile(1, 64, -(-count // 64), 1))
     monkeypatch.setattr(launch, "flat_tile", lambda width: launch.Tile(2, 32, -(-width // 32), 1))
-    assert torch.equal(noise_like(embed, 3), before)
-    assert torch.equal(noise_like(embed, 3, torch.ones(5, dtype=torch.bool, device=device)), masked)
+    assert torch.equal(noise_like(backend, embed, 3), before)
+    assert torch.equal(noise_like(backend, embed, 3, torch.ones(5, dtype=torch.bool, device=device)), masked)
     assert torch.equal(before, masked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_added_in_fp32(dtype: torch.dtype, device: torch.device, poison: None) -> None:
+def test_added_in_fp32(dtype: torch.dtype, backend: ModuleType, device: torch.device, poison: None) -> None:
     embed = torch.randn(6, 20, device=device).to(dtype)
     seed = torch.tensor([5], device=device)
-    got = triton_backend.perturb(embed, seed, 0.1, None)
+    got = backend.perturb(embed, seed, 0.1, None, False)[0]
     exact = embed.cpu().double() + 0.1 * torch.from_numpy(oracle.philox_normal(5, 120)).view(6, 20)
     ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert got.dtype == dtype
@@ -129,17 +132,16 @@ def test_beyond_32_bits(first: int, device: torch.device) -> None:
     assert np.abs(got.cpu().double().numpy()[0] - want).max() < 2e-6
 
 
-def test_seeds_follow_torch(device: torch.device) -> None:
+def test_seeds_follow_torch(backend: ModuleType, device: torch.device) -> None:
     embed = torch.zeros(3, 8, device=device)
-    backend = select("triton", embed)
     torch.manual_seed(0)
-    first = autograd.perturb(backend, embed, 1.0, None, None)[0]
-    second = autograd.perturb(backend, embed, 1.0, None, None)[0]
+    first = autograd.perturb(backend, embed, 1.0, None, None, False)[0]
+    second = autograd.perturb(backend, embed, 1.0, None, None, False)[0]
     torch.manual_seed(0)
-    again = autograd.perturb(backend, embed, 1.0, None, None)[0]
+    again = autograd.perturb(backend, embed, 1.0, None, None, False)[0]
     own = torch.Generator(device).manual_seed(9)
     state = torch.get_rng_state()
-    private = autograd.perturb(backend, embed, 1.0, own, None)[0]
+    private = autograd.perturb(backend, embed, 1.0, own, None, False)[0]
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     assert not torch.equal(first, private)

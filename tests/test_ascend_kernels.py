@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from torch import Tensor
 
 import smart_fast
 from smart_fast import SMARTLoss, inf_norm, kl_loss, l1_norm, l2_norm, sentence_norm, sym_kl_loss
-from smart_fast.backends import triton_backend, triton_ops
 from smart_fast.backends.base import Step
 from tests import oracle
 
 NORMS = {"inf": inf_norm, "l2": l2_norm, "l1": l1_norm}
 UPDATES = ("smart-pytorch", "sift")
 SCOPES = ("row", "group")
+
+# A fallback to PyTorch would make these tests compare PyTorch with itself.
+pytestmark = pytest.mark.filterwarnings("error::smart_fast.BackendFallbackWarning")
 
 
 def norm_of(kind: str, scope: str) -> smart_fast.norms.Norm:
@@ -30,7 +33,14 @@ def step_of(kind: str, scope: str, update: str, **changes: float) -> Step:
 
 
 def run(
-    embed: Tensor, grad: Tensor, step: Step, kind: str, scope: str, mask: Tensor | None = None, seed: int = 11
+    backend: ModuleType,
+    embed: Tensor,
+    grad: Tensor,
+    step: Step,
+    kind: str,
+    scope: str,
+    mask: Tensor | None = None,
+    seed: int = 11,
 ) -> None:
     """Two steps, from the seed and then from the kept noise, each against the oracle."""
     seeds = torch.tensor([seed], device=embed.device)
@@ -40,7 +50,7 @@ def run(
     state: Tensor | None = seeds
     for _ in range(2):
         assert state is not None
-        perturbed, state = triton_backend.ascend(embed, grad, state, step, mask, True)
+        perturbed, state = backend.ascend(embed, grad, state, step, mask, True)
         noise = oracle.ascend(noise, given, step.update, kind, scope, step.step_size, step.epsilon, host_mask)
         assert state is not None
         assert oracle.relative_error(state, noise) < 3e-6
@@ -53,7 +63,9 @@ def run(
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("kind", NORMS)
-def test_updates(kind: str, update: str, scope: str, masked: bool, device: torch.device, poison: None) -> None:
+def test_updates(
+    kind: str, update: str, scope: str, masked: bool, backend: ModuleType, device: torch.device, poison: None
+) -> None:
     for shape in ((2, 3, 20), (3, 7), (2, 2, 2, 5), (2, 3, 1)):
         embed, grad = torch.randn(shape, device=device), torch.randn(shape, device=device)
         mask = torch.rand(shape[:-1], device=device) < 0.7 if masked else None
@@ -61,62 +73,71 @@ def test_updates(kind: str, update: str, scope: str, masked: bool, device: torch
             mask.view(-1)[0] = True
             embed, grad = (torch.where(mask.unsqueeze(-1), each, math.nan) for each in (embed, grad))
             embed = embed.nan_to_num(0.0)
-        run(embed, grad, step_of(kind, scope, update), kind, scope, mask)
+        run(backend, embed, grad, step_of(kind, scope, update), kind, scope, mask)
 
 
 @pytest.mark.parametrize("width", [768, 8192, 9001])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_wide_rows(width: int, scope: str, device: torch.device, poison: None) -> None:
+def test_wide_rows(width: int, scope: str, backend: ModuleType, device: torch.device, poison: None) -> None:
     for update in UPDATES:
         embed, grad = torch.randn(2, 2, width, device=device), torch.randn(2, 2, width, device=device)
-        run(embed, grad, step_of("l2", scope, update), "l2", scope)
+        run(backend, embed, grad, step_of("l2", scope, update), "l2", scope)
 
 
-def test_one_dimension(device: torch.device, poison: None) -> None:
-    run(torch.randn(50, device=device), torch.randn(50, device=device), step_of("inf", "row", "sift"), "inf", "row")
+def test_one_dimension(backend: ModuleType, device: torch.device, poison: None) -> None:
+    run(
+        backend,
+        torch.randn(50, device=device),
+        torch.randn(50, device=device),
+        step_of("inf", "row", "sift"),
+        "inf",
+        "row",
+    )
     with pytest.raises(ValueError, match="sentence_norm"):
-        SMARTLoss(lambda e: e, kl_loss, norm_fn=sentence_norm(inf_norm), backend="triton")(
+        SMARTLoss(lambda e: e, kl_loss, norm_fn=sentence_norm(inf_norm))(
             torch.randn(5, device=device), torch.randn(5, device=device)
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype, device: torch.device, poison: None) -> None:
+def test_half_precision(dtype: torch.dtype, backend: ModuleType, device: torch.device, poison: None) -> None:
     embed, grad = (torch.randn(2, 3, 40, device=device).to(dtype) for _ in range(2))
     for kind, update in itertools.product(NORMS, UPDATES):
-        run(embed, grad, step_of(kind, "row", update), kind, "row")
+        run(backend, embed, grad, step_of(kind, "row", update), kind, "row")
 
 
-def test_strides(device: torch.device, poison: None) -> None:
+def test_strides(backend: ModuleType, device: torch.device, poison: None) -> None:
     base = torch.randn(4, 6, 5, 16, device=device)
     for view in (base.permute(2, 0, 1, 3), base[:, ::2, 1:, 4:12], base[..., ::2], base[:1].expand(3, 6, 5, 16)):
         grad = torch.randn(view.shape, device=device)
         for left, right in ((view, grad), (grad, view)):
-            run(left, right, step_of("inf", "row", "smart-pytorch"), "inf", "row")
-            run(left, right, step_of("l2", "group", "sift"), "l2", "group")
+            run(backend, left, right, step_of("inf", "row", "smart-pytorch"), "inf", "row")
+            run(backend, left, right, step_of("l2", "group", "sift"), "l2", "group")
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("update", UPDATES)
-def test_non_finite_gradients_do_not_poison(update: str, scope: str, device: torch.device, poison: None) -> None:
+def test_non_finite_gradients_do_not_poison(
+    update: str, scope: str, backend: ModuleType, device: torch.device, poison: None
+) -> None:
     for width in (10, 9000):
         embed, grad = torch.randn(2, 3, width, device=device), torch.randn(2, 3, width, device=device)
         for index, value in enumerate((math.nan, math.inf, -math.inf)):
             grad[index % 2, index, 3] = value
-        run(embed, grad, step_of("inf", scope, update), "inf", scope)
+        run(backend, embed, grad, step_of("inf", scope, update), "inf", scope)
 
 
-def test_zero_denominator_keeps_the_noise(device: torch.device, poison: None) -> None:
+def test_zero_denominator_keeps_the_noise(backend: ModuleType, device: torch.device, poison: None) -> None:
     embed, zero = torch.randn(3, 8, device=device), torch.zeros(3, 8, device=device)
     seed = torch.tensor([1], device=device)
     for update in UPDATES:
         step = step_of("inf", "row", update, noise_var=0.0, epsilon=0.0)
-        perturbed, _ = triton_backend.ascend(embed, zero, seed, step, None, False)
+        perturbed, _ = backend.ascend(embed, zero, seed, step, None, False)
         assert torch.equal(perturbed, embed)
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_opaque_norms(update: str, device: torch.device, poison: None) -> None:
+def test_opaque_norms(update: str, backend: ModuleType, device: torch.device, poison: None) -> None:
     """Any callable: per token, per tensor, or per element."""
     embed, grad = torch.randn(2, 3, 12, device=device), torch.randn(2, 3, 12, device=device)
     grad[1, 1, 1] = math.nan
@@ -130,7 +151,7 @@ def test_opaque_norms(update: str, device: torch.device, poison: None) -> None:
     for norm_fn in norms.values():
         step = Step(norm_fn, 1e-2, 0.5, 1e-6, update)
         seed = torch.tensor([4], device=device)
-        got, kept = triton_backend.ascend(embed, grad, seed, step, mask, True)
+        got, kept = backend.ascend(embed, grad, seed, step, mask, True)
         noise = 1e-2 * torch.from_numpy(oracle.philox_normal(4, embed.numel())).view(embed.shape)
         keep = mask.cpu().unsqueeze(-1)
         noise = torch.where(keep, noise, 0.0)
@@ -144,11 +165,12 @@ def test_opaque_norms(update: str, device: torch.device, poison: None) -> None:
         assert oracle.relative_error(got, embed.cpu().double() + want) < 1e-6
 
 
-def test_long_groups(monkeypatch: pytest.MonkeyPatch, device: torch.device, poison: None) -> None:
-    monkeypatch.setattr(triton_ops, "MAX_GROUP", 4)
+def test_long_groups(monkeypatch: pytest.MonkeyPatch, backend: ModuleType, device: torch.device, poison: None) -> None:
+    if backend.name == "triton":
+        monkeypatch.setattr(backend.ops, "MAX_GROUP", 4)
     for kind, update in itertools.product(NORMS, UPDATES):
         embed, grad = torch.randn(2, 7, 5, device=device), torch.randn(2, 7, 5, device=device)
-        run(embed, grad, step_of(kind, "group", update), kind, "group")
+        run(backend, embed, grad, step_of(kind, "group", update), kind, "group")
 
 
 def smart_oracle(
@@ -173,14 +195,12 @@ def smart_oracle(
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3])
-def test_smart_loss(num_steps: int, update: str, scope: str, device: torch.device) -> None:
+def test_smart_loss(num_steps: int, update: str, scope: str, backend: ModuleType, device: torch.device) -> None:
     """The whole regularizer, gradients of parameters, embedding and state included."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5)).to(device)
     embed = torch.randn(2, 3, 12, device=device, requires_grad=True)
-    smart = SMARTLoss(
-        model, kl_loss, sym_kl_loss, norm_of("l2", scope), num_steps, 1e-1, 1e-6, 1e-1, backend="triton", update=update
-    )
+    smart = SMARTLoss(model, kl_loss, sym_kl_loss, norm_of("l2", scope), num_steps, 1e-1, 1e-6, 1e-1, update=update)
     torch.manual_seed(1)
     seed = int(torch.randint(2**63 - 1, (1,), device=device))
     torch.manual_seed(1)
@@ -199,7 +219,7 @@ def test_smart_loss(num_steps: int, update: str, scope: str, device: torch.devic
         assert (value.cpu().double() - exactly).norm() < 1e-4 * largest
 
 
-def test_smart_loss_mask(device: torch.device) -> None:
+def test_smart_loss_mask(backend: ModuleType, device: torch.device) -> None:
     model = torch.nn.Linear(8, 4).to(device)
     embed = torch.randn(2, 5, 8, device=device, requires_grad=True)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]], device=device)
@@ -209,7 +229,7 @@ def test_smart_loss_mask(device: torch.device) -> None:
         seen.append(x.detach().clone())
         return model(x.mean(1))
 
-    smart = SMARTLoss(eval_fn, kl_loss, sym_kl_loss, sentence_norm(inf_norm), num_steps=2, backend="triton")
+    smart = SMARTLoss(eval_fn, kl_loss, sym_kl_loss, sentence_norm(inf_norm), num_steps=2)
     smart(embed, model(embed.mean(1)).detach(), mask=mask).backward()
     for perturbed in seen:
         assert torch.equal(perturbed[~mask], embed[~mask])

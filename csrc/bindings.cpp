@@ -1,0 +1,433 @@
+// The operators torch.ops.smart_fast.native_*, and a Python module that says how they were built. Thin: shapes, strides
+// and outputs here, arithmetic in the kernels. Schemas are those of the Triton operators (smart_fast/backends/
+// triton_ops.py) with what only a CPU wants added; the prefix lets both be registered in one process.
+#include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/result_type.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "pool.h"
+
+namespace smart_fast {
+namespace {
+
+using at::Tensor;
+using std::optional;
+using std::string_view;
+
+// ---- outputs -------------------------------------------------------------------------------------------------------
+
+Pool& pool() {
+  static Pool* const instance = new Pool;  // never destroyed: tensors may outlive every static object
+  return *instance;
+}
+
+struct PoolAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t size) override {
+    Pool::Block* block = pool().take(size);
+    return {block->data, block, &release, c10::Device(c10::kCPU)};
+  }
+  static void release(void* block) { pool().give_back(static_cast<Pool::Block*>(block)); }
+  void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
+};
+
+bool poison = false;  // tests: outputs start as NaN
+
+Tensor new_output(at::IntArrayRef shape, at::ScalarType dtype) {
+  static PoolAllocator allocator;
+  const size_t bytes = at::detail::computeStorageNbytesContiguous(shape, c10::elementSize(dtype));
+  Tensor out = bytes < Pool::smallest
+                   ? Tensor(at::detail::empty_cpu(shape, dtype))
+                   : Tensor(at::detail::empty_generic(shape, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                      dtype, std::nullopt));
+  if (poison) std::memset(out.mutable_data_ptr(), 0xFF, bytes);
+  return out;
+}
+
+Tensor nothing(at::ScalarType dtype) { return at::detail::empty_cpu({0}, dtype); }
+
+// ---- arguments -----------------------------------------------------------------------------------------------------
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::fp32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::fp16;
+    default:
+      TORCH_CHECK_TYPE(false, "smart_fast: kernels take float32, bfloat16 or float16, got ", tensor.scalar_type());
+  }
+}
+
+Kind kind_of(string_view name) {
+  if (name == "kl") return Kind::kl;
+  if (name == "sym_kl") return Kind::sym_kl;
+  TORCH_CHECK_VALUE(name == "js", "smart_fast: unknown divergence ", name);
+  return Kind::js;
+}
+
+Norm norm_of(string_view name) {
+  if (name == "inf") return Norm::inf;
+  if (name == "l2") return Norm::l2;
+  if (name == "l1") return Norm::l1;
+  TORCH_CHECK_VALUE(name == "opaque", "smart_fast: unknown norm ", name);
+  return Norm::opaque;
+}
+
+Update update_of(string_view name) {
+  if (name == "sift") return Update::sift;
+  TORCH_CHECK_VALUE(name == "smart-pytorch", "smart_fast: unknown update ", name);
+  return Update::smart_pytorch;
+}
+
+// Tensors of one shape [..., width] as rows: leading dimensions merged where all of them allow it, copies made where
+// more than three remain or the last dimension is not dense (the `free`th tensor may have any).
+struct View {
+  Shape shape;
+  std::vector<Tensor> tensors;
+  std::vector<Rows> rows;
+
+  explicit View(std::vector<Tensor> given, size_t free = size_t(-1)) : tensors(std::move(given)) {
+    const auto sizes = tensors[0].sizes();
+    const int64_t width = sizes.back();
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      TORCH_CHECK_VALUE(tensors[k].sizes() == sizes, "smart_fast: shapes ", sizes, " and ", tensors[k].sizes(),
+                        " differ");
+      if (k != free && width != 1 && tensors[k].stride(-1) != 1) tensors[k] = tensors[k].contiguous();
+    }
+    if (!merge(sizes.slice(0, sizes.size() - 1))) {
+      for (Tensor& tensor : tensors) tensor = tensor.contiguous();
+      merge(sizes.slice(0, sizes.size() - 1));
+    }
+    shape.width = width;
+    shape.rows = 1;
+    for (const int64_t size : sizes.slice(0, sizes.size() - 1)) shape.rows *= size;
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      rows[k].data = tensors[k].const_data_ptr();
+      rows[k].dtype = dtype_of(tensors[k]);
+      rows[k].column = tensors[k].stride(-1);
+    }
+  }
+
+ private:
+  bool merge(at::IntArrayRef leading) {
+    int64_t sizes[3];
+    size_t count = 0;
+    std::vector<int64_t> strides(3 * tensors.size());
+    for (size_t dim = 0; dim < leading.size(); ++dim) {
+      if (leading[dim] == 1) continue;
+      bool even = count > 0;
+      for (size_t k = 0; even && k < tensors.size(); ++k)
+        even = strides[3 * k + count - 1] == leading[dim] * tensors[k].stride(int64_t(dim));
+      if (even) {
+        sizes[count - 1] *= leading[dim];
+      } else if (count == 3) {
+        return false;
+      } else {
+        sizes[count++] = leading[dim];
+      }
+      for (size_t k = 0; k < tensors.size(); ++k) strides[3 * k + count - 1] = tensors[k].stride(int64_t(dim));
+    }
+    shape.size1 = count == 3 ? sizes[1] : 1;
+    shape.size2 = count >= 2 ? sizes[count - 1] : 1;
+    rows.resize(tensors.size());
+    for (size_t k = 0; k < tensors.size(); ++k) {
+      const int64_t* step = &strides[3 * k];
+      rows[k].stride0 = count == 0 ? 0 : step[0];
+      rows[k].stride1 = count == 3 ? step[1] : 0;
+      rows[k].stride2 = count >= 2 ? step[count - 1] : 0;
+    }
+    return true;
+  }
+};
+
+// A byte for each row, kept alive by `holder`.
+const uint8_t* mask_bytes(const optional<Tensor>& mask, int64_t rows, Tensor& holder) {
+  if (!mask) return nullptr;
+  TORCH_CHECK_VALUE(mask->numel() == rows, "smart_fast: a mask of ", mask->numel(), " entries for ", rows, " rows");
+  holder = mask->contiguous();
+  return reinterpret_cast<const uint8_t*>(holder.const_data_ptr<bool>());
+}
+
+// `noise` is the int64 seed or fp32 noise of `shape`.
+const float* noise_or_seed(const Tensor& noise, int64_t size, Tensor& holder, uint64_t& seed) {
+  if (noise.scalar_type() == at::kLong) {
+    seed = uint64_t(*noise.const_data_ptr<int64_t>());
+    return nullptr;
+  }
+  TORCH_CHECK_VALUE(noise.numel() == size, "smart_fast: noise of ", noise.numel(), " elements for ", size);
+  holder = noise.contiguous();
+  seed = 0;
+  return holder.const_data_ptr<float>();
+}
+
+// ---- threads -------------------------------------------------------------------------------------------------------
+
+struct AlignedFree {
+  void operator()(float* memory) const { std::free(memory); }
+};
+
+// Chunks over torch's threads, each with its own scratch memory. Small work stays on the caller's thread.
+template <class Body>
+void parallel(int64_t chunks, int64_t elements_per_chunk, int64_t scratch, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, elements_per_chunk));
+  at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    const size_t bytes = (size_t(scratch) * sizeof(float) + 63) / 64 * 64;
+    std::unique_ptr<float, AlignedFree> memory(static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(64, bytes))));
+    if (memory == nullptr) throw std::bad_alloc();
+    body(begin, end, memory.get());
+  });
+}
+
+// ---- operators -----------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
+                                   const optional<Tensor>& mask, bool keep_noise) {
+  const View view({embed});
+  Tensor out = new_output(embed.sizes(), embed.scalar_type());
+  Tensor noise = keep_noise ? new_output(embed.sizes(), at::kFloat) : nothing(at::kFloat);
+  Tensor holder;
+  cpu::Perturb args = {view.shape, view.rows[0], mask_bytes(mask, view.shape.rows, holder),
+                       uint64_t(*seed.const_data_ptr<int64_t>()), float(noise_var), out.mutable_data_ptr(),
+                       keep_noise ? noise.mutable_data_ptr<float>() : nullptr};
+  const auto run = cpu::kernels().perturb;
+  parallel((embed.numel() + cpu::perturb_chunk - 1) / cpu::perturb_chunk, cpu::perturb_chunk, 0,
+           [&](int64_t begin, int64_t end, float*) { run(args, begin, end); });
+  return {out, noise};
+}
+
+Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
+                      double noise_var, double step_size, string_view update) {
+  const View view({grad});
+  const Shape& shape = view.shape;
+  cpu::Ascend args = {};
+  args.shape = shape;
+  args.grad = view.rows[0];
+  Tensor mask_holder, noise_holder;
+  args.mask = mask_bytes(mask, shape.rows, mask_holder);
+  args.noise = noise_or_seed(noise, grad.numel(), noise_holder, args.seed);
+  args.noise_var = float(noise_var);
+  args.step_size = float(step_size);
+  args.update = update_of(update);
+  args.norm = norm_of(kind);
+  Tensor out = args.norm == Norm::opaque ? new_output(grad.sizes(), at::kFloat) : new_output({shape.rows}, at::kFloat);
+  args.measured = out.mutable_data_ptr<float>();
+  const auto run = cpu::kernels().measure;
+  parallel(cpu::chunks(shape.rows, shape.width), cpu::rows_per_chunk(shape.width) * shape.width,
+           cpu::ascend_scratch(shape.width),
+           [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
+  return out;
+}
+
+// Norms of groups of rows from the partial norms of the rows.
+std::vector<float> group_norms(const Tensor& partial, int64_t group, Norm norm) {
+  const float* value = partial.const_data_ptr<float>();
+  std::vector<float> norms(size_t(partial.numel() / group));
+  for (size_t g = 0; g < norms.size(); ++g) {
+    float largest = 0;
+    double sum = 0;
+    for (int64_t i = 0; i < group; ++i, ++value) {
+      largest = std::max(largest, *value);
+      sum += *value;
+    }
+    norms[g] = norm == Norm::inf ? largest : norm == Norm::l1 ? float(sum) : std::sqrt(float(sum));
+  }
+  return norms;
+}
+
+std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
+                                  const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
+                                  string_view scope, double noise_var, double step_size, string_view update,
+                                  double epsilon, bool keep_noise) {
+  const View view({embed, grad});
+  const Shape& shape = view.shape;
+  Tensor out = new_output(embed.sizes(), embed.scalar_type());
+  Tensor noise_out = keep_noise ? new_output(embed.sizes(), at::kFloat) : nothing(at::kFloat);
+  cpu::Ascend args = {};
+  args.shape = shape;
+  args.embed = view.rows[0];
+  args.grad = view.rows[1];
+  Tensor mask_holder, noise_holder, norm_holder;
+  args.mask = mask_bytes(mask, shape.rows, mask_holder);
+  args.noise = noise_or_seed(noise, embed.numel(), noise_holder, args.seed);
+  args.noise_var = float(noise_var);
+  args.step_size = float(step_size);
+  args.epsilon = float(epsilon);
+  args.update = update_of(update);
+  args.norm = norm_of(kind);
+  args.group = 1;
+  std::vector<float> norms;
+  if (scope != "row") {
+    TORCH_CHECK_VALUE(norm && norm->numel() == shape.rows, "smart_fast: scope ", scope, " takes a norm for each row");
+    norm_holder = norm->contiguous();
+    args.norms = norm_holder.const_data_ptr<float>();
+  }
+  if (scope == "group") {
+    args.group = shape.rows / embed.size(0);
+    norms = group_norms(norm_holder, args.group, args.norm);
+    args.norms = norms.data();
+  }
+  args.out = out.mutable_data_ptr();
+  args.noise_out = keep_noise ? noise_out.mutable_data_ptr<float>() : nullptr;
+  const auto run = cpu::kernels().ascend;
+  parallel(cpu::chunks(shape.rows, shape.width), cpu::rows_per_chunk(shape.width) * shape.width,
+           cpu::ascend_scratch(shape.width),
+           [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
+  return {out, noise_out};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& input, const Tensor& target,
+                                                              const optional<Tensor>& mask, string_view kind,
+                                                              bool elementwise, double alpha, double weight, bool keep,
+                                                              bool want_input, bool want_target) {
+  const View view({input, target});
+  const Shape& shape = view.shape;
+  const int64_t chunks = cpu::chunks(shape.rows, shape.width);
+  cpu::Divergence args = {};
+  args.shape = shape;
+  args.x = view.rows[0];
+  args.t = view.rows[1];
+  Tensor holder;
+  args.mask = mask_bytes(mask, shape.rows, holder);
+  args.kind = kind_of(kind);
+  args.alpha = float(alpha);
+  args.upstream = float(weight);
+  Tensor loss = elementwise ? new_output(input.sizes(), at::result_type(input, target))
+                            : Tensor(at::detail::empty_cpu({}, at::kFloat));
+  Tensor stats = keep ? new_output({shape.rows, statistics}, at::kFloat) : nothing(at::kFloat);
+  Tensor dx = want_input ? new_output(input.sizes(), input.scalar_type()) : nothing(input.scalar_type());
+  Tensor dt = want_target ? new_output(target.sizes(), target.scalar_type()) : nothing(target.scalar_type());
+  std::vector<double> partial;
+  if (elementwise) {
+    TORCH_CHECK_VALUE(!want_input && !want_target, "smart_fast: elementwise terms need their upstream gradient");
+    args.terms = loss.mutable_data_ptr();
+    args.terms_dtype = dtype_of(loss);
+  } else {
+    partial.resize(size_t(chunks));
+    args.partial = partial.data();
+  }
+  args.stats = keep ? stats.mutable_data_ptr<float>() : nullptr;
+  args.dx = want_input ? dx.mutable_data_ptr() : nullptr;
+  args.dt = want_target ? dt.mutable_data_ptr() : nullptr;
+  const auto run = cpu::kernels().divergence_forward;
+  parallel(chunks, cpu::rows_per_chunk(shape.width) * shape.width, cpu::divergence_scratch(shape.width),
+           [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
+  if (!elementwise) {
+    double sum = 0;
+    for (const double each : partial) sum += each;
+    *loss.mutable_data_ptr<float>() = float(weight * sum);
+  }
+  return {loss, stats, dx, dt};
+}
+
+std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                               const Tensor& stats, const optional<Tensor>& mask, string_view kind,
+                                               bool elementwise, double alpha, double weight, bool want_input,
+                                               bool want_target) {
+  const View view = elementwise ? View({input, target, grad}, 2) : View({input, target});
+  const Shape& shape = view.shape;
+  cpu::Divergence args = {};
+  args.shape = shape;
+  args.x = view.rows[0];
+  args.t = view.rows[1];
+  Tensor holder;
+  args.mask = mask_bytes(mask, shape.rows, holder);
+  args.kind = kind_of(kind);
+  args.alpha = float(alpha);
+  TORCH_CHECK_VALUE(stats.numel() == shape.rows * statistics && stats.is_contiguous(),
+                    "smart_fast: statistics of another forward pass");
+  args.stats = const_cast<float*>(stats.const_data_ptr<float>());
+  Tensor dx = want_input ? new_output(input.sizes(), input.scalar_type()) : nothing(input.scalar_type());
+  Tensor dt = want_target ? new_output(target.sizes(), target.scalar_type()) : nothing(target.scalar_type());
+  args.dx = want_input ? dx.mutable_data_ptr() : nullptr;
+  args.dt = want_target ? dt.mutable_data_ptr() : nullptr;
+  if (elementwise)
+    args.grad = view.rows[2];
+  else
+    args.upstream = float(weight * grad.item<double>());
+  const auto run = elementwise ? cpu::kernels().divergence_elements_backward : cpu::kernels().divergence_backward;
+  parallel(cpu::chunks(shape.rows, shape.width), cpu::rows_per_chunk(shape.width) * shape.width,
+           cpu::divergence_scratch(shape.width),
+           [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
+  return {dx, dt};
+}
+
+// ---- how it was built ----------------------------------------------------------------------------------------------
+
+pybind11::dict built_with() {
+  pybind11::dict about;
+#if defined(__clang__)
+  about["compiler"] = "clang " __clang_version__;
+#else
+  about["compiler"] = "gcc " __VERSION__;
+#endif
+#if defined(_OPENMP)
+  about["threads"] = "openmp";
+#else
+  about["threads"] = "one";
+#endif
+  about["torch"] = TORCH_VERSION;
+  pybind11::list sets;
+  for (const char* name : {"avx512", "avx2", "portable"})
+    if (cpu::runs_here(name)) sets.append(name);
+  about["instruction_sets"] = sets;  // those that this machine runs, widest first
+  about["instruction_set"] = cpu::kernels().name;
+#if defined(SMART_FAST_CUDA)
+  about["cuda"] = true;
+#else
+  about["cuda"] = false;
+#endif
+  return about;
+}
+
+}  // namespace
+}  // namespace smart_fast
+
+TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  library.def("native_perturb(Tensor embed, Tensor seed, float noise_var, Tensor? mask, bool keep_noise)"
+              " -> (Tensor, Tensor)", tags);
+  library.def("native_ascend_measure(Tensor grad, Tensor noise, Tensor? mask, str kind, float noise_var,"
+              " float step_size, str update) -> Tensor", tags);
+  library.def("native_ascend(Tensor embed, Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, str kind, str scope,"
+              " float noise_var, float step_size, str update, float epsilon, bool keep_noise) -> (Tensor, Tensor)",
+              tags);
+  library.def("native_divergence_forward(Tensor input, Tensor target, Tensor? mask, str kind, bool elementwise,"
+              " float alpha, float weight, bool keep, bool want_input, bool want_target)"
+              " -> (Tensor, Tensor, Tensor, Tensor)", tags);
+  library.def("native_divergence_backward(Tensor grad, Tensor input, Tensor target, Tensor stats, Tensor? mask,"
+              " str kind, bool elementwise, float alpha, float weight, bool want_input, bool want_target)"
+              " -> (Tensor, Tensor)", tags);
+}
+
+TORCH_LIBRARY_IMPL(smart_fast, CPU, library) {
+  library.impl("native_perturb", &smart_fast::perturb);
+  library.impl("native_ascend_measure", &smart_fast::ascend_measure);
+  library.impl("native_ascend", &smart_fast::ascend);
+  library.impl("native_divergence_forward", &smart_fast::divergence_forward);
+  library.impl("native_divergence_backward", &smart_fast::divergence_backward);
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("built_with", &smart_fast::built_with, "Compiler, flags, torch version and instruction sets, as a dict.");
+  module.def("use_instruction_set", &smart_fast::cpu::choose,
+             "Run the kernels of this instruction set (\"auto\": the widest); False if this machine cannot.");
+  module.def("empty_cache", [] { return smart_fast::pool().clear(); }, "Free the blocks kept for outputs; bytes freed.");
+  module.def("cached_bytes", [] { return smart_fast::pool().bytes(); }, "Bytes kept for outputs.");
+  module.def("poison_outputs", [](bool on) { smart_fast::poison = on; }, "Tests: let outputs start as NaN.");
+}

@@ -1,0 +1,335 @@
+// Arithmetic on SIMD vectors: GCC/Clang vector extensions, and the few operations that those cannot express.
+//
+// Included once by each of portable.cpp, avx2.cpp and avx512.cpp, which set SMART_FAST_LANES (floats per vector) and
+// SMART_FAST_ISA. Everything has internal linkage, so that no linker can mix the instruction sets. No C++ standard
+// library here, for the same reason.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../platform.h"
+#include "../rows.h"
+
+#if !defined(__x86_64__)
+#define SMART_FAST_SIMD_LEVEL 0  // vector extensions alone
+#elif SMART_FAST_LANES == 4
+#define SMART_FAST_SIMD_LEVEL 1  // SSE2, which every x86-64 has
+#elif SMART_FAST_LANES == 8
+#define SMART_FAST_SIMD_LEVEL 2
+#else
+#define SMART_FAST_SIMD_LEVEL 3
+#endif
+
+namespace smart_fast {
+namespace {
+
+constexpr int LANES = SMART_FAST_LANES;
+constexpr int BYTES = 4 * LANES;
+
+typedef float F __attribute__((vector_size(BYTES)));
+typedef int32_t I __attribute__((vector_size(BYTES)));
+typedef uint32_t U __attribute__((vector_size(BYTES)));
+typedef uint64_t W __attribute__((vector_size(BYTES)));
+typedef uint16_t H __attribute__((vector_size(BYTES / 2)));
+typedef float FUnaligned __attribute__((vector_size(BYTES), aligned(4), may_alias));
+typedef uint16_t HUnaligned __attribute__((vector_size(BYTES / 2), aligned(2), may_alias));
+
+SMART_FAST_INLINE F load(const float* p) { return *reinterpret_cast<const FUnaligned*>(p); }
+SMART_FAST_INLINE void store(float* p, F v) { *reinterpret_cast<FUnaligned*>(p) = v; }
+
+// The arithmetic that philox.h and divergence.h are written over.
+struct Simd {
+  using F = smart_fast::F;
+  using U = smart_fast::U;
+  using Word = W;  // each 32-bit word in the lower half of a 64-bit lane: ready for the widening product
+
+  static constexpr float infinity = __builtin_inff();
+
+  static SMART_FAST_INLINE F splat(float value) { return F{} + value; }
+  static SMART_FAST_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
+  static SMART_FAST_INLINE F abs(F v) { return (F)((U)v & 0x7FFFFFFFu); }
+  static SMART_FAST_INLINE F flip_sign(F v, U sign_bit) { return (F)((U)v ^ sign_bit); }
+  static SMART_FAST_INLINE F from_signed(U v) { return __builtin_convertvector((I)v, F); }
+
+  static SMART_FAST_INLINE F from_unsigned(U v) {
+#if SMART_FAST_SIMD_LEVEL == 3
+    return (F)_mm512_cvtepu32_ps((__m512i)v);
+#else
+    // Halves are exact, so their sum is rounded once.
+    const F high = __builtin_convertvector((I)(v >> 16), F);
+    const F low = __builtin_convertvector((I)(v & 0xFFFFu), F);
+    return high * 65536.0f + low;
+#endif
+  }
+
+  static SMART_FAST_INLINE F max(F a, F b) {
+#if SMART_FAST_SIMD_LEVEL == 3
+    return (F)_mm512_max_ps((__m512)a, (__m512)b);
+#elif SMART_FAST_SIMD_LEVEL == 2
+    return (F)_mm256_max_ps((__m256)a, (__m256)b);
+#elif SMART_FAST_SIMD_LEVEL == 1
+    return (F)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+  }
+
+  static SMART_FAST_INLINE F min(F a, F b) {
+#if SMART_FAST_SIMD_LEVEL == 3
+    return (F)_mm512_min_ps((__m512)a, (__m512)b);
+#elif SMART_FAST_SIMD_LEVEL == 2
+    return (F)_mm256_min_ps((__m256)a, (__m256)b);
+#elif SMART_FAST_SIMD_LEVEL == 1
+    return (F)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return a < b ? a : b;
+#endif
+  }
+
+  static SMART_FAST_INLINE F sqrt(F v) {
+#if SMART_FAST_SIMD_LEVEL == 3
+    return (F)_mm512_sqrt_ps((__m512)v);
+#elif SMART_FAST_SIMD_LEVEL == 2
+    return (F)_mm256_sqrt_ps((__m256)v);
+#elif SMART_FAST_SIMD_LEVEL == 1
+    return (F)_mm_sqrt_ps((__m128)v);
+#else
+    for (int lane = 0; lane < LANES; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
+    return v;
+#endif
+  }
+
+  static SMART_FAST_INLINE void mul(W word, uint32_t factor, W& high, W& low) {
+#if SMART_FAST_SIMD_LEVEL == 3
+    low = (W)_mm512_mul_epu32((__m512i)word, _mm512_set1_epi64(factor));
+#elif SMART_FAST_SIMD_LEVEL == 2
+    low = (W)_mm256_mul_epu32((__m256i)word, _mm256_set1_epi64x(factor));
+#elif SMART_FAST_SIMD_LEVEL == 1
+    low = (W)_mm_mul_epu32((__m128i)word, _mm_set1_epi64x(factor));
+#else
+    low = (word & 0xFFFFFFFFu) * (uint64_t)factor;
+#endif
+    high = low >> 32;
+  }
+
+  // exp(v) for v <= 0, and not far above: Cephes' expf (Moshier), 2 ulp; below the normal numbers it is zero.
+  static SMART_FAST_INLINE F exp(F v) {
+    const F shifted = v * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2**23 rounds to an integer
+    const F n = shifted - 12582912.0f;
+    F r = v - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    F y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    y = (F)((U)y + ((U)shifted << 23));
+    return select(v < -87.0f, splat(0.0f), y);
+  }
+
+  // log(v) for positive normal v: Cephes' logf (Moshier), 1 ulp.
+  static SMART_FAST_INLINE F log_normal(F v) {
+    const U bits = (U)v + (0x3F800000u - 0x3F3504F3u);  // mantissa in [sqrt(1/2), sqrt(2))
+    const F e = __builtin_convertvector((I)(bits >> 23) - 127, F);
+    const F f = (F)((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+    const F square = f * f;
+    F y = f * 7.0376836292e-2f - 1.1514610310e-1f;
+    y = y * f + 1.1676998740e-1f;
+    y = y * f - 1.2420140846e-1f;
+    y = y * f + 1.4249322787e-1f;
+    y = y * f - 1.6668057665e-1f;
+    y = y * f + 2.0000714765e-1f;
+    y = y * f - 2.4999993993e-1f;
+    y = y * f + 3.3333331174e-1f;
+    y = y * (f * square);
+    y = y + e * -2.12194440e-4f;
+    y = y - 0.5f * square;
+    return (f + y) + e * 0.693359375f;
+  }
+
+  // log(v) with its limits: -inf at 0, inf at inf, NaN below 0 and at NaN.
+  static SMART_FAST_INLINE F log(F v) {
+    F y = select(v == 0.0f, splat(-infinity), log_normal(v));
+    y = select(v == infinity, splat(infinity), y);
+    return select(v >= 0.0f, y, splat(__builtin_nanf("")));
+  }
+};
+
+SMART_FAST_INLINE bool any(I mask) {
+#if SMART_FAST_SIMD_LEVEL == 3
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif SMART_FAST_SIMD_LEVEL == 2
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#elif SMART_FAST_SIMD_LEVEL == 1
+  return _mm_movemask_ps((__m128)mask) != 0;
+#else
+  int32_t found = 0;
+  for (int lane = 0; lane < LANES; ++lane) found |= mask[lane];
+  return found != 0;
+#endif
+}
+
+SMART_FAST_INLINE float largest(F v) {
+  float result = v[0];
+  for (int lane = 1; lane < LANES; ++lane) result = v[lane] > result ? v[lane] : result;
+  return result;
+}
+
+// The sum of the lanes, in double: blocks of a row are added without loss.
+SMART_FAST_INLINE double total(F v) {
+  double parts[4] = {0, 0, 0, 0};
+  for (int lane = 0; lane < LANES; ++lane) parts[lane & 3] += v[lane];
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// a0 b0 a1 b1 … of the lower half of the lanes, then of the upper half.
+SMART_FAST_INLINE void interleave(F a, F b, F& lower, F& upper) {
+#if SMART_FAST_LANES == 16
+  lower = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  upper = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif SMART_FAST_LANES == 8
+  lower = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  upper = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  lower = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  upper = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// ---- numbers of 16 bits --------------------------------------------------------------------------------------------
+
+SMART_FAST_INLINE F from_bf16(H v) { return (F)(__builtin_convertvector(v, U) << 16); }
+
+// Round to nearest, ties to even; every NaN becomes the quiet one.
+SMART_FAST_INLINE H to_bf16(F v) {
+  const U bits = (U)v;
+  const U rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector((U)((v != v) ? (I)(U{} + 0x7FC0u) : (I)rounded), H);
+}
+
+SMART_FAST_INLINE F from_fp16(H v) {
+#if SMART_FAST_SIMD_LEVEL == 3
+  return (F)_mm512_cvtph_ps((__m256i)v);
+#elif SMART_FAST_SIMD_LEVEL == 2
+  return (F)_mm256_cvtph_ps((__m128i)v);
+#else
+  // Exponent and mantissa moved into place; the product with 2**112 rebiases, subnormals included.
+  const U bits = __builtin_convertvector(v, U);
+  const F magnitude = (F)((bits & 0x7FFFu) << 13) * 0x1p112f;
+  const U special = (U)((bits & 0x7C00u) == 0x7C00u) & 0x7F800000u;
+  return (F)((U)magnitude | special | ((bits & 0x8000u) << 16));
+#endif
+}
+
+SMART_FAST_INLINE H to_fp16(F v) {
+#if SMART_FAST_SIMD_LEVEL == 3
+  return (H)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif SMART_FAST_SIMD_LEVEL == 2
+  return (H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const U sign = ((U)v >> 16) & 0x8000u;
+  const F a = Simd::abs(v);
+  // Subnormals: adding 1/2 leaves the rounded mantissa in the lowest bits. Normals: round to even on the integer.
+  const U subnormal = (U)(a + 0.5f) - 0x3F000000u;
+  const U bits = (U)a;
+  const U normal = (bits + (0xC8000FFFu + ((bits >> 13) & 1u))) >> 13;
+  U half = (U)(a < 0x1p-14f ? (I)subnormal : (I)normal);
+  half = (U)(a >= 65520.0f ? (I)(U{} + 0x7C00u) : (I)half);
+  half = (U)(v != v ? (I)(U{} + 0x7E00u) : (I)half);
+  return __builtin_convertvector(half | sign, H);
+#endif
+}
+
+SMART_FAST_INLINE float from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// One element as float.
+SMART_FAST_INLINE float element(const void* data, Dtype dtype, int64_t index) {
+  if (dtype == Dtype::fp32) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  if (dtype == Dtype::bf16) return from_bits(uint32_t(bits) << 16);
+  H v = {};
+  v[0] = bits;
+  return from_fp16(v)[0];
+}
+
+// ---- blocks: a few KiB of a row, as floats in the innermost cache ---------------------------------------------------
+
+constexpr int BLOCK = 1024;  // a multiple of every vector's length
+
+SMART_FAST_INLINE int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+SMART_FAST_INLINE const char* advance(const void* data, Dtype dtype, int64_t elements) {
+  return static_cast<const char*>(data) + elements * (dtype == Dtype::fp32 ? 4 : 2);
+}
+SMART_FAST_INLINE char* advance(void* data, Dtype dtype, int64_t elements) {
+  return static_cast<char*>(data) + elements * (dtype == Dtype::fp32 ? 4 : 2);
+}
+
+// `count` elements as floats, padded to whole vectors: where they lie if that will do, else in `buffer`.
+inline const float* read_block(const void* data, Dtype dtype, int64_t count, float* buffer, float padding) {
+  const int64_t full = count / LANES * LANES;
+  if (dtype == Dtype::fp32) {
+    const float* source = static_cast<const float*>(data);
+    if (full == count) return source;
+    for (int64_t i = 0; i < full; i += LANES) store(buffer + i, load(source + i));
+  } else {
+    const uint16_t* source = static_cast<const uint16_t*>(data);
+    if (dtype == Dtype::bf16) {
+      for (int64_t i = 0; i < full; i += LANES)
+        store(buffer + i, from_bf16(*reinterpret_cast<const HUnaligned*>(source + i)));
+    } else {
+      for (int64_t i = 0; i < full; i += LANES)
+        store(buffer + i, from_fp16(*reinterpret_cast<const HUnaligned*>(source + i)));
+    }
+  }
+  for (int64_t i = full; i < whole(count); ++i) buffer[i] = i < count ? element(data, dtype, i) : padding;
+  return buffer;
+}
+
+// The same for elements `column` apart.
+inline const float* read_strided(const void* data, Dtype dtype, int64_t column, int64_t count, float* buffer,
+                                 float padding) {
+  if (column == 1) return read_block(data, dtype, count, buffer, padding);
+  for (int64_t i = 0; i < whole(count); ++i) buffer[i] = i < count ? element(data, dtype, i * column) : padding;
+  return buffer;
+}
+
+// Where to write `count` floats, whole vectors of them, that write_block will find: the target itself if that will do.
+inline float* open_block(void* data, Dtype dtype, int64_t count, float* buffer) {
+  return dtype == Dtype::fp32 && count % LANES == 0 ? static_cast<float*>(data) : buffer;
+}
+
+inline void write_block(void* data, Dtype dtype, int64_t count, const float* values) {
+  if (values == data) return;
+  const int64_t full = count / LANES * LANES;
+  if (dtype == Dtype::fp32) {
+    __builtin_memcpy(data, values, size_t(count) * 4);
+    return;
+  }
+  uint16_t* target = static_cast<uint16_t*>(data);
+  H last = {};
+  if (dtype == Dtype::bf16) {
+    for (int64_t i = 0; i < full; i += LANES) *reinterpret_cast<HUnaligned*>(target + i) = to_bf16(load(values + i));
+    if (full < count) last = to_bf16(load(values + full));
+  } else {
+    for (int64_t i = 0; i < full; i += LANES) *reinterpret_cast<HUnaligned*>(target + i) = to_fp16(load(values + i));
+    if (full < count) last = to_fp16(load(values + full));
+  }
+  for (int64_t i = full; i < count; ++i) target[i] = last[i - full];
+}
+
+inline void write_zeros(void* data, Dtype dtype, int64_t count) {
+  __builtin_memset(data, 0, size_t(count) * (dtype == Dtype::fp32 ? 4 : 2));
+}
+
+}  // namespace
+}  // namespace smart_fast

@@ -1,0 +1,96 @@
+"""What the fused backends share: which kernels one ascent step takes, and the shapes their operators promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..norms import known_norm
+from .base import STATISTICS, Step, new_output
+
+
+def ascend(
+    measure: Callable[..., Tensor], move: Callable[..., tuple[Tensor, Tensor]], perturb: Callable[..., Any],
+    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`FusedBackend.ascend` by the operators ``ascend_measure``, ``ascend`` and ``perturb`` of a backend.
+
+    A token norm takes one kernel. A norm over more than a row is measured first; one that only Python can compute is
+    called in between.
+    """
+    known = known_norm(step.norm_fn)
+    common = (step.noise_var, step.step_size, step.update)
+    norm: Tensor | None = None
+    if known is not None and known.scope == "row":
+        kind, scope = known.kind, "row"
+    elif known is not None:
+        if embed.dim() < 2:
+            step.norm_fn(embed)  # raises, saying why
+        norm = measure(grad, noise, mask, known.kind, *common)
+        kind, scope = known.kind, "group"
+    else:
+        measured = measure(grad, noise, mask, "opaque", *common)
+        norm = step.norm_fn(measured)
+        if norm.dim() > 0 and norm.shape[-1] != 1:
+            return _elementwise_norm(perturb, embed, noise, measured, norm, step, mask, keep_noise)
+        norm = norm.expand(*embed.shape[:-1], 1).to(torch.float32).contiguous()
+        kind, scope = "inf", "given"
+    perturbed, new_noise = move(embed, grad, noise, norm, mask, kind, scope, *common, step.epsilon, keep_noise)
+    return perturbed, new_noise if keep_noise else None
+
+
+def _elementwise_norm(
+    perturb: Callable[..., Any], embed: Tensor, noise: Tensor, measured: Tensor, norm: Tensor, step: Step,
+    mask: Tensor | None, keep_noise: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """A user's norm that differs within a row: nothing is left to fuse."""
+    update = measured / (norm + step.epsilon)
+    if step.update == "sift":
+        if noise.dtype == torch.int64:
+            zeros = torch.zeros_like(embed, dtype=torch.float32)
+            noise = perturb(zeros, noise, float(step.noise_var), mask)
+        update = noise + step.step_size * update
+    if mask is not None:
+        update = torch.where(mask.unsqueeze(-1), update, 0.0)
+    return (embed + update).to(embed.dtype), update if keep_noise else None
+
+
+# ---- fake implementations: what the operators return, without computing it -------------------------------------------
+
+
+def fake_ascend_measure(
+    grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float, update: str
+) -> Tensor:
+    shape = grad.shape if kind == "opaque" else (grad.numel() // grad.shape[-1],)
+    return new_output(shape, torch.float32, grad.device)
+
+
+def fake_ascend(
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
+    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
+    return new_output(embed.shape, embed.dtype, embed.device), noise_out
+
+
+def fake_divergence_forward(
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, elementwise: bool, alpha: float, weight: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    stats = (input.numel() // input.shape[-1], STATISTICS) if keep else (0,)
+    dtype = torch.promote_types(input.dtype, target.dtype) if elementwise else torch.float32
+    loss = new_output(input.shape if elementwise else (), dtype, input.device)
+    return loss, new_output(stats, torch.float32, input.device)
+
+
+def fake_divergence_backward(
+    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, elementwise: bool,
+    alpha: float, weight: float, want_input: bool, want_target: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        new_output(input.shape if want_input else (0,), input.dtype, input.device),
+        new_output(target.shape if want_target else (0,), target.dtype, target.device),
+    )
