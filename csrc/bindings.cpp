@@ -57,6 +57,8 @@ Tensor new_output(at::IntArrayRef shape, at::ScalarType dtype) {
   return out;
 }
 
+bool stream(const Tensor& out) { return int64_t(out.nbytes()) >= cpu::stream_bytes; }
+
 Tensor nothing(at::ScalarType dtype) { return at::detail::empty_cpu({0}, dtype); }
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, doub
   Tensor holder;
   cpu::Perturb args = {view.shape, view.rows[0], mask_bytes(mask, view.shape.rows, holder),
                        uint64_t(*seed.const_data_ptr<int64_t>()), float(noise_var), out.mutable_data_ptr(),
-                       keep_noise ? noise.mutable_data_ptr<float>() : nullptr};
+                       keep_noise ? noise.mutable_data_ptr<float>() : nullptr, stream(out)};
   const auto run = cpu::kernels().perturb;
   parallel((embed.numel() + cpu::perturb_chunk - 1) / cpu::perturb_chunk, cpu::perturb_chunk, 0,
            [&](int64_t begin, int64_t end, float*) { run(args, begin, end); });
@@ -283,6 +285,7 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
     args.norms = norms.data();
   }
   args.out = out.mutable_data_ptr();
+  args.stream = stream(out);
   args.noise_out = keep_noise ? noise_out.mutable_data_ptr<float>() : nullptr;
   const auto run = cpu::kernels().ascend;
   parallel(cpu::chunks(shape.rows, shape.width), cpu::rows_per_chunk(shape.width) * shape.width,
@@ -324,6 +327,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
   args.stats = keep ? stats.mutable_data_ptr<float>() : nullptr;
   args.dx = want_input ? dx.mutable_data_ptr() : nullptr;
   args.dt = want_target ? dt.mutable_data_ptr() : nullptr;
+  args.stream = stream(loss) || stream(dx) || stream(dt);
   const auto run = cpu::kernels().divergence_forward;
   parallel(chunks, cpu::rows_per_chunk(shape.width) * shape.width, cpu::divergence_scratch(shape.width),
            [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
@@ -356,6 +360,7 @@ std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor&
   Tensor dt = want_target ? new_output(target.sizes(), target.scalar_type()) : nothing(target.scalar_type());
   args.dx = want_input ? dx.mutable_data_ptr() : nullptr;
   args.dt = want_target ? dt.mutable_data_ptr() : nullptr;
+  args.stream = stream(dx) || stream(dt);
   if (elementwise)
     args.grad = view.rows[2];
   else

@@ -105,14 +105,13 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: FusedBackend, kind: str,
         elementwise: bool, alpha: float, weight: float,
     ) -> Tensor:  # fmt: skip
-        wanted = ctx.needs_input_grad[:2]
-        loss, stats, gradients = backend.divergence_forward(
-            input, target, kind, elementwise, alpha, weight, mask, *wanted
+        want_input, want_target = ctx.needs_input_grad[:2]
+        loss, stats, ctx.gradients = backend.divergence_forward(
+            input, target, kind, elementwise, alpha, weight, mask, want_input, want_target
         )
-        if stats is not None:
+        if want_input or want_target:
             ctx.save_for_backward(input, target, mask, stats)
             ctx.options = backend, kind, elementwise, alpha, weight
-            ctx.gradients = gradients
         return loss
 
     @staticmethod
@@ -120,16 +119,21 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, target, mask, stats = ctx.saved_tensors
         backend, kind, elementwise, alpha, weight = ctx.options
-        if ctx.gradients is None:
+        want_input, want_target = ctx.needs_input_grad[:2]
+        if stats is not None:
             gradients = backend.divergence_backward(
-                grad, input, target, stats, kind, elementwise, alpha, weight, mask, *ctx.needs_input_grad[:2]
+                grad, input, target, stats, kind, elementwise, alpha, weight, mask, want_input, want_target
             )
-        else:
-            # Handed over, not lent: the receiver may write to them. A second backward pass computes its own.
-            gradients, ctx.gradients = ctx.gradients, None
-            upstream = grad.item()
-            if upstream != 1.0:
-                gradients = tuple(None if each is None else each.mul_(upstream) for each in gradients)
+            return *gradients, None, None, None, None, None, None
+        # Handed over, not lent: the receiver may write to them. A second backward pass computes its own.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, _, gradients = backend.divergence_forward(
+                input, target, kind, elementwise, alpha, weight, mask, want_input, want_target
+            )
+        upstream = grad.item()
+        if upstream != 1.0:
+            gradients = tuple(None if each is None else each.mul_(upstream) for each in gradients)
         return *gradients, None, None, None, None, None, None
 
 

@@ -137,17 +137,18 @@ inline void ascend(const cpu::Ascend& args, int64_t begin, int64_t end, float* s
       const int64_t part = width - start < BLOCK ? width - start : BLOCK;
       void* target = advance(out, dtype, start);
       const float* source = read_block(advance(embed, dtype, start), dtype, part, from, 0.0f);
-      float* result = open_block(target, dtype, part, to);
+      float* result = open_block(target, dtype, part, to, args.stream);
       for (int64_t i = 0; i < part; i += LANES) {
         F moved = load(measured + start + i) * scale;
         if (add_noise) moved += load(noise + start + i);
         store(measured + start + i, moved);
         store(result + i, load(source + i) + moved);
       }
-      write_block(target, dtype, part, result);
-      if (noise_out != nullptr) __builtin_memcpy(noise_out + start, measured + start, size_t(part) * 4);
+      write_block(target, dtype, part, result, args.stream);
+      if (noise_out != nullptr) write_block(noise_out + start, Dtype::fp32, part, measured + start, args.stream);
     }
   }
+  if (args.stream) end_of_stream();
 }
 
 }  // namespace

@@ -67,6 +67,15 @@ struct Wide {
             (count + LANES - 1) / LANES};
   }
 
+  // Where block + 1 will be read from: memory latency then hides behind the arithmetic of this one, which the hardware
+  // prefetchers, stopping at each page, do not manage.
+  void prefetch(int64_t block, int64_t i) const {
+    const char* next_x = advance(x, args.x.dtype, (block + 1) * BLOCK + i * LANES);
+    const char* next_t = advance(t, args.t.dtype, (block + 1) * BLOCK + i * LANES);
+    __builtin_prefetch(next_x);
+    __builtin_prefetch(next_t);
+  }
+
   const float* load_upstream(int64_t block) {
     const int64_t step = args.grad.column;
     return read_strided(advance(g, args.grad.dtype, block * BLOCK * step), args.grad.dtype, step, part(block), block_g,
@@ -80,10 +89,12 @@ struct Wide {
 
   float* open_out(void* data, Dtype dtype, int64_t block, float* buffer) {
     if (data == nullptr) return buffer;
-    return open_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), buffer);
+    return open_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), buffer,
+                      args.stream);
   }
   void write_out(void* data, Dtype dtype, int64_t block, const float* values) {
-    if (data != nullptr) write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values);
+    if (data == nullptr) return;
+    write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values, args.stream);
   }
   void zero_out(void* data, Dtype dtype) {
     if (data != nullptr) write_zeros(advance(data, dtype, row * width), dtype, width);
@@ -104,8 +115,9 @@ struct Narrow {
   const cpu::Divergence& args;
   int64_t width, first = 0, valid = 0;
   I real = {};
+  bool all_real = false;
   float *block_x, *block_t, *block_g, *block_dx, *block_dt;  // [width][LANES] each
-  float* line;
+  float* lines;  // [LANES][width]: rows as they lie in memory
 
   Narrow(const cpu::Divergence& args, float* buffers) : args(args), width(args.shape.width) {
     constexpr int64_t size = NARROW * LANES;
@@ -114,7 +126,7 @@ struct Narrow {
     block_g = block_t + size;
     block_dx = block_g + size;
     block_dt = block_dx + size;
-    line = block_dt + size;
+    lines = block_dt + size;
   }
 
   static constexpr int64_t rows = LANES;
@@ -125,32 +137,38 @@ struct Narrow {
     for (int lane = 0; lane < LANES; ++lane)
       real[lane] = lane < valid && (args.mask == nullptr || args.mask[row + lane] != 0) ? -1 : 0;
     if (!any(real)) return false;
+    all_real = !any(real == 0);
     transpose(args.x, block_x);
     transpose(args.t, block_t);
     if (args.grad.data != nullptr) transpose(args.grad, block_g);
     return true;
   }
 
-  // Rows that are masked or not there are zeros.
+  // Columns become vectors. Rows that are masked or not there are zeros.
   void transpose(const Rows& tensor, float* tile) {
-    for (int lane = 0; lane < LANES; ++lane) {
-      if (real[lane] == 0) {
-        for (int64_t j = 0; j < width; ++j) tile[j * LANES + lane] = 0.0f;
-        continue;
+    const bool dense = tensor.column == 1 && args.shape.size1 == 1 && args.shape.size2 == 1 && tensor.stride0 == width;
+    if (dense) {
+      const void* start = advance(tensor.data, tensor.dtype, first * width);
+      for (int64_t i = 0; i < valid * width; i += BLOCK) {
+        const int64_t part = valid * width - i < BLOCK ? valid * width - i : BLOCK;
+        const float* source = read_block(advance(start, tensor.dtype, i), tensor.dtype, part, lines + i, 0.0f);
+        if (source != lines + i) __builtin_memcpy(lines + i, source, size_t(part) * 4);
       }
-      const void* row = advance(tensor.data, tensor.dtype, row_offset(args.shape, tensor, first + lane));
-      if (tensor.dtype == Dtype::fp32) {
-        const float* source = static_cast<const float*>(row);
-        for (int64_t j = 0; j < width; ++j) tile[j * LANES + lane] = source[j * tensor.column];
-      } else {
-        const float* source = read_strided(row, tensor.dtype, tensor.column, width, line, 0.0f);
-        for (int64_t j = 0; j < width; ++j) tile[j * LANES + lane] = source[j];
+    } else {
+      for (int64_t lane = 0; lane < valid; ++lane) {
+        const void* row = advance(tensor.data, tensor.dtype, row_offset(args.shape, tensor, first + lane));
+        for (int64_t j = 0; j < width; ++j) lines[lane * width + j] = element(row, tensor.dtype, j * tensor.column);
       }
     }
+    for (int64_t lane = 0; lane < valid; ++lane)
+      for (int64_t j = 0; j < width; ++j) tile[j * LANES + lane] = lines[lane * width + j];
+    if (!all_real)
+      for (int64_t j = 0; j < width; ++j) store(tile + j * LANES, keep_real(load(tile + j * LANES)));
   }
 
   int64_t blocks() const { return 1; }
   Block load_block(int64_t) { return {block_x, block_t, width}; }
+  void prefetch(int64_t, int64_t) const {}
   const float* load_upstream(int64_t) { return block_g; }
   F first_upstream() const { return load(block_g); }
 
@@ -161,11 +179,14 @@ struct Narrow {
   float* open_out(void*, Dtype, int64_t, float* buffer) { return buffer; }
   void write_out(void* data, Dtype dtype, int64_t, const float* values) {
     if (data == nullptr) return;
-    for (int64_t lane = 0; lane < valid; ++lane) {
-      void* target = advance(data, dtype, (first + lane) * width);
-      float* to = dtype == Dtype::fp32 ? static_cast<float*>(target) : line;
-      for (int64_t j = 0; j < width; ++j) to[j] = real[lane] ? values[j * LANES + lane] : 0.0f;
-      if (dtype != Dtype::fp32) write_block(target, dtype, width, line);
+    for (int64_t j = 0; j < width; ++j) {
+      alignas(64) float column[LANES];
+      store(column, all_real ? load(values + j * LANES) : keep_real(load(values + j * LANES)));
+      for (int64_t lane = 0; lane < valid; ++lane) lines[lane * width + j] = column[lane];
+    }
+    for (int64_t i = 0; i < valid * width; i += BLOCK) {
+      const int64_t part = valid * width - i < BLOCK ? valid * width - i : BLOCK;
+      write_block(advance(data, dtype, first * width + i), dtype, part, lines + i, args.stream);
     }
   }
   void zero_out(void* data, Dtype dtype) {
@@ -173,13 +194,14 @@ struct Narrow {
   }
 
   void write_statistic(int which, F v) {
-    for (int64_t lane = 0; lane < valid; ++lane)
-      args.stats[(first + lane) * statistics + which] = real[lane] ? v[lane] : 0.0f;
+    alignas(64) float value[LANES];
+    store(value, keep_real(v));
+    for (int64_t lane = 0; lane < valid; ++lane) args.stats[(first + lane) * statistics + which] = value[lane];
   }
   F read_statistic(int which) const {
-    F v = {};
-    for (int64_t lane = 0; lane < valid; ++lane) v[lane] = args.stats[(first + lane) * statistics + which];
-    return v;
+    alignas(64) float value[LANES] = {};
+    for (int64_t lane = 0; lane < valid; ++lane) value[lane] = args.stats[(first + lane) * statistics + which];
+    return load(value);
   }
 };
 
@@ -210,7 +232,7 @@ inline RowStatistics measure_rows(Tile& tile, Scratch& scratch) {
   typename Tile::Sum sum_x, sum_t, sum_e;
   const bool narrow = Tile::rows > 1;
   float *exp_x = scratch.exp_x, *exp_t = scratch.exp_t;
-  if (narrow) exp_x = scratch.buffers + 6 * NARROW * LANES, exp_t = exp_x + NARROW * LANES;
+  if (narrow) exp_x = scratch.buffers + 7 * NARROW * LANES, exp_t = exp_x + NARROW * LANES;
   scratch.exp_x = exp_x, scratch.exp_t = exp_t;
 
   for (int64_t b = 0; b < tile.blocks(); ++b) {
@@ -243,6 +265,7 @@ inline RowStatistics measure_rows(Tile& tile, Scratch& scratch) {
       for (int64_t i = 0; i < block.count; ++i) {
         const F x = load(block.x + i * LANES), t = load(block.t + i * LANES);
         const F p = Simd::exp(x - safe_x), q = Simd::exp(t - safe_t);
+        tile.prefetch(b, i);
         part_x += p;
         part_t += q;
         part_e += q * D::expm1_clamped(D::difference(x, t));
@@ -252,6 +275,7 @@ inline RowStatistics measure_rows(Tile& tile, Scratch& scratch) {
     } else {
       for (int64_t i = 0; i < block.count; ++i) {
         const F p = Simd::exp(load(block.x + i * LANES) - safe_x), q = Simd::exp(load(block.t + i * LANES) - safe_t);
+        tile.prefetch(b, i);
         part_x += p;
         part_t += q;
         store(exp_x + i * LANES, p);
@@ -388,6 +412,7 @@ inline void each_tile(const cpu::Divergence& args, int64_t chunk, float* buffers
   const int64_t last = first + per_chunk < args.shape.rows ? first + per_chunk : args.shape.rows;
   Tile tile(args, buffers);
   for (int64_t row = first; row < last; row += Tile::rows) body(tile, tile.open(row, last));
+  if (args.stream) end_of_stream();
 }
 
 template <Kind KIND, class Tile>

@@ -18,6 +18,7 @@ struct Perturb {
   float noise_var;
   void* out;         // in the dtype of embed
   float* noise_out;  // the noise itself, or null
+  bool stream;       // outputs larger than the caches: write past them
 };
 
 // One step: see kernels/ascend.py for the update rules.
@@ -34,6 +35,7 @@ struct Ascend {
   int64_t group;
   void* out;         // in the dtype of embed
   float* noise_out;  // the new noise, or null
+  bool stream;
   float* measured;   // `measure` only: a partial norm per row (l2: of squares), or m itself (Norm::opaque)
 };
 
@@ -49,6 +51,7 @@ struct Divergence {
   float* stats;         // [rows, statistics], or null in a forward pass
   void *dx, *dt;        // gradients in the dtypes of x and t, or null
   float upstream;       // scalar upstream gradient, weights included
+  bool stream;
   Rows grad;            // elementwise backward: upstream gradient
 };
 
@@ -68,6 +71,9 @@ extern const Kernels portable, avx2, avx512;
 const Kernels& kernels();
 bool choose(const char* name);  // "auto": the widest again
 bool runs_here(const char* name);
+
+// Bytes from which an output is written past the caches. Below, whoever reads it next finds it there.
+constexpr int64_t stream_bytes = int64_t(32) << 20;
 
 // Elements of a chunk of `perturb`: a multiple of the noise that one call of a generator makes.
 constexpr int64_t perturb_chunk = 4096;

@@ -8,15 +8,16 @@ namespace smart_fast {
 namespace {
 
 // `count` elements of one row: out = embed + noise.
-inline void perturb_segment(const void* embed, Dtype dtype, const float* noise, int64_t count, void* out) {
+inline void perturb_segment(const void* embed, Dtype dtype, const float* noise, int64_t count, void* out,
+                            bool stream) {
   alignas(64) float from[BLOCK + LANES], to[BLOCK + LANES];
   for (int64_t begin = 0; begin < count; begin += BLOCK) {
     const int64_t part = count - begin < BLOCK ? count - begin : BLOCK;
     void* target = advance(out, dtype, begin);
     const float* source = read_block(advance(embed, dtype, begin), dtype, part, from, 0.0f);
-    float* result = open_block(target, dtype, part, to);
+    float* result = open_block(target, dtype, part, to, stream);
     for (int64_t i = 0; i < part; i += LANES) store(result + i, load(source + i) + load(noise + begin + i));
-    write_block(target, dtype, part, result);
+    write_block(target, dtype, part, result, stream);
   }
 }
 
@@ -30,12 +31,13 @@ inline void perturb(const cpu::Perturb& args, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * cpu::perturb_chunk;
     const int64_t last = first + cpu::perturb_chunk < size ? first + cpu::perturb_chunk : size;
-    const bool in_place = dense && args.noise_out != nullptr && (last - first) % NORMALS == 0;
+    const bool in_place = dense && args.noise_out != nullptr && !args.stream &&
+                          (last - first) % NORMALS == 0;
     float* noise = in_place ? args.noise_out + first : buffer;
     make_noise(noise, args.seed, uint64_t(first) / 4, last - first, args.noise_var);
     if (dense) {
       perturb_segment(advance(args.embed.data, dtype, first), dtype, noise, last - first,
-                      advance(args.out, dtype, first));
+                      advance(args.out, dtype, first), args.stream);
     } else {
       for (int64_t i = first; i < last;) {
         const int64_t row = i / shape.width, column = i - row * shape.width;
@@ -46,14 +48,15 @@ inline void perturb(const cpu::Perturb& args, int64_t begin, int64_t end) {
           __builtin_memcpy(out, embed, size_t(count) * (dtype == Dtype::fp32 ? 4 : 2));
           __builtin_memset(noise + (i - first), 0, size_t(count) * 4);
         } else {
-          perturb_segment(embed, dtype, noise + (i - first), count, out);
+          perturb_segment(embed, dtype, noise + (i - first), count, out, args.stream);
         }
         i += count;
       }
     }
     if (args.noise_out != nullptr && !in_place)
-      __builtin_memcpy(args.noise_out + first, noise, size_t(last - first) * 4);
+      write_block(args.noise_out + first, Dtype::fp32, last - first, noise, args.stream);
   }
+  if (args.stream) end_of_stream();
 }
 
 }  // namespace

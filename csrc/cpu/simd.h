@@ -303,28 +303,62 @@ inline const float* read_strided(const void* data, Dtype dtype, int64_t column, 
   return buffer;
 }
 
-// Where to write `count` floats, whole vectors of them, that write_block will find: the target itself if that will do.
-inline float* open_block(void* data, Dtype dtype, int64_t count, float* buffer) {
-  return dtype == Dtype::fp32 && count % LANES == 0 ? static_cast<float*>(data) : buffer;
+// Copy past the caches, for outputs larger than they are: lines are not read before they are overwritten.
+inline void stream_out(void* to, const void* from, size_t bytes) {
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+#if SMART_FAST_SIMD_LEVEL > 0
+  const size_t rest = (64 - reinterpret_cast<uintptr_t>(target) % 64) % 64;
+  const size_t head = rest < bytes ? rest : bytes;
+  __builtin_memcpy(target, source, head);
+  size_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+#if SMART_FAST_SIMD_LEVEL == 3
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_loadu_si512(source + i));
+#else
+    for (size_t j = i; j < i + 64; j += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(target + j),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + j)));
+#endif
+  }
+  __builtin_memcpy(target + i, source + i, bytes - i);
+#else
+  __builtin_memcpy(target, source, bytes);
+#endif
 }
 
-inline void write_block(void* data, Dtype dtype, int64_t count, const float* values) {
+// After the last stream_out: other threads see what was written.
+SMART_FAST_INLINE void end_of_stream() {
+#if SMART_FAST_SIMD_LEVEL > 0
+  _mm_sfence();
+#endif
+}
+
+// Where to write `count` floats, whole vectors of them, that write_block will find: the target itself if that will do.
+inline float* open_block(void* data, Dtype dtype, int64_t count, float* buffer, bool stream) {
+  return dtype == Dtype::fp32 && count % LANES == 0 && !stream ? static_cast<float*>(data) : buffer;
+}
+
+inline void write_block(void* data, Dtype dtype, int64_t count, const float* values, bool stream) {
   if (values == data) return;
-  const int64_t full = count / LANES * LANES;
   if (dtype == Dtype::fp32) {
-    __builtin_memcpy(data, values, size_t(count) * 4);
+    if (stream)
+      stream_out(data, values, size_t(count) * 4);
+    else
+      __builtin_memcpy(data, values, size_t(count) * 4);
     return;
   }
-  uint16_t* target = static_cast<uint16_t*>(data);
-  H last = {};
+  alignas(64) uint16_t rounded[BLOCK + LANES];
+  uint16_t* target = stream || count % LANES != 0 ? rounded : static_cast<uint16_t*>(data);
   if (dtype == Dtype::bf16) {
-    for (int64_t i = 0; i < full; i += LANES) *reinterpret_cast<HUnaligned*>(target + i) = to_bf16(load(values + i));
-    if (full < count) last = to_bf16(load(values + full));
+    for (int64_t i = 0; i < count; i += LANES) *reinterpret_cast<HUnaligned*>(target + i) = to_bf16(load(values + i));
   } else {
-    for (int64_t i = 0; i < full; i += LANES) *reinterpret_cast<HUnaligned*>(target + i) = to_fp16(load(values + i));
-    if (full < count) last = to_fp16(load(values + full));
+    for (int64_t i = 0; i < count; i += LANES) *reinterpret_cast<HUnaligned*>(target + i) = to_fp16(load(values + i));
   }
-  for (int64_t i = full; i < count; ++i) target[i] = last[i - full];
+  if (stream)
+    stream_out(data, rounded, size_t(count) * 2);
+  else if (target == rounded)
+    __builtin_memcpy(data, rounded, size_t(count) * 2);
 }
 
 inline void write_zeros(void* data, Dtype dtype, int64_t count) {

@@ -71,8 +71,8 @@ class FusedBackend(Protocol):
         """``(loss, statistics for the backward pass, gradients)``.
 
         The loss is ``weight`` times the sum over unmasked rows (fp32 scalar), or the elementwise terms ``[..., V]`` in
-        the promoted dtype of the logits. Statistics are None if no gradient is wanted. A backend that computes the
-        gradients of a scalar loss on the way gives them as well, for an upstream gradient of one; otherwise None.
+        the promoted dtype of the logits. Where a gradient is wanted, either the statistics are given, or the
+        gradients themselves, for an upstream gradient of one (of a scalar loss); the other is None.
         """
         ...
 

@@ -48,11 +48,11 @@ def divergence_forward(
     input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float, mask: Tensor | None,
     want_input: bool, want_target: bool,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None] | None]:  # fmt: skip
-    keep = want_input or want_target
+    wanted = want_input or want_target
     # Gradients beside the loss save a CPU a second reading of the logits. Not in fp16, where they could underflow
     # before a loss scale reaches them; not for a compiler, which owns the backward pass.
     now = (
-        keep
+        wanted
         and not elementwise
         and input.device.type == "cpu"
         and input.dtype != torch.float16
@@ -60,10 +60,12 @@ def divergence_forward(
         and not torch.compiler.is_compiling()
     )
     loss, stats, d_input, d_target = _divergence_forward(
-        input, target, mask, kind, elementwise, alpha, weight, keep, now and want_input, now and want_target
-    )
-    gradients = (d_input if want_input else None, d_target if want_target else None) if now else None
-    return loss, stats if keep else None, gradients
+        input, target, mask, kind, elementwise, alpha, weight, wanted and not now, now and want_input,
+        now and want_target,
+    )  # fmt: skip
+    if now:
+        return loss, None, (d_input if want_input else None, d_target if want_target else None)
+    return loss, stats if wanted else None, None
 
 
 def divergence_backward(
