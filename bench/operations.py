@@ -55,7 +55,9 @@ class Perturb:
 
     def ours(self, backend: str) -> Callable[..., Any]:
         def perturb(embed: Tensor, mask: Tensor | None) -> Tensor:
-            return autograd.perturb(select(backend, embed), embed, self.noise_var, None, mask)[0]
+            module = select(backend, embed)
+            # As in a call with steps to come: on a CPU the native backend stores its noise here.
+            return autograd.perturb(module, embed, self.noise_var, None, mask, keep_noise=True)[0]
 
         return perturb
 
@@ -88,7 +90,8 @@ class Perturb:
 class Ascend:
     """The inf-norm step of smart-pytorch from given noise and gradient, all ``[..., D]``.
 
-    Every contestant moves the same noise: the plain ones read it, the fused ones regenerate it from its seed.
+    Every contestant moves the same noise: the plain ones read it, a fused one reads what its perturb keeps (fp32) or
+    regenerates it from its seed.
     """
 
     noise_var = 1e-5
@@ -102,10 +105,11 @@ class Ascend:
         # A gradient whose step is as long as the noise, so that neither can be wrong unnoticed.
         embed, grad = normal[0].to(self.dtype), (normal[1] * self.noise_var / STEP_SIZE).to(self.dtype)
         seed_tensor = torch.randint(2**63 - 1, (1,), device=self.device, generator=generator)
-        return embed, grad, seeded_noise(embed, seed_tensor, self.noise_var), seed_tensor
+        kept = seeded_noise(embed, seed_tensor, self.noise_var)
+        return embed, grad, kept.to(self.dtype), kept, seed_tensor
 
     def smart_pytorch(self) -> Callable[..., Any]:
-        def ascend(embed: Tensor, grad: Tensor, noise: Tensor, seed: Tensor) -> Tensor:
+        def ascend(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
             step = noise + STEP_SIZE * grad
             return embed + step / (inf_norm(step) + EPSILON)
 
@@ -114,9 +118,11 @@ class Ascend:
     def ours(self, backend: str) -> Callable[..., Any]:
         step = Step(smart_fast.inf_norm, self.noise_var, STEP_SIZE, EPSILON, "smart-pytorch")
 
-        def ascend(embed: Tensor, grad: Tensor, noise: Tensor, seed: Tensor) -> Tensor:
+        stored = _keeps_noise(backend, self.device)
+
+        def ascend(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
             module = select(backend, embed)
-            given = noise if module is None else seed
+            given = noise if module is None else kept if stored else seed
             return autograd.ascend(module, embed, grad, given, step, None, keep_noise=False)[0]
 
         return ascend
@@ -125,19 +131,31 @@ class Ascend:
         return function
 
     def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
-        embed, grad, noise, _ = (t.double() for t in inputs)
+        embed, grad, noise = (t.double() for t in inputs[:3])
         step = noise + STEP_SIZE * grad
         expected = embed + step / (step.abs().amax(-1, keepdim=True) + EPSILON)
         return [finding("perturbed embedding", deviation([run(*inputs)], [expected]), TOLERANCE[self.dtype])]
 
 
 def seeded_noise(embed: Tensor, seed: Tensor, noise_var: float) -> Tensor:
-    """The noise that the fused backends make of ``seed`` (the same on each), in the dtype of ``embed``."""
+    """The noise that the fused backends make of ``seed`` (the same on each), fp32 like ``embed``."""
+    zeros = torch.zeros_like(embed, dtype=torch.float32)
     for name, reason in smart_fast.available_backends().items():
-        if reason is None and name != "torch" and (module := select(name, embed)) is not None:
-            return module.perturb(torch.zeros_like(embed, dtype=torch.float32), seed, noise_var, None).to(embed.dtype)
+        if reason is None and name != "torch" and (module := select(name, zeros)) is not None:
+            noise: Tensor = module.perturb(zeros, seed, noise_var, None, False)[0]
+            return noise
     generator = _generator(embed.device, int(seed))
-    return (torch.randn(embed.shape, device=embed.device, generator=generator) * noise_var).to(embed.dtype)
+    return torch.randn(embed.shape, device=embed.device, generator=generator) * noise_var
+
+
+def _keeps_noise(backend: str, device: torch.device) -> bool:
+    """Whether `perturb` of a fused backend stores its noise for the step that follows, rather than its seed."""
+    probe = torch.zeros(1, 4, device=device)
+    module = select(backend, probe)
+    if module is None:
+        return True
+    _, noise = autograd.perturb(module, probe, 1.0, None, None, keep_noise=True)
+    return bool(noise.dtype != torch.int64)
 
 
 class Divergence:
