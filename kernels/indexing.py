@@ -22,4 +22,4 @@ def row_offset(row, size1, size2, stride0, stride1, stride2):
 @triton.jit
 def as_fp32(number):
     """A host float as fp32: Inductor passes fp64, the interpreter a Python float."""
-    return tl.to_tensor(number).to(tl.float32)
+    return tl.full((), number, tl.float32)

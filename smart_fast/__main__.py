@@ -24,6 +24,8 @@ _FIXES = {
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # with the build, which the metadata leaves out
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

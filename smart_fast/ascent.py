@@ -11,20 +11,52 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
+from .noise import remember_generators
+
 LossOf = Callable[..., Tensor]
 
 
-class ReentrantCheckpointError(RuntimeError):
+class InputGradients:
+    """d loss_of(*inputs) / d inputs, without gradients of parameters.
+
+    `torch.autograd.grad` does that, unless the graph holds a reentrant checkpoint. Whether it does shows in the first
+    call and is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._reentrant: bool | None = None
+
+    def __call__(self, loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of ``loss_of(*inputs)``, a scalar, to each of ``inputs``, which require grad.
+
+        Raises:
+            TypeError, ValueError: the loss is not a tensor, or not a scalar.
+            RuntimeError: the loss does not depend on the inputs.
+        """
+        if torch.compiler.is_compiling():
+            return _by_grad(loss_of, inputs)
+        if self._reentrant:
+            return _by_backward(loss_of, inputs)
+        # A second attempt must see the dropout of the first, or the first call would differ from the others.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        rewind = remember_generators(inputs[0].device) if self._reentrant is None and not capturing else None
+        try:
+            grads = _by_grad(loss_of, inputs)
+            if not capturing:
+                self._reentrant = False
+            return grads
+        except _ReentrantCheckpointError:
+            self._reentrant = True
+        if rewind:
+            rewind()
+        return _by_backward(loss_of, inputs)
+
+
+class _ReentrantCheckpointError(RuntimeError):
     """The graph holds a reentrant checkpoint, which refuses `torch.autograd.grad`."""
 
 
-def input_gradients(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """d loss_of(*inputs) / d inputs, without gradients of parameters.
-
-    Raises:
-        ReentrantCheckpointError: see `input_gradients_by_backward`.
-        RuntimeError: the loss does not depend on the inputs.
-    """
+def _by_grad(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
     # Edges of the graph, since eval_fn may modify its inputs in place; the compiler knows only tensors.
     points: Any = inputs if torch.compiler.is_compiling() else [get_gradient_edge(each) for each in inputs]
     loss = _checked(loss_of(*inputs))
@@ -32,16 +64,14 @@ def input_gradients(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
         grads = torch.autograd.grad(loss, points, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
-            raise ReentrantCheckpointError(str(error)) from error
+            raise _ReentrantCheckpointError(str(error)) from error
         raise
     return _complete(grads)
 
 
-def input_gradients_by_backward(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The same by ``loss.backward()``, for graphs with reentrant checkpoints.
-
-    These only support a backward pass to every leaf, so every parameter that the forward pass meets is frozen until
-    the backward pass is over: no ``.grad`` changes and no gradient hook runs.
+def _by_backward(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Reentrant checkpoints only support a backward pass to every leaf, so every parameter that the forward pass meets
+    is frozen until the backward pass is over: no ``.grad`` changes and no gradient hook runs.
     """
     leaves = [each.detach().requires_grad_() for each in inputs]
     frozen = _FreezeLeaves(keep=leaves)

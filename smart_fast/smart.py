@@ -11,10 +11,9 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from . import autograd, states
 from ._checks import check_callable, check_choice, check_count, check_mask, check_number, check_tensor
-from .ascent import ReentrantCheckpointError, input_gradients, input_gradients_by_backward
+from .ascent import InputGradients
 from .backends import calling, check_name, select
 from .backends.base import UPDATES, Step
-from .noise import remember_generators
 from .norms import Norm, inf_norm
 
 __all__ = ["SMARTLoss"]
@@ -87,7 +86,7 @@ class SMARTLoss(nn.Module):
         self.scale = scale
         self.ascent_dtype = ascent_dtype
         self.generator = generator
-        self._reentrant_checkpoints: bool | None = None  # unknown before the first ascent
+        self._input_gradients = InputGradients()
         self._step()
 
     def forward(
@@ -115,7 +114,7 @@ class SMARTLoss(nn.Module):
             return self._outside_inference_mode(embed, state, *args, mask=mask, **kwargs)
         step = self._step()
         embeds = tuple(embed) if isinstance(embed, (tuple, list)) else (embed,)
-        masks = self._check_inputs(embeds, mask, several=embeds[:1] != (embed,))
+        masks = self._check_inputs(embeds, mask, several=isinstance(embed, (tuple, list)))
         for name in ("loss_fn", "loss_last_fn") if self.num_steps > 0 else ("loss_last_fn",):
             states.check_match(name, getattr(self, name), state)
         if any(each.numel() == 0 for each in embeds):
@@ -186,25 +185,7 @@ class SMARTLoss(nn.Module):
             return self._compare("loss_fn", self.eval_fn(*inputs, *args, **kwargs), clean)
 
         with torch.enable_grad():
-            perturbed = [autograd.track(each) for each in perturbed]
-            if torch.compiler.is_compiling():
-                return input_gradients(loss_of, perturbed)
-            if self._reentrant_checkpoints:
-                return input_gradients_by_backward(loss_of, perturbed)
-            # The second attempt must see the dropout of the first, or the first call would differ from the others.
-            capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-            unknown = self._reentrant_checkpoints is None and not capturing
-            rewind = remember_generators(perturbed[0].device) if unknown else None
-            try:
-                grads = input_gradients(loss_of, perturbed)
-                if unknown:
-                    self._reentrant_checkpoints = False
-                return grads
-            except ReentrantCheckpointError:
-                self._reentrant_checkpoints = True
-            if rewind:
-                rewind()
-            return input_gradients_by_backward(loss_of, perturbed)
+            return self._input_gradients(loss_of, [autograd.track(each) for each in perturbed])
 
     def _compare(self, name: str, perturbed: Any, state: Any) -> Tensor:
         with calling(self.backend):

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from helpers import run_python
 from torch import nn
 
 import smart_fast
 from smart_fast import BackendFallbackWarning, SMARTLoss, available_backends, kl_loss, set_default_backend
 from smart_fast.__main__ import main
 from smart_fast.backends import backend_of_caller, calling, default_backend
+from tests.helpers import run_python
 
 PAIR = (torch.randn(3, 5), torch.randn(3, 5))
 

@@ -17,10 +17,8 @@ LOSSES = {"kl": smart_fast.kl_loss, "sym_kl": smart_fast.sym_kl_loss, "js": smar
 KINDS = sorted(LOSSES)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, on infinities, in the interpreter
-    pytest.mark.filterwarnings("error::smart_fast.BackendFallbackWarning"),
-]
+# A fallback to PyTorch would make these tests compare PyTorch with itself.
+pytestmark = pytest.mark.filterwarnings("error::smart_fast.BackendFallbackWarning")
 
 
 def loss_and_grads(
@@ -123,7 +121,7 @@ def test_reference_cancels_where_we_do_not(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (2, 3, 2, 5), (2, 1, 3, 2, 5)])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 5), (2, 3, 5), (2, 3, 2, 5), (2, 1, 3, 2, 5)])
 def test_dimensions(kind: str, shape: tuple[int, ...], device: torch.device, poison: None) -> None:
     x, t = pair(shape, 0.5, device)
     for reduction in REDUCTIONS:

@@ -6,13 +6,14 @@ import pickle
 import random
 
 import pytest
-import smart_pytorch as reference
 import torch
 import torch.nn.functional as F
-from helpers import same_bits
 from torch import nn
 
 import smart_fast
+from tests.helpers import same_bits
+
+reference = pytest.importorskip("smart_pytorch", reason="the oracle of the drop-in promise is not installed")
 
 # torch's, about the meaning of reduction="mean".
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")

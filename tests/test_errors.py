@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Counting
 from torch import nn
 
 import smart_fast
 from smart_fast import SMARTLoss, hellinger_loss, js_loss, kl_loss, sentence_norm, stable_sym_kl_loss, sym_kl_loss
+from tests.helpers import Counting
 
 NAN, INF = float("nan"), float("inf")
 LOSSES = [kl_loss, sym_kl_loss, js_loss, hellinger_loss, stable_sym_kl_loss]

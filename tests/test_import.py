@@ -1,8 +1,7 @@
 """``import smart_fast`` works on a bare machine, and does nothing but import."""
 
-from helpers import ROOT, run_python
-
 import smart_fast
+from tests.helpers import ROOT, run_python
 
 USE = """
 import torch, torch.nn as nn

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import same_bits
 
 from smart_fast import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss
+from tests.helpers import same_bits
 
 # torch's, about the meaning of reduction="mean".
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")

@@ -7,7 +7,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from scipy import stats
+from smart_fast.kernels.philox import normal_tile
 
 from smart_fast import autograd
 from tests import oracle
@@ -113,11 +116,20 @@ def test_added_in_fp32(dtype: torch.dtype, backend: ModuleType, device: torch.de
     assert ((got.cpu().double() - exact).abs() <= ulp * exact.abs() + 1e-7).all()
 
 
-def test_beyond_32_bits() -> None:
-    """Counters have 64 bits: elements 2**34 apart do not repeat."""
-    near = oracle.philox_normal(1, 8)
-    far = oracle.philox_normal(1, 8, start=2**34)
-    assert np.abs(near - far).max() > 0.1
+@triton.jit
+def _noise_from(seed_ptr, out_ptr, first, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    start = tl.full((1, 1), 0, tl.int64) + first
+    noise = normal_tile(tl.load(seed_ptr), start, 0, 1, BLOCK, ALIGNED)
+    tl.store(out_ptr + tl.arange(0, BLOCK)[None, :], noise)
+
+
+@pytest.mark.parametrize("first", [2**31, 2**34, 2**40 + 4, 2**40 + 3])
+def test_beyond_32_bits(first: int, device: torch.device) -> None:
+    """Counters have 64 bits: no tensor is long enough for its noise to repeat."""
+    got = torch.empty(1, 16, device=device)
+    _noise_from[(1,)](torch.tensor([9], device=device), got, first, BLOCK=16, ALIGNED=first % 4 == 0)
+    want = oracle.philox_normal(9, 16, start=first)
+    assert np.abs(got.cpu().double().numpy()[0] - want).max() < 2e-6
 
 
 def test_seeds_follow_torch(backend: ModuleType, device: torch.device) -> None:

@@ -7,9 +7,9 @@ import tarfile
 import zipfile
 
 import pytest
-from helpers import ROOT, run_python
 
 import smart_fast
+from tests.helpers import ROOT, run_python
 
 pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77 or later")
 

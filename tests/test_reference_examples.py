@@ -1,13 +1,14 @@
 """The examples of smart-pytorch's README, as they stand there, with only the import changed."""
 
 import pytest
-import smart_pytorch
 import torch
 import torch.nn.functional as F
-from helpers import same_bits
 from torch import nn
 
 import smart_fast
+from tests.helpers import same_bits
+
+smart_pytorch = pytest.importorskip("smart_pytorch", reason="the oracle of the drop-in promise is not installed")
 
 transformers = pytest.importorskip("transformers")
 

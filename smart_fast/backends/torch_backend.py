@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +23,8 @@ def perturb(embed: Tensor, normal: Tensor, noise_var: float | Tensor, mask: Tens
 
 def ascend(embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """One update of ``noise``; returns ``(embed + noise, noise)``."""
-    # Rows whose gradient is not finite stay where they are. Selecting finite rows changes no bits.
-    finite = torch.norm(grad, p=float("inf"), dim=-1, keepdim=True).isfinite()
-    if mask is not None:
-        finite = finite & mask.unsqueeze(-1)
-    grad = torch.where(finite, grad, 0.0)
+    finite = _movable_rows(grad, mask)
+    grad = torch.where(finite, grad, 0.0) if isinstance(finite, Tensor) else grad
     if step.update == "sift":
         scale = step.norm_fn(grad) + step.epsilon
         moved = noise + step.step_size * (grad / scale)
@@ -40,6 +39,19 @@ def ascend(embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor 
     if mask is not None:
         noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
     return _add(embed, noise, mask), noise
+
+
+def _movable_rows(grad: Tensor, mask: Tensor | None) -> Tensor | bool:
+    """Rows ``[..., 1]`` that are unmasked and have a finite gradient; the others stay where they are.
+
+    True if that is known to be all of them. Finding out costs a pass over the gradient on CPU; elsewhere it would
+    synchronize. Selecting rows changes no bits of theirs.
+    """
+    looks = grad.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and mask is None and math.isfinite(grad.detach().sum().abs()):
+        return True
+    finite = torch.norm(grad, p=float("inf"), dim=-1, keepdim=True).isfinite()
+    return finite if mask is None else finite & mask.unsqueeze(-1)
 
 
 def _add(embed: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:

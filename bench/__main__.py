@@ -1,0 +1,200 @@
+"""``python -m bench``: measure SMART on this machine's device, beside smart-pytorch and torch.compile."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import pathlib
+import re
+import signal
+import sys
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch and rich are imported once the arguments are known to be right
+    import torch
+    from rich.console import Console
+
+    from .cases import Case
+
+START = time.perf_counter()
+HERE = pathlib.Path(__file__).parent
+QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
+GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure SMART regularization and its fused operations: every available backend of smart-fast "
+        "against smart-pytorch, eager and under torch.compile. Results are checked before anything is timed.",
+    )
+    made.add_argument(
+        "group",
+        nargs="?",
+        default="all",
+        choices=("all", "ops", "regulariser", "overhead", "accuracy", "report"),
+        help="what to measure; accuracy: how exact the divergences of nearly equal logits are; report: nothing, "
+        "write README.md's tables from bench/results",
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"
+    )
+    made.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    made.add_argument("--backends", nargs="+", metavar="NAME", help="only these backends of smart-fast")
+    made.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    made.add_argument("--seconds", type=_positive, metavar="S", help="time to spend on timing a case (default 2)")
+    made.add_argument(
+        "--limit",
+        type=_positive,
+        metavar="S",
+        help="after S seconds compile nothing more, and soon after start no other case",
+    )
+    made.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of results (default: bench/out/DEVICE)")
+    made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="JSON file (default: results.json in --out)")
+    made.add_argument("--plot", type=pathlib.Path, metavar="PATH", help="PNG file (default: speed.png in --out)")
+    made.add_argument("--list", action="store_true", help="list the cases and contestants, and measure nothing")
+    return made
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parse = parser()
+    options = parse.parse_args(arguments)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    try:
+        import torch
+        from rich.console import Console
+
+        from . import cases, peers
+    except ModuleNotFoundError as error:
+        parse.exit(1, f"python -m bench needs {error.name}: pip install -e '.[bench]'\n")
+
+    usable = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if options.device not in (None, *usable):
+        parse.error(f"--device {options.device}: choose from {', '.join(usable)}")
+    device = torch.device(options.device or usable[-1])
+    backends = options.backends or peers.default_backends()
+    for name in set(backends) - set(peers.default_backends()):
+        parse.error(f"--backends {name}: choose from {', '.join(peers.default_backends())}")
+    console = Console()
+    if options.group == "report":
+        from . import readme
+
+        readme.write()
+        return 0
+    if options.group == "accuracy":
+        return _accuracy(backends, device, options, console)
+    chosen = cases.select(device, quick=options.quick, group=options.group, containing=options.cases)
+    if not chosen:
+        parse.error(f"--cases {options.cases!r}: no such case among those that --list prints")
+
+    if options.list:
+        return _list(chosen, backends, device)
+    return _measure(chosen, backends, device, options, console)
+
+
+def _folder(options: argparse.Namespace, device: torch.device) -> pathlib.Path:
+    from .report import device_name
+
+    folder: pathlib.Path | None = options.out
+    return folder or HERE / "out" / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def _accuracy(backends: list[str], device: torch.device, options: argparse.Namespace, console: Console) -> int:
+    from smart_fast import available_backends
+
+    from . import accuracy
+    from .report import environment
+
+    unavailable = available_backends()
+    fused = [name for name in backends if name != "torch" and unavailable[name] is None]
+    for name in backends:
+        if unavailable[name] is not None:
+            console.print(f"[yellow]not run:[/] {name}: {unavailable[name]}", highlight=False, soft_wrap=True)
+    results = list(accuracy.measure(device, fused))
+    path = options.json or _folder(options, device) / "accuracy.json"
+    accuracy.save(results, environment(device), path)
+    accuracy.show(results, console)
+    console.print(f"wrote {os.path.relpath(path)}", highlight=False)
+    return 0
+
+
+def _list(chosen: list[Case], backends: list[str], device: torch.device) -> int:
+    from . import peers
+
+    for case in chosen:
+        print(f"{case.group:<12} {case.name}")
+    print("contestants:", ", ".join((peers.EAGER, peers.COMPILED)))
+    for name in backends:
+        reason = peers.why_not(name, device)
+        print(f"  {peers.OURS}{name}: {'timed' if reason is None else 'not run, ' + reason}")
+    return 0
+
+
+def _measure(
+    chosen: list[Case], backends: list[str], device: torch.device, options: argparse.Namespace, console: Console
+) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .measure import busy_share, copy_bandwidth
+    from .peers import contestants
+    from .plots import save_plots
+    from .report import Report, environment, save_json, show
+    from .run import run_case
+
+    folder = _folder(options, device)
+    json_path, plot_path = options.json or folder / "results.json", options.plot or folder / "speed.png"
+    limit = options.limit or (QUICK_LIMIT if options.quick else float("inf"))
+    seconds = options.seconds or (0.6 if options.quick else 2.0)
+
+    report = Report(environment(device), busy=busy_share())
+    size = 1 << 30 if device.type == "cuda" else 1 << 28
+    copies = [copy_bandwidth(device, size)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    waiting = list(chosen)
+    # `timeout` ends a run as Ctrl-C does: with the table of what was done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with Progress(*columns, console=console, transient=True) as progress, contextlib.suppress(KeyboardInterrupt):
+        interrupted = True
+        bar = progress.add_task("", total=len(chosen))
+        while waiting and (elapsed := time.perf_counter() - START) < limit + GRACE:
+            name = waiting[0].name
+            if not console.is_terminal:
+                console.print(f"{elapsed:6.1f} s  {name}", highlight=False, markup=False)
+
+            def say(doing: str, name: str = name) -> None:
+                progress.update(bar, description=f"{name}: {doing}".replace("[", r"\["))
+
+            entrants = functools.partial(contestants, compiling=elapsed < limit)
+            report.rows += run_case(waiting[0], device, backends, seconds=seconds, say=say, entrants=entrants)
+            waiting.pop(0)
+            report.compare_with_copies(copies)
+            save_json(report, json_path)  # after every case: a run that is killed keeps what it measured
+            progress.advance(bar)
+        interrupted = False
+    report.compare_with_copies([*copies, copy_bandwidth(device, size)])
+    report.left_out = [case.name for case in waiting]
+    if report.busy is not None:
+        report.busy = max(report.busy, busy_share() or 0.0)
+    save_json(report, json_path)
+    show(report, console)
+    for path in (json_path, *save_plots(report, plot_path)):
+        console.print(f"wrote {os.path.relpath(path)}", highlight=False)
+    console.print(f"took {time.perf_counter() - START:.0f} s", highlight=False)
+    if interrupted:
+        return 130
+    return 1 if any(row.wrong and row.role == "ours" for row in report.rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

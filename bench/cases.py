@@ -1,0 +1,152 @@
+"""The one table of cases: what is measured, on which device, and how many bytes must move.
+
+A case is data until it is built. ``bytes`` is the floor of one call on the memory bus: every operand read once and
+every result written once (PyTorch's noise and saved probabilities are not in it, since the result does not need them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .operations import Ascend, Divergence, Perturb
+from .regularizer import Regularizer, classifier, masked_lm, pooled_head
+from .task import Task
+
+FP32, BF16 = torch.float32, torch.bfloat16
+GROUPS = ("ops", "regulariser", "overhead")
+DTYPES = {FP32: "fp32", BF16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. ``where``: "quick" and "cpu" for runs without a GPU, "cuda" for runs with one."""
+
+    name: str
+    group: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int | None
+    where: tuple[str, ...]
+    build: Callable[[torch.device], Task]
+    needs: str | None = None  # a package beyond those of every case
+
+
+def _operation(kind: str, shape: tuple[int, ...], dtype: torch.dtype, tensors: int, where: str, build: type, *args):
+    return Case(
+        name=f"{kind} {list(shape)} {DTYPES[dtype]}",
+        group="ops",
+        shape=shape,
+        dtype=dtype,
+        bytes=tensors * math.prod(shape) * dtype.itemsize,
+        where=tuple(where.split()),
+        build=functools.partial(build, *args),
+    )
+
+
+def perturb(shape: tuple[int, ...], dtype: torch.dtype, where: str, masked: bool = False) -> Case:
+    """Read the embedding, write the perturbed one (a mask is one byte a row: not counted)."""
+    return _operation("perturb masked" if masked else "perturb", shape, dtype, 2, where, Perturb, shape, dtype, masked)
+
+
+def ascend(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
+    """Read the embedding and the gradient, write the perturbed embedding."""
+    return _operation("ascend inf", shape, dtype, 3, where, Ascend, shape, dtype)
+
+
+def divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
+    """Forward reads both logits; backward reads them again and writes both gradients."""
+    return _operation(f"{kind} fwd+bwd", shape, dtype, 6, where, Divergence, kind, shape, dtype)
+
+
+def regularizer(
+    name: str, shape: tuple[int, ...], where: str, build: Callable[[], nn.Module], *, needs: str | None = "transformers"
+) -> Case:
+    # Word embeddings of BERT have a standard deviation of 0.02; pooled features are of order one.
+    scale = 0.02 if len(shape) == 3 else 1.0
+    return Case(
+        name=f"{name}, {list(shape[:-1] if len(shape) == 3 else shape)}",
+        group="regulariser",
+        shape=shape,
+        dtype=FP32,
+        bytes=None,
+        where=tuple(where.split()),
+        build=functools.partial(Regularizer, build, shape, scale),
+        needs=needs,
+    )
+
+
+def overhead(case: Case) -> Case:
+    """A case so small that what is timed is the host: Python, autograd and launches."""
+    return dataclasses.replace(case, group="overhead", name=f"overhead, {case.name}")
+
+
+BASE, SHALLOW = functools.partial(classifier, 12), functools.partial(classifier, 2)
+HEAD, TINY_LM = functools.partial(pooled_head, 768, 3), functools.partial(masked_lm, 2, 128)
+TINY_HEAD, TINIER_LM = functools.partial(pooled_head, 8, 2), functools.partial(masked_lm, 1, 128)
+
+# The cheapest first within a group: what a time limit cuts off is the tail.
+TABLE: tuple[Case, ...] = (
+    perturb((1024, 768), FP32, "quick cpu"),
+    perturb((4096, 768), FP32, "cpu"),
+    perturb((4096, 768), BF16, "cpu"),
+    perturb((4096, 768), FP32, "cpu", masked=True),
+    perturb((32, 128, 768), FP32, "cuda"),
+    perturb((64, 512, 1024), FP32, "cuda"),
+    perturb((64, 512, 1024), BF16, "cuda"),
+    perturb((64, 1024, 1024), FP32, "cuda"),
+    perturb((64, 512, 1024), BF16, "cuda", masked=True),
+    ascend((1024, 768), FP32, "cpu"),
+    ascend((4096, 768), FP32, "quick cpu"),
+    ascend((4096, 768), BF16, "cpu"),
+    ascend((32, 128, 768), FP32, "cuda"),
+    ascend((64, 512, 1024), FP32, "cuda"),
+    ascend((64, 512, 1024), BF16, "cuda"),
+    ascend((64, 1024, 1024), FP32, "cuda"),
+    divergence("sym_kl", (32, 3), FP32, "quick cpu cuda"),
+    divergence("sym_kl", (4096, 2), FP32, "cpu cuda"),
+    divergence("sym_kl", (256, 30522), FP32, "quick cpu"),
+    divergence("sym_kl", (256, 30522), BF16, "cpu"),
+    divergence("sym_kl", (8192, 32000), FP32, "cuda"),
+    divergence("sym_kl", (8192, 32000), BF16, "cuda"),
+    divergence("sym_kl", (8192, 128256), BF16, "cuda"),
+    divergence("kl", (32, 3), FP32, "cpu cuda"),
+    divergence("kl", (256, 30522), FP32, "cpu"),
+    divergence("kl", (8192, 32000), FP32, "cuda"),
+    divergence("kl", (8192, 32000), BF16, "cuda"),
+    divergence("js", (256, 30522), FP32, "cpu"),
+    divergence("js", (8192, 32000), BF16, "cuda"),
+    regularizer("pooled head 768 to 3", (32, 768), "quick cpu cuda", HEAD, needs=None),
+    regularizer("masked LM 1x128, V=30522", (4, 32, 128), "quick", TINIER_LM),
+    regularizer("masked LM 2x128, V=30522", (8, 64, 128), "cpu cuda", TINY_LM),
+    regularizer("masked LM 2x128, V=30522", (32, 128, 128), "cuda", TINY_LM),
+    regularizer("bert-base classifier 12x768", (8, 128, 768), "cuda", BASE),
+    regularizer("bert-base classifier 12x768", (32, 128, 768), "cuda", BASE),
+    regularizer("bert-base classifier 12x768", (2, 32, 768), "cpu", BASE),
+    regularizer("bert classifier 2x768", (4, 32, 768), "quick", SHALLOW),
+    overhead(regularizer("head 8 to 2", (1, 8), "quick cpu cuda", TINY_HEAD, needs=None)),
+    overhead(perturb((1, 8), FP32, "cpu cuda")),
+    overhead(ascend((1, 8), FP32, "cpu cuda")),
+    overhead(divergence("kl", (1, 4), FP32, "cpu cuda")),
+    overhead(divergence("sym_kl", (1, 4), FP32, "cpu cuda")),
+)
+
+
+def select(device: torch.device, *, quick: bool = False, group: str = "all", containing: str = "") -> list[Case]:
+    """The cases of the table for a device, whose name contains a text (case and spaces as printed)."""
+    where = "cuda" if device.type == "cuda" else "quick" if quick else "cpu"
+    if device.type == "cuda" and quick:
+        return [case for case in select(device, group=group, containing=containing) if _small(case)]
+    chosen = [case for case in TABLE if where in case.where]
+    chosen = [case for case in chosen if group in ("all", case.group)]
+    return [case for case in chosen if containing.lower() in case.name.lower()]
+
+
+def _small(case: Case) -> bool:
+    return math.prod(case.shape) <= 1 << 25

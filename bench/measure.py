@@ -1,0 +1,160 @@
+"""Time, memory and bandwidth. Times are seconds of one call, memory and sizes are bytes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+SAMPLE_SECONDS = 2e-3  # short calls are repeated within a sample until the clock no longer matters
+MAX_CALLS = 200
+MIN_SAMPLES, MAX_SAMPLES = 5, 200
+SLOW_SECONDS = 0.25  # calls this slow need no second warm-up
+MAX_SETS = 16
+CPU_COLD_BYTES = 256 << 20  # what input sets may take together without a GPU
+CUDA_COLD_FACTOR = 4  # input sets fill the L2 cache this many times
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles over samples; each sample is the mean of ``calls`` consecutive calls."""
+
+    median: float
+    q1: float
+    q3: float
+    samples: int
+    calls: int
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range as a share of the median."""
+        return (self.q3 - self.q1) / self.median
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def size_of(values: Any) -> int:
+    return sum(t.nbytes for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
+def input_sets(make: Callable[[int], tuple[Any, ...]], device: torch.device) -> list[tuple[Any, ...]]:
+    """Enough sets of inputs that a set has left the cache when its turn comes again.
+
+    On CPU at least two and at most what `CPU_COLD_BYTES` holds: inputs of a few KiB stay cached there, for everyone.
+    """
+    first = make(0)
+    if device.type == "cuda":
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        count = min(MAX_SETS, math.ceil(CUDA_COLD_FACTOR * l2 / size_of(first)))
+    else:
+        count = max(2, min(MAX_SETS, CPU_COLD_BYTES // size_of(first)))
+    return [first, *(make(seed) for seed in range(1, count))]
+
+
+def interleaved(
+    runs: dict[str, Callable[..., Any]],
+    sets: Sequence[tuple[Any, ...]],
+    device: torch.device,
+    seconds: float,
+) -> dict[str, Timing]:
+    """Time every run in turn, one sample each a round, until ``seconds`` have passed.
+
+    Slow calls may take up to four times that to reach `MIN_SAMPLES`, and get two samples at the least.
+    Each round starts with another run. Inputs go around over all calls of all runs, so that nobody finds the inputs
+    that another has just brought into the cache.
+    """
+    turn = itertools.cycle(sets)
+    calls = {name: _calls_per_sample(run, turn, device) for name, run in runs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    start = time.perf_counter()
+    for done in range(MAX_SAMPLES):
+        spent = time.perf_counter() - start
+        if spent > (seconds if done >= MIN_SAMPLES else 4 * seconds) and done >= 2:
+            break
+        for name in order:
+            samples[name].append(_sample(runs[name], turn, calls[name], device))
+        order.append(order.pop(0))
+    return {name: _summary(values, calls[name]) for name, values in samples.items()}
+
+
+def _calls_per_sample(run: Callable[..., Any], turn: Any, device: torch.device) -> int:
+    """How many calls make a sample long enough; warms up on the way."""
+    one = _sample(run, turn, 1, device)
+    for _ in range(3 if one < SLOW_SECONDS else 0):
+        one = min(one, _sample(run, turn, 1, device))
+    return max(1, min(MAX_CALLS, math.ceil(SAMPLE_SECONDS / one)))
+
+
+def _sample(run: Callable[..., Any], turn: Any, calls: int, device: torch.device) -> float:
+    arguments = [next(turn) for _ in range(calls)]
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronize(device)
+        begin.record()
+        for each in arguments:
+            run(*each)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / calls
+    begin_time = time.perf_counter()
+    for each in arguments:
+        run(*each)
+    return (time.perf_counter() - begin_time) / calls
+
+
+def _summary(values: list[float], calls: int) -> Timing:
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, q1, q3, len(values), calls)
+
+
+def busy_share() -> float | None:
+    """The share of the processors in use while this process sleeps for a third of a second; None without psutil."""
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return None
+    return psutil.cpu_percent(interval=0.3) / 100
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes read plus bytes written per second by `Tensor.copy_` of ``size`` bytes: the median of nine copies."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    sets = [(target, source), (source, target)]
+    turn = itertools.cycle(sets)
+    for _ in range(2):
+        torch.Tensor.copy_(*next(turn))
+    return 2 * size / statistics.median(_sample(torch.Tensor.copy_, turn, 1, device) for _ in range(9))
+
+
+def peak_memory(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> int:
+    """The most memory that one call holds at a time beyond what was allocated before it, results included.
+
+    CUDA: the caching allocator's maximum. CPU: every allocation and release that torch's allocator reports to the
+    profiler, summed in order of time; memory that a library takes past that allocator is not seen.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(*arguments)
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        results = run(*arguments)
+    del results
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)

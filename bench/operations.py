@@ -1,0 +1,221 @@
+"""The fused operations as tasks: inputs, smart-pytorch's own lines, our entry points, and the float64 check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import smart_pytorch
+import torch
+from smart_pytorch.smart_pytorch import inf_norm
+from torch import Tensor
+
+import smart_fast
+from smart_fast import autograd
+from smart_fast.backends import select
+from smart_fast.backends.base import Step
+
+from .task import Finding, deviation, finding
+
+# The low-precision rivals compute in the dtype of their inputs, so their tolerances are those of its rounding.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+STEP_SIZE, EPSILON = 1e-3, 1e-6
+REFERENCE_ELEMENTS = 1 << 26  # elements of a float64 block of the reference: its graph must fit beside the case
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+class Perturb:
+    """embed + noise_var * normal, embed ``[..., D]``; with ``masked``, only where a bool mask ``[...]`` says so."""
+
+    noise_var = 0.1
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, masked: bool, device: torch.device) -> None:
+        self.shape, self.dtype, self.masked, self.device = shape, dtype, masked, device
+
+    def inputs(self, seed: int) -> tuple[Any, ...]:
+        generator = _generator(self.device, seed)
+        embed = torch.randn(self.shape, device=self.device, generator=generator).to(self.dtype)
+        if not self.masked:
+            return embed, None
+        return embed, torch.rand(self.shape[:-1], device=self.device, generator=generator) < 0.75
+
+    def smart_pytorch(self) -> Callable[..., Any]:
+        noise_var = self.noise_var
+
+        def perturb(embed: Tensor, mask: Tensor | None) -> Tensor:
+            noise = torch.randn_like(embed) * noise_var
+            return embed + (noise if mask is None else torch.where(mask.unsqueeze(-1), noise, 0.0))
+
+        return perturb
+
+    def ours(self, backend: str) -> Callable[..., Any]:
+        def perturb(embed: Tensor, mask: Tensor | None) -> Tensor:
+            module = select(backend, embed)
+            # As in a call with steps to come: on a CPU the native backend stores its noise here.
+            return autograd.perturb(module, embed, self.noise_var, None, mask, keep_noise=True)[0]
+
+        return perturb
+
+    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
+        """Noise differs between contestants: compare its moments, its fresh draws, and what a mask leaves alone."""
+        embed, mask = inputs
+        first, second = (self._noise(run(*inputs), embed, mask) for _ in range(2))
+        count = first.numel()
+        sigma = 6 / math.sqrt(count)  # six standard errors: no honest generator fails
+        rounding = TOLERANCE[self.dtype]
+        within = (first.abs() < 1).double().mean()
+        found = [
+            finding("mean of the noise", first.mean().abs(), sigma + rounding),
+            finding("standard deviation of the noise", (first.std() - 1).abs(), sigma + rounding),
+            finding("share of the noise within one sigma", (within - math.erf(0.5**0.5)).abs(), sigma + rounding),
+            finding("correlation of two calls", (first * second).mean().abs(), sigma + rounding),
+        ]
+        if mask is not None:
+            found.append(finding("change of masked rows", (run(*inputs) - embed)[~mask].abs().max(), 0.0))
+        return found
+
+    def _noise(self, perturbed: Tensor, embed: Tensor, mask: Tensor | None) -> Tensor:
+        noise = (perturbed.double() - embed.double()) / self.noise_var
+        return noise if mask is None else noise[mask]
+
+
+class Ascend:
+    """The inf-norm step of smart-pytorch from given noise and gradient, all ``[..., D]``.
+
+    Every contestant moves the same noise: the plain ones read it, a fused one reads what its perturb keeps (fp32) or
+    regenerates it from its seed.
+    """
+
+    noise_var = 1e-5
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def inputs(self, seed: int) -> tuple[Tensor, ...]:
+        generator = _generator(self.device, seed)
+        normal = torch.randn((2, *self.shape), device=self.device, generator=generator)
+        # A gradient whose step is as long as the noise, so that neither can be wrong unnoticed.
+        embed, grad = normal[0].to(self.dtype), (normal[1] * self.noise_var / STEP_SIZE).to(self.dtype)
+        seed_tensor = torch.randint(2**63 - 1, (1,), device=self.device, generator=generator)
+        kept = seeded_noise(embed, seed_tensor, self.noise_var)
+        return embed, grad, kept.to(self.dtype), kept, seed_tensor
+
+    def smart_pytorch(self) -> Callable[..., Any]:
+        def ascend(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
+            step = noise + STEP_SIZE * grad
+            return embed + step / (inf_norm(step) + EPSILON)
+
+        return ascend
+
+    def ours(self, backend: str) -> Callable[..., Any]:
+        step = Step(smart_fast.inf_norm, self.noise_var, STEP_SIZE, EPSILON, "smart-pytorch")
+
+        stored = _keeps_noise(backend, self.device)
+
+        def ascend(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
+            module = select(backend, embed)
+            given = noise if module is None else kept if stored else seed
+            return autograd.ascend(module, embed, grad, given, step, None, keep_noise=False)[0]
+
+        return ascend
+
+    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
+        embed, grad, noise = (t.double() for t in inputs[:3])
+        step = noise + STEP_SIZE * grad
+        expected = embed + step / (step.abs().amax(-1, keepdim=True) + EPSILON)
+        return [finding("perturbed embedding", deviation([run(*inputs)], [expected]), TOLERANCE[self.dtype])]
+
+
+def seeded_noise(embed: Tensor, seed: Tensor, noise_var: float) -> Tensor:
+    """The noise that the fused backends make of ``seed`` (the same on each), fp32 like ``embed``."""
+    zeros = torch.zeros_like(embed, dtype=torch.float32)
+    for name, reason in smart_fast.available_backends().items():
+        if reason is None and name != "torch" and (module := select(name, zeros)) is not None:
+            noise: Tensor = module.perturb(zeros, seed, noise_var, None, False)[0]
+            return noise
+    generator = _generator(embed.device, int(seed))
+    return torch.randn(embed.shape, device=embed.device, generator=generator) * noise_var
+
+
+def _keeps_noise(backend: str, device: torch.device) -> bool:
+    """Whether `perturb` of a fused backend stores its noise for the step that follows, rather than its seed."""
+    probe = torch.zeros(1, 4, device=device)
+    module = select(backend, probe)
+    if module is None:
+        return True
+    _, noise = autograd.perturb(module, probe, 1.0, None, None, keep_noise=True)
+    return bool(noise.dtype != torch.int64)
+
+
+class Divergence:
+    """``kl``, ``sym_kl`` or ``js`` of logits ``[..., V]`` at its default reduction, forward and both gradients."""
+
+    def __init__(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.kind, self.shape, self.dtype, self.device = kind, shape, dtype, device
+        rows, step = math.prod(shape[:-1]), max(1, REFERENCE_ELEMENTS // shape[-1])
+        self.blocks = [slice(start, start + step) for start in range(0, rows, step)]
+
+    def inputs(self, seed: int) -> tuple[Tensor, ...]:
+        generator = _generator(self.device, seed)
+        target = torch.randn(self.shape, device=self.device, generator=generator)
+        # Logits that differ by O(1): nearer ones cancel in smart-pytorch's formulas, and rivals must be right to count.
+        moved = target + torch.randn(self.shape, device=self.device, generator=generator)
+        return moved.to(self.dtype).requires_grad_(), target.to(self.dtype).requires_grad_()
+
+    def smart_pytorch(self) -> Callable[..., Any]:
+        return getattr(smart_pytorch, f"{self.kind}_loss")
+
+    def ours(self, backend: str) -> Callable[..., Any]:
+        loss = getattr(smart_fast, f"{self.kind}_loss")
+        return lambda input, target: loss(input, target, backend=backend)
+
+    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_backward(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+            loss = function(input, target)
+            return loss, *torch.autograd.grad(loss, (input, target))
+
+        return forward_backward
+
+    def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
+        """In blocks of rows, so that the float64 graph of a large vocabulary fits in memory."""
+        loss, *grads = (t.detach() for t in run(*inputs))
+        width = self.shape[-1]
+        pair = [t.detach().reshape(-1, width) for t in inputs]
+        weight = 1 / self.shape[0] if self.kind == "kl" else 1.0
+        total, off, size = 0.0, [0.0, 0.0], [0.0, 0.0]
+        for block in self.blocks:
+            x, t = (each[block].double().requires_grad_() for each in pair)
+            exact = weight * divergence64(self.kind, x, t)
+            total += exact.item()
+            for side, expected in enumerate(torch.autograd.grad(exact, (x, t))):
+                off[side] += (grads[side].reshape(-1, width)[block].double() - expected).square().sum().item()
+                size[side] += expected.square().sum().item()
+        tolerance = GRADIENT_TOLERANCE[self.dtype]
+        return [
+            finding("loss", abs(loss.item() - total) / abs(total), TOLERANCE[self.dtype]),
+            finding("gradient to the input", math.sqrt(off[0] / size[0]), tolerance),
+            finding("gradient to the target", math.sqrt(off[1] / size[1]), tolerance),
+        ]
+
+
+def divergence64(kind: str, x: Tensor, t: Tensor) -> Tensor:
+    """The sum over rows, in float64, with smart-pytorch's rule of what is held constant."""
+    log_p, log_q = x.log_softmax(-1), t.log_softmax(-1)
+    if kind == "kl":
+        return (log_q.exp() * (log_q - log_p)).sum()
+    p, q = log_p.detach().exp(), log_q.detach().exp()
+    if kind == "sym_kl":
+        return (q * (q.log() - log_p)).sum() + (p * (p.log() - log_q)).sum()
+    m = (p + q) / 2
+    return (m * (2 * m.log() - log_p - log_q)).sum()

@@ -1,0 +1,68 @@
+"""Who runs a case: smart-pytorch eagerly, smart-pytorch under torch.compile, and each of our backends.
+
+Adding a peer is a function that yields its `Contestant` here. A contestant that cannot run says why; none disappears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import smart_fast
+
+from .task import Task
+
+EAGER = "smart-pytorch eager"
+COMPILED = "smart-pytorch torch.compile"
+MODEL_ONLY = "model passes only"
+OURS = "smart-fast "
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """``role`` is "rival", "ours", or "part" for a piece of the work that competes with nobody."""
+
+    name: str
+    role: str
+    run: Callable[..., Any] | None
+    backend: str | None = None
+    skipped: str | None = None
+
+
+def contestants(
+    task: Task, device: torch.device, backends: Sequence[str], *, compiling: bool = True
+) -> Iterator[Contestant]:
+    """Everyone who could run ``task`` on ``device``, in the order of the report."""
+    yield Contestant(EAGER, "rival", task.call(task.smart_pytorch()))
+    if compiling:
+        yield Contestant(COMPILED, "rival", compiled(task))
+    else:
+        yield Contestant(COMPILED, "rival", None, skipped="no time was left to compile it")
+    for name in backends:
+        reason = why_not(name, device)
+        run = None if reason else task.call(task.ours(name))
+        yield Contestant(OURS + name, "ours", run, backend=name, skipped=reason)
+    if hasattr(task, "model_only"):
+        yield Contestant(MODEL_ONLY, "part", task.model_only())
+
+
+def compiled(task: Task) -> Callable[..., Any]:
+    """The timed call with smart-pytorch's part under torch.compile, static shapes; graph breaks are allowed."""
+    torch.compiler.reset()  # the cases share code objects, and each deserves a fresh cache
+    return task.call(torch.compile(task.smart_pytorch(), dynamic=False))
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why one of our backends is not timed on ``device``, or None."""
+    reason = smart_fast.available_backends()[backend]
+    if reason is None and backend == "triton" and device.type == "cpu":
+        return "interpreted (TRITON_INTERPRET=1): that shows correctness, its time means nothing"
+    return reason
+
+
+def default_backends() -> list[str]:
+    """All of our backends, unavailable ones included: the report says why they are missing."""
+    return list(smart_fast.available_backends())

@@ -1,0 +1,93 @@
+"""``python -m bench report``: write README.md's tables from the committed results. No number is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+from . import accuracy
+from .peers import COMPILED, EAGER, OURS
+from .report import Report, duration, geometric_means, load_json
+from .run import Row
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = pathlib.Path(__file__).parent / "results"
+README = ROOT / "README.md"
+
+
+def write(readme: pathlib.Path = README, results: pathlib.Path = RESULTS) -> str:
+    """Replace what stands between the markers of ``readme``; return the new text."""
+    text = readme.read_text()
+    for marker, section in sections(results).items():
+        pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
+        text, found = re.subn(pattern, lambda m, s=section: m[1] + s + m[2], text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"{readme.name} must hold the marker {marker!r} once, found {found}")
+    readme.write_text(text)
+    return text
+
+
+def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
+    """Marker -> Markdown."""
+    reports = [load_json(path) for path in sorted(results.glob("speed-*.json"))]
+    return {
+        "accuracy": _accuracy(results / "accuracy.json"),
+        "speed": "\n".join(_speed(report) for report in reports),
+    }
+
+
+def _accuracy(path: pathlib.Path) -> str:
+    found, environment = accuracy.load(path), json.loads(path.read_text())["environment"]
+    names = list(dict.fromkeys(each.contestant for each in found))
+    header = ["logits differ by"]
+    header += [f"{name}: {what}" for name in names for what in ("loss", "gradient")] + ["rows of theirs below zero"]
+    lines = [header]
+    for difference in dict.fromkeys(each.difference for each in found):
+        cells = [f"{difference:.0e}"]
+        for name in names:
+            these = [each for each in found if (each.difference, each.contestant) == (difference, name)]
+            cells += [f"{max(e.loss for e in these):.0e}", f"{max(e.gradient for e in these):.0e}"]
+        theirs = [each for each in found if (each.difference, each.contestant) == (difference, EAGER)]
+        lines.append([*cells, f"{sum(e.negative for e in theirs)} of {sum(e.rows for e in theirs)}"])
+    shape = f"{accuracy.ROWS} rows, V = {accuracy.VOCABULARY}"
+    title = f"Largest relative error in fp32 over kl, sym_kl and js, {shape} ({_where(environment)}):"
+    return f"{title}\n\n{_markdown(lines)}"
+
+
+def _speed(report: Report) -> str:
+    ours = [name for name in dict.fromkeys(row.contestant for row in report.rows if row.timing) if OURS in name]
+    lines = [["case", "smart-pytorch", "its torch.compile", *ours, "x the fastest rival", "not the model"]]
+    for case in dict.fromkeys(row.case for row in report.rows):
+        rows = {row.contestant: row for row in report.rows if row.case == case}
+        best = max((rows[name] for name in ours if name in rows and rows[name].speed), key=lambda row: row.speed or 0)
+        eager = rows[EAGER].beside_model
+        times = (_time(rows.get(name)) for name in (EAGER, COMPILED, *ours))
+        lines.append([case, *times, f"{best.speed:.2f}", "" if eager is None else f"{eager:.0%} of smart-pytorch"])
+    copy = "" if report.copy_rate is None else f"; a large copy moves {report.copy_rate / 1e9:.0f} GB/s"
+    means = [
+        f"`{contestant}`, {group}: {speed:.2f} x the fastest rival (geometric mean of {cases} cases)."
+        for (group, contestant), (speed, cases) in geometric_means(report.rows).items()
+        if OURS in contestant
+    ]
+    title = f"Median time of a call, forward and backward ({_where(report.environment)}{copy}):"
+    return "\n".join([title, "", _markdown(lines), *means, ""])
+
+
+def _time(row: Row | None) -> str:
+    return "" if row is None or row.timing is None else duration(row.timing.median)
+
+
+def _where(environment: dict[str, object]) -> str:
+    versions = environment["versions"]
+    assert isinstance(versions, dict)
+    threads = f", {environment['threads']} threads" if environment["device_type"] == "cpu" else ""
+    tools = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton"))
+    return f"{environment['device']}{threads}, {tools}, {str(environment['date'])[:10]}"
+
+
+def _markdown(lines: Sequence[Iterable[str]]) -> str:
+    header, *rows = (list(line) for line in lines)
+    table = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in table)

@@ -1,0 +1,152 @@
+"""The whole regularizer as a task: one SMARTLoss call and its gradients, on a model with random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import smart_pytorch
+import torch
+from torch import Tensor, nn
+
+import smart_fast
+from smart_fast import autograd
+from smart_fast.backends import select
+
+from .operations import EPSILON, STEP_SIZE, divergence64, seeded_noise
+from .task import Finding, deviation, finding
+
+NOISE_VAR = 1e-5
+CHECK_SEED = 20
+TOLERANCE = 1e-3
+
+
+class _Logits(nn.Module):
+    """A transformers model as a function from input embeddings ``[B, S, D]`` to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, embed: Tensor) -> Tensor:
+        return self.model(inputs_embeds=embed).logits
+
+
+def classifier(layers: int) -> nn.Module:
+    """BERT-base's width (768, 12 heads) at any depth, three classes; no vocabulary, since its input is embedded."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return _Logits(BertForSequenceClassification(BertConfig(num_hidden_layers=layers, num_labels=3, vocab_size=1)))
+
+
+def masked_lm(layers: int, width: int) -> nn.Module:
+    """BERT's masked language model with logits over 30522 words for every token."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": max(1, width // 64)}
+    return _Logits(BertForMaskedLM(BertConfig(num_hidden_layers=layers, **sizes)))
+
+
+def pooled_head(width: int, classes: int) -> nn.Module:
+    """RoBERTa's classification head on pooled features ``[B, D]``."""
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, classes))
+
+
+class Regularizer:
+    """SMART regularization: ``SMARTLoss(model, kl_loss, sym_kl_loss)`` at its defaults (one ascent step), fp32.
+
+    The call is forward and backward, to the parameters, the embedding and the clean logits. The clean pass itself is
+    outside: it belongs to the task that is regularized. Dropout is off, so that results can be compared.
+    """
+
+    def __init__(
+        self, build: Callable[[], nn.Module], shape: tuple[int, ...], scale: float, device: torch.device
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = build().to(device).eval()
+        self.shape, self.scale, self.device = shape, scale, device
+        self._reference: tuple[Tensor, list[Tensor]] | None = None
+        probe = self.model(self._embed(0))
+        grads = torch.autograd.grad(probe.sum(), list(self.model.parameters()), allow_unused=True)
+        pairs = zip(self.model.named_parameters(), grads, strict=True)
+        # The word embeddings are not read when the input is embedded already.
+        self.names = [name for (name, _), grad in pairs if grad is not None]
+        self.parameters = self._used(self.model)
+
+    def _used(self, model: nn.Module) -> list[Tensor]:
+        named = dict(model.named_parameters())
+        return [named[name] for name in self.names]
+
+    def _embed(self, seed: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        embed = torch.randn(self.shape, device=self.device, generator=generator) * self.scale
+        return embed.requires_grad_()
+
+    def inputs(self, seed: int) -> tuple[Tensor, ...]:
+        """``(embed, state)``: the embedding and the clean logits, both leaves that require gradients."""
+        embed = self._embed(seed)
+        with torch.no_grad():
+            state = self.model(embed)
+        return embed, state.requires_grad_()
+
+    def smart_pytorch(self) -> Callable[..., Any]:
+        return smart_pytorch.SMARTLoss(self.model, smart_pytorch.kl_loss, smart_pytorch.sym_kl_loss)
+
+    def ours(self, backend: str) -> Callable[..., Any]:
+        return smart_fast.SMARTLoss(self.model, smart_fast.kl_loss, smart_fast.sym_kl_loss, backend=backend)
+
+    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_backward(embed: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+            loss = function(embed, state)
+            return loss, *torch.autograd.grad(loss, (embed, state, *self.parameters))
+
+        return forward_backward
+
+    def model_only(self) -> Callable[..., Any]:
+        """The model passes that one such call makes, and nothing beside them: forward and input gradient of the
+        ascent step, then forward and full backward."""
+
+        def passes(embed: Tensor, state: Tensor) -> Tensor:
+            upstream = state.detach()
+            moved = embed.detach().requires_grad_()
+            torch.autograd.grad(self.model(moved), moved, upstream)
+            return torch.autograd.grad(self.model(embed), (embed, *self.parameters), upstream)[0]
+
+        return passes
+
+    def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
+        """The same call in float64, from the very noise that the contestant draws for one seed."""
+        embed, state = inputs
+        torch.manual_seed(CHECK_SEED)
+        noise = self._noise(embed.detach(), backend).double()
+        torch.manual_seed(CHECK_SEED)
+        loss, d_embed, d_state, *d_parameters = run(*inputs)
+        if self._reference is None or not torch.equal(self._reference[0], noise):
+            self._reference = noise, self._exact(embed, state, noise)  # most contestants draw the same noise
+        e_loss, e_embed, e_state, *e_parameters = self._reference[1]
+        return [
+            finding("loss", deviation([loss], [e_loss]), TOLERANCE),
+            finding("gradient to the embedding", deviation([d_embed], [e_embed]), TOLERANCE),
+            finding("gradient to the clean logits", deviation([d_state], [e_state]), TOLERANCE),
+            finding("gradient to the parameters", deviation(d_parameters, e_parameters), TOLERANCE),
+        ]
+
+    def _exact(self, embed: Tensor, state: Tensor, noise: Tensor) -> list[Tensor]:
+        """Loss and gradients in float64, written out: one ascent step, then the returned loss."""
+        model = copy.deepcopy(self.model).double()
+        clean = state.detach().double().requires_grad_()
+        start = (embed.detach().double() + noise).requires_grad_()
+        ascent = divergence64("kl", model(start).flatten(0, -2), clean.detach().flatten(0, -2)) / len(clean)
+        step = noise + STEP_SIZE * torch.autograd.grad(ascent, start)[0]
+        moved = embed.detach().double() + step / (step.abs().amax(-1, keepdim=True) + EPSILON)
+        moved.requires_grad_()
+        exact = divergence64("sym_kl", model(moved).flatten(0, -2), clean.flatten(0, -2))
+        return [exact.detach(), *torch.autograd.grad(exact, (moved, clean, *self._used(model)))]
+
+    def _noise(self, embed: Tensor, backend: str | None) -> Tensor:
+        if backend is None:
+            return torch.randn_like(embed) * NOISE_VAR
+        module = select(backend, embed)
+        _, noise = autograd.perturb(module, embed, NOISE_VAR, None, None, keep_noise=True)
+        return seeded_noise(embed, noise, NOISE_VAR) if noise.dtype == torch.int64 else noise

@@ -1,0 +1,225 @@
+"""What a run leaves: a table on the terminal, results as JSON, plots as PNG. Only measured numbers get in."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import smart_fast
+
+from .measure import Timing
+from .run import Row
+
+SCHEMA = 1
+BUSY = 0.1  # others' share of the processors above which the table says that the machine was busy
+
+
+@dataclass
+class Report:
+    """``environment``: versions, device, threads, commit, date. ``copy_rate`` in bytes per second. ``busy``: the share
+    of the processors that other programs took just before or just after the run, whichever is larger."""
+
+    environment: dict[str, Any]
+    copy_rate: float | None = None
+    busy: float | None = None
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def compare_with_copies(self, rates: Sequence[float]) -> None:
+        """Relate every bandwidth to the fastest copy: before and after the run, since other work may slow one down."""
+        self.copy_rate = max(rates)
+        for row in self.rows:
+            if row.bandwidth is not None:
+                row.copy_share = row.bandwidth / self.copy_rate
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to repeat the run; nothing that names the machine or its user."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "versions": {
+            "python": platform.python_version(),
+            "smart_fast": smart_fast.__version__,
+            **{name: _version(name) for name in ("torch", "triton", "transformers", "smart-pytorch")},
+        },
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit that ran, with "-dirty" when the working tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def geometric_means(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[float, int]]:
+    """``(group, contestant) -> (geometric mean of the speed against the fastest rival, number of cases)``."""
+    speeds: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.speed is not None:
+            speeds.setdefault((row.group, row.contestant), []).append(row.speed)
+    return {key: (statistics.geometric_mean(values), len(values)) for key, values in speeds.items()}
+
+
+def save_json(report: Report, path: pathlib.Path) -> None:
+    """Written whole or not at all: a run that is cut short leaves its last complete state."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"schema": SCHEMA, **dataclasses.asdict(report)}
+    content["geometric_means"] = [
+        {"group": group, "contestant": contestant, "speed": speed, "cases": cases}
+        for (group, contestant), (speed, cases) in geometric_means(report.rows).items()
+    ]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def load_json(path: pathlib.Path) -> Report:
+    """The inverse of `save_json`."""
+    content = json.loads(path.read_text())
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name} has schema {content.get('schema')}, this version reads {SCHEMA}")
+    rows = []
+    for fields in content["rows"]:
+        timing = fields.pop("timing")
+        rows.append(Row(**fields, timing=None if timing is None else Timing(**timing)))
+    return Report(content["environment"], content["copy_rate"], content["busy"], rows, content["left_out"])
+
+
+def show(report: Report, console: Console) -> None:
+    """The table, then the geometric means and the cases that were not run."""
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a log file has no edge to wrap at
+    console.print(_heading(report), highlight=False, soft_wrap=True)
+    console.print(_table(report.rows))
+    for (group, contestant), (speed, cases) in geometric_means(report.rows).items():
+        if contestant.startswith("smart-fast"):
+            what = f"{contestant}, {group}: {speed:.2f} x the fastest rival"
+            console.print(f"{what} (geometric mean of {cases} case{'s' if cases > 1 else ''})", highlight=False)
+    if report.busy is not None and report.busy > BUSY:
+        console.print(
+            f"[yellow]this machine was busy with other work ({report.busy:.0%} of its processors before or after the "
+            "run): times, spreads and ratios suffer",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for note in _absent(report.rows):
+        console.print(f"[yellow]not run:[/] {_escape(note)}", highlight=False, soft_wrap=True)
+    for name in report.left_out:
+        console.print(f"[yellow]not run, out of time or interrupted:[/] {_escape(name)}", highlight=False)
+
+
+def _heading(report: Report) -> str:
+    env = report.environment
+    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in env["versions"].items())
+    copy = "not measured" if report.copy_rate is None else f"{report.copy_rate / 1e9:.1f} GB/s read + written"
+    threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
+    return f"[bold]{env['device']}[/]{threads}; copy bandwidth {copy}; commit {env['commit']}\n{versions}"
+
+
+def _absent(rows: Sequence[Row]) -> list[str]:
+    """Each of our backends that did not run, once, with its reason."""
+    return list(dict.fromkeys(f"{row.contestant}: {row.skipped}" for row in rows if _is_absent(row)))
+
+
+def _is_absent(row: Row) -> bool:
+    return row.role == "ours" and row.skipped is not None and row.error is None
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("case / contestant", overflow="fold", min_width=34)
+    for column in ("median", "spread", "x rival", "GB/s", "of copy", "peak MiB", "not model", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    case = None
+    for row in rows:
+        if row.case != case:
+            if case is not None:
+                table.add_section()
+            case = row.case
+            table.add_row(f"[bold]{_escape(case)}[/]")
+        if _is_absent(row):
+            continue
+        table.add_row(*_cells(row), style="dim" if row.role == "part" else None)
+        if row.wrong:
+            table.add_row(f"    [red]{_escape(row.wrong)}[/]")
+        if row.skipped:
+            table.add_row(f"    [dim]{_escape(row.skipped)}[/]")
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    name, timing = f"  {_escape(row.contestant)}", row.timing
+    error = "" if row.error is None else f"{row.error:.1g}"
+    if row.wrong:
+        return [name, "[bold red]WRONG[/]", "", "", "", "", "", "", error]
+    if timing is None:
+        return [name, "not run", "", "", "", "", "", "", error]
+    speed = "" if row.speed is None else f"{row.speed:.2f}"
+    return [
+        name,
+        duration(timing.median),
+        f"{timing.spread:.0%}",
+        f"[bold green]{speed}[/]" if row.role == "ours" and row.speed and row.speed > 1 else speed,
+        "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.2f}",
+        "" if row.copy_share is None else f"{row.copy_share:.0%}",
+        "" if row.peak is None else f"{row.peak / 2**20:.2f}" if row.peak < 2**27 else f"{row.peak / 2**20:.0f}",
+        "" if row.beside_model is None else f"{row.beside_model:.0%}",
+        error,
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Three significant digits in the unit that fits."""
+    unit, factor = next((u for u in (("s", 1.0), ("ms", 1e3)) if seconds * u[1] >= 1), ("us", 1e6))
+    value = seconds * factor
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

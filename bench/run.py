@@ -1,0 +1,135 @@
+"""Run a case: check every contestant, time the right ones, keep what was measured."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .cases import Case
+from .measure import Timing, input_sets, interleaved, peak_memory, synchronize
+from .peers import COMPILED, MODEL_ONLY, Contestant, contestants
+from .task import Finding, Task
+
+CHECK_SEED = 1000
+
+
+@dataclass
+class Row:
+    """One contestant in one case. Times in seconds, rates in bytes per second; None: not measured.
+
+    ``speed`` is the median of the fastest right rival divided by this one's: above one is faster than every rival.
+    ``beside_model`` is the share of the time that is not the model's own passes. ``error`` is the largest deviation
+    found, relative where the reference is not zero. ``copy_share`` is filled in by the report.
+    """
+
+    case: str
+    group: str
+    contestant: str
+    role: str
+    timing: Timing | None = None
+    error: float | None = None
+    wrong: str | None = None
+    skipped: str | None = None
+    bytes: int | None = None
+    bandwidth: float | None = None
+    copy_share: float | None = None
+    speed: float | None = None
+    peak: int | None = None
+    beside_model: float | None = None
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    backends: Sequence[str],
+    *,
+    seconds: float,
+    say: Callable[[str], None] = lambda doing: None,
+    entrants: Callable[..., Iterable[Contestant]] = contestants,
+) -> list[Row]:
+    """All rows of ``case``, in order. ``say`` is told what is going on; ``entrants`` makes the contestants."""
+    if case.needs is not None and importlib.util.find_spec(case.needs) is None:
+        return [Row(case.name, case.group, "everyone", "rival", skipped=f"{case.needs} is not installed")]
+    say("building")
+    task = case.build(device)
+    field = list(entrants(task, device, backends))
+    checked = task.inputs(CHECK_SEED)
+    rows = {each.name: _checked(case, task, each, checked, device, say) for each in field}
+    runs = {each.name: each.run for each in field if each.run is not None and _right(rows[each.name])}
+    if runs:
+        say("timing")
+        sets = input_sets(task.inputs, device)
+        for name, timing in interleaved(runs, sets, device, seconds).items():
+            rows[name].timing = timing
+        say("measuring memory")
+        for name, run in runs.items():
+            rows[name].peak = peak_memory(run, sets[0], device)
+    _derive(list(rows.values()), case)
+    del task, field, runs
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return list(rows.values())
+
+
+def _checked(
+    case: Case,
+    task: Task,
+    contestant: Contestant,
+    inputs: tuple[Any, ...],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Row:
+    """The contestant's row before timing: skipped, wrong, or right with its error."""
+    row = Row(case.name, case.group, contestant.name, contestant.role, skipped=contestant.skipped)
+    if contestant.run is None or contestant.role == "part":
+        return row
+    say(f"checking {contestant.name}")
+    try:
+        # Compiled randomness must be the eager one, or smart-pytorch's noise could not be told in advance.
+        with torch._inductor.config.patch(fallback_random=case.bytes is None):
+            findings = task.check(contestant.run, inputs, contestant.backend)
+        synchronize(device)
+    except Exception as error:
+        row.skipped = f"failed: {plain_error(error)}"
+        return row
+    row.error = max(found.error for found in findings)
+    row.wrong = "; ".join(_describe(found) for found in findings if found.wrong) or None
+    return row
+
+
+def _describe(found: Finding) -> str:
+    return f"{found.what} off by {found.error:.2g}, allowed {found.tolerance:.2g}"
+
+
+def _right(row: Row) -> bool:
+    return row.wrong is None and row.skipped is None
+
+
+def plain_error(error: Exception) -> str:
+    """Type and first line of an error, without the machine's paths."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return re.sub(r"(/[\w.+-]+){2,}", "(path)", f"{type(error).__name__}: {first}")[:200]
+
+
+def _derive(rows: list[Row], case: Case) -> None:
+    """What follows from the medians."""
+    medians = {row.contestant: row.timing.median for row in rows if row.timing is not None}
+    rivals = [medians[row.contestant] for row in rows if row.role == "rival" and row.timing is not None]
+    model = medians.get(MODEL_ONLY)
+    for row in rows:
+        if row.timing is None:
+            continue
+        if rivals and row.role != "part":
+            row.speed = min(rivals) / row.timing.median
+        if case.bytes is not None:
+            row.bytes, row.bandwidth = case.bytes, case.bytes / row.timing.median
+        # The model's passes were timed eagerly: they say nothing about a compiled model's.
+        if model is not None and row.role != "part" and row.contestant != COMPILED:
+            row.beside_model = 1 - model / row.timing.median

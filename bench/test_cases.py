@@ -1,0 +1,50 @@
+"""The table of cases under pytest-benchmark: ``pytest bench --benchmark-only``.
+
+Every contestant is checked first, as by ``python -m bench``; a wrong one fails without a time. Times here are of whole
+calls on the host's clock, the device synchronized, one contestant after the other: for ratios use ``python -m bench``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+
+from . import cases, peers
+from .measure import input_sets, synchronize
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = cases.select(DEVICE, quick=True)
+CONTESTANTS = [peers.EAGER, peers.COMPILED, *(peers.OURS + name for name in peers.default_backends())]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def case_and_task(request):
+    case = request.param
+    if case.needs is not None and importlib.util.find_spec(case.needs) is None:
+        pytest.skip(f"{case.needs} is not installed")
+    return case, case.build(DEVICE)
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_case(benchmark, case_and_task, name):
+    case, task = case_and_task
+    if name.startswith(peers.OURS) and (reason := peers.why_not(name.removeprefix(peers.OURS), DEVICE)):
+        pytest.skip(reason)
+    contestant = next(each for each in peers.contestants(task, DEVICE, peers.default_backends()) if each.name == name)
+    assert contestant.run is not None
+    with torch._inductor.config.patch(fallback_random=case.bytes is None):
+        findings = task.check(contestant.run, task.inputs(0), contestant.backend)
+    assert not [found for found in findings if found.wrong]
+
+    turn = itertools.cycle(input_sets(task.inputs, DEVICE))
+
+    def call(*arguments):
+        contestant.run(*arguments)
+        synchronize(DEVICE)
+
+    benchmark.group = case.name
+    benchmark.extra_info.update(bytes=case.bytes, error=max(found.error for found in findings))
+    benchmark.pedantic(call, setup=lambda: (next(turn), {}), rounds=10, warmup_rounds=1)
