@@ -23,6 +23,12 @@ def _auto_afterwards():
     set_default_backend(before)
 
 
+@pytest.fixture
+def no_native(monkeypatch):
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(smart_fast.backends, "_native", "it cannot be built: no C++ compiler")
+
+
 def test_available_backends_says_why_not():
     found = available_backends()
     assert list(found) == ["torch", "triton", "native"]
@@ -52,7 +58,7 @@ def fallbacks(call, action="always"):
     return [str(each.message) for each in caught if each.category is BackendFallbackWarning]
 
 
-def test_a_fallback_says_so_once_per_reason():
+def test_a_fallback_says_so_once_per_reason(no_native):
     smart, embed = SMARTLoss(nn.Linear(5, 5), kl_loss, backend="native"), torch.randn(3, 5)
 
     def calls():
@@ -64,7 +70,7 @@ def test_a_fallback_says_so_once_per_reason():
     assert "'native' falls back to PyTorch" in said
 
 
-def test_a_fallback_can_be_an_error():
+def test_a_fallback_can_be_an_error(no_native):
     with warnings.catch_warnings():
         warnings.simplefilter("error", BackendFallbackWarning)
         for _ in range(2):
@@ -72,7 +78,7 @@ def test_a_fallback_can_be_an_error():
                 kl_loss(*PAIR, backend="native")
 
 
-def test_a_fallback_gives_what_pytorch_gives():
+def test_a_fallback_gives_what_pytorch_gives(no_native):
     with pytest.warns(BackendFallbackWarning):
         found = kl_loss(*PAIR, backend="native")
     assert torch.equal(found, kl_loss(*PAIR, backend="torch"))
@@ -99,7 +105,7 @@ def test_auto_is_silent():
     assert fallbacks(lambda: SMARTLoss(nn.Linear(5, 5), kl_loss)(*PAIR)) == []
 
 
-def test_set_default_backend_changes_what_auto_means():
+def test_set_default_backend_changes_what_auto_means(no_native):
     set_default_backend("native")
     assert len(fallbacks(lambda: kl_loss(*PAIR))) == 1
     assert len(fallbacks(lambda: SMARTLoss(nn.Linear(5, 5), lambda p, s: p.sum())(*PAIR))) == 1
@@ -151,7 +157,11 @@ print("loss", smart_fast.kl_loss(*pair).item())
     [("native", "BackendFallbackWarning"), ("jax", "ValueError environment variable SMART_FAST_BACKEND"), ("", "loss")],
 )
 def test_the_environment_variable(tmp_path, value, says):
-    done = run_python(ENVIRONMENT, cwd=tmp_path, env={"SMART_FAST_BACKEND": value})
+    done = run_python(
+        ENVIRONMENT,
+        cwd=tmp_path,
+        env={"SMART_FAST_BACKEND": value, "CXX": "no-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(says)
     assert "loss" in done.stdout.splitlines()[-1]
