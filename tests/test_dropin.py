@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ import smart_fast
 from tests.helpers import same_bits
 
 reference = pytest.importorskip("smart_pytorch", reason="the oracle of the drop-in promise is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _pytorch_by_default() -> Iterator[None]:
+    """These tests know what PyTorch's noise is; "auto" means the native backend once it is built."""
+    smart_fast.set_default_backend("torch")
+    yield
+    smart_fast.set_default_backend("auto")
+
 
 # torch's, about the meaning of reduction="mean".
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")

@@ -1,6 +1,7 @@
 """What SMARTLoss does beyond smart-pytorch: states, masks, checkpoints, generators, update rules."""
 
 from collections import OrderedDict, namedtuple
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ from smart_fast import SMARTLoss, inf_norm, js_loss, kl_loss, l1_norm, l2_norm, 
 from tests.helpers import Counting, same_bits
 
 reference = pytest.importorskip("smart_pytorch", reason="the oracle of the drop-in promise is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _pytorch_by_default() -> Iterator[None]:
+    """These tests know what PyTorch's noise is; "auto" means the native backend once it is built."""
+    smart_fast.set_default_backend("torch")
+    yield
+    smart_fast.set_default_backend("auto")
+
 
 BATCH, TOKENS, WIDTH = 3, 4, 5
 Pair = namedtuple("Pair", ["logits", "hidden"])
