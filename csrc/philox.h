@@ -49,9 +49,9 @@ SMART_FAST_INLINE void box_muller(typename M::U a, typename M::U b, typename M::
 
   const F theta = M::from_signed((b & 0x3FFFFFFFu) - 536870912u) * 1.4629180792671596e-09f;  // (pi / 2) / 2**30
   const F s = theta * theta;
-  const F sin =
-      theta * (1.0f + s * (-1.0f / 6 + s * (1.0f / 120 + s * (-1.0f / 5040 + s * (1.0f / 362880)))));
-  const F cos = 1.0f + s * (-0.5f + s * (1.0f / 24 + s * (-1.0f / 720 + s * (1.0f / 40320))));
+  // Cephes' sinf and cosf (Moshier): one term less than Taylor's for the same accuracy.
+  const F sin = theta + theta * s * (-1.6666654611e-1f + s * (8.3321608736e-3f + s * -1.9515295891e-4f));
+  const F cos = 1.0f - 0.5f * s + s * s * (4.166664568298827e-2f + s * (-1.388731625493765e-3f + s * 2.443315711809948e-5f));
 
   // Quadrants 0 … 3 give (cos, sin), (-sin, cos), (-cos, -sin), (sin, -cos).
   const auto odd = (b & 0x40000000u) != 0u;
