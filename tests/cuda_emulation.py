@@ -7,6 +7,7 @@ masks, edges, barriers and formulas are those of the kernels.
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,11 @@ from smart_fast.norms import known_norm
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
 SOURCES = ("perturb", "ascend", "divergence_forward", "divergence_backward")
-FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-Wno-unknown-pragmas", "-fsanitize=undefined", "-fno-sanitize-recover=all",
-         f'-DSMART_FAST_EMULATION="{HERE / "cuda_emulation.h"}"', f"-I{CSRC}")  # fmt: skip
+FLAGS = (
+    "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes",
+    "-fsanitize=undefined", "-fno-sanitize-recover=all", f'-DSMART_FAST_EMULATION="{HERE / "cuda_emulation.h"}"',
+    f"-I{CSRC}",
+)  # fmt: skip
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"kl": 0, "sym_kl": 1, "js": 2}
@@ -89,14 +93,26 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+GUARD, GUARDED = 128, -17.0
+
+
 def new_output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """NaN, aligned as torch's CUDA allocator does: whatever is not written shows."""
-    count = 1
-    for size in shape:
-        count *= size
-    memory = torch.empty(count + 64, dtype=dtype)
-    skip = -memory.data_ptr() % 64 // memory.element_size()
+    """NaN, aligned as torch's CUDA allocator does, with guards before and behind: see `check_guards`."""
+    count = math.prod(shape)
+    memory = torch.full((count + 2 * GUARD,), GUARDED, dtype=dtype)
+    skip = GUARD // 2 + (-memory[GUARD // 2 :].data_ptr() % 64) // memory.element_size()
     return memory[skip : skip + count].fill_(float("nan")).view(shape)
+
+
+def check_guards(*outputs: Tensor | None) -> None:
+    """Nothing was written beside an output."""
+    for out in outputs:
+        if out is None:
+            continue
+        memory = out.new_empty(0).set_(out.untyped_storage())
+        begin = out.storage_offset()
+        assert (memory[:begin] == GUARDED).all()
+        assert (memory[begin + out.numel() :] == GUARDED).all()
 
 
 class Emulated:
@@ -128,6 +144,7 @@ class Emulated:
         )
         assert self.library.perturb(ctypes.byref(args)) == 0
         del alive
+        check_guards(out, noise)
         return out, noise
 
     def perturb_fresh(self, embed: Tensor, noise_var: float, **state: object) -> tuple[Tensor, Tensor]:
@@ -161,6 +178,7 @@ class Emulated:
             args.out, args.noise_out = _pointer(out), _pointer(kept)
         assert self.library.ascend(ctypes.byref(args)) == 0
         del alive
+        check_guards(out, kept)
         return out, kept
 
     def ascend(
@@ -206,6 +224,7 @@ class Emulated:
         args.stats = _pointer(stats)
         assert self.library.divergence_forward(ctypes.byref(args)) == 0
         del alive
+        check_guards(loss, stats, partial)
         return loss, stats, None
 
     def divergence_backward(
@@ -222,4 +241,5 @@ class Emulated:
             args.upstream, args.upstream_dtype = _pointer(grad), DTYPES[grad.dtype]
             assert self.library.divergence_backward(ctypes.byref(args)) == 0
         del alive
+        check_guards(dx, dt)
         return dx, dt

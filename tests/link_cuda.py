@@ -64,7 +64,9 @@ def main() -> None:
             build_directory=str(directory),
             with_cuda=True,
         )
-        print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {arguments.arch}: {time.monotonic() - start:.0f} s")
+        print(
+            f"torch {torch.__version__}, CUDA {torch.version.cuda}, {arguments.arch}: {time.monotonic() - start:.0f} s"
+        )
         print(f"{module.__file__}: {Path(module.__file__).stat().st_size / 2**20:.1f} MiB")
         for schema in torch._C._jit_get_all_schemas():
             if schema.name.startswith("smart_fast::"):

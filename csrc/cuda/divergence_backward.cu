@@ -12,7 +12,7 @@ constexpr int PER_THREAD = 2;  // chunks
 
 // Gradients of a scalar loss: tiles in any order. Masked rows get zeros and are not read.
 template <class T, Kind KIND>
-__global__ void __launch_bounds__(256) backward_kernel(const Divergence args) {
+__global__ void __launch_bounds__(256, 4) backward_kernel(const Divergence args) {
   constexpr int size = Chunk<T>::size;
   const Shape& shape = args.shape;
   float scale = args.weight;

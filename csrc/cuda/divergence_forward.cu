@@ -1,6 +1,6 @@
 // Forward pass of the divergences: a row is read once, and walked over twice more where it lies then.
 //
-//   row_kernel    rows of up to 4 chunks a thread, in registers; of narrow rows several share a warp
+//   row_kernel    rows of up to 16 elements a thread, in registers; of narrow rows several share a warp
 //   long_kernel   any width: a running maximum in the first walk, which leaves as much of the row as fits in shared
 //                 memory; the rest is read again
 #include "divergence.h"
@@ -10,7 +10,10 @@ namespace smart_fast {
 namespace cuda {
 namespace {
 
-constexpr int CHUNKS = 4;
+// Chunks of a row that a thread keeps: 16 elements, or 4 of a narrow row.
+template <class T>
+constexpr int CHUNKS = Chunk<T>::size == 1 ? 4 : 16 / Chunk<T>::size;
+constexpr int64_t MOST_KEPT = 16 * most_threads;
 
 // Terms of a chunk. Returns their sum; beyond the row x = t = -inf, and a term is zero.
 template <Kind KIND, int SIZE>
@@ -81,7 +84,7 @@ __device__ __forceinline__ void close_block(const Divergence& args, float loss, 
 
 template <class T, Kind KIND>
 __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence args) {
-  constexpr int size = Chunk<T>::size;
+  constexpr int size = Chunk<T>::size, chunks = CHUNKS<T>;
   __shared__ Shared shared;
   Group group(shared);
   const Shape& shape = args.shape;
@@ -92,9 +95,9 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
     const bool valid = row < shape.rows, real = valid && (args.mask == nullptr || args.mask[row] != 0);
     const auto first_of = [&](int k) { return (int64_t(k) * group.size() + group.rank()) * size - skew; };
 
-    Chunk<T> chunks_x[CHUNKS], chunks_t[CHUNKS];
+    Chunk<T> chunks_x[chunks], chunks_t[chunks];
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k) {
+    for (int k = 0; k < chunks; ++k) {
       chunks_x[k] = chunks_t[k] = Chunk<T>::filled(Fill::minus_infinity);
       if (real) {
         chunks_x[k] = Reader<T>(shape, args.x, row).read(first_of(k), shape.width, Fill::minus_infinity);
@@ -103,7 +106,7 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
     }
     float largest[3] = {-Scalar::infinity, -Scalar::infinity, 0.0f};
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k) {
+    for (int k = 0; k < chunks; ++k) {
       float x[size], t[size];
       chunks_x[k].unpack(x);
       chunks_t[k].unpack(t);
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
     const float safe_x = Formulas::finite_max(largest[0]), safe_t = Formulas::finite_max(largest[1]);
     float sums[3] = {0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k) {
+    for (int k = 0; k < chunks; ++k) {
       float x[size], t[size];
       chunks_x[k].unpack(x);
       chunks_t[k].unpack(t);
@@ -149,7 +152,7 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
     }
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < CHUNKS; ++k)
+    for (int k = 0; k < chunks; ++k)
       if (real ? !outside(first_of(k), size, shape.width) : args.terms != nullptr)
         sum += add_terms<T, KIND>(args, statistics, row, first_of(k), valid, real, chunks_x[k], chunks_t[k]);
     loss += close<KIND>(args, statistics, row, valid, real, sum, group);
@@ -204,7 +207,7 @@ struct Running {
 };
 
 template <class T, Kind KIND>
-__global__ void __launch_bounds__(most_threads, 1) long_kernel(const Divergence args, const int kept) {
+__global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence args, const int kept) {
   constexpr int size = Chunk<T>::size;
   __shared__ Shared shared;
   SMART_FAST_DYNAMIC_SHARED(Chunk<T>, stored);  // [kept chunks a thread][x, t][threads]
@@ -279,8 +282,9 @@ __global__ void __launch_bounds__(most_threads, 1) sum_kernel(const Partials arg
   Group group(shared);
   double sum = 0.0;
   for (int64_t i = group.rank(); i < args.count; i += group.size()) sum += args.values[i];
-  // Two floats carry a double's sum through the reduction.
-  float parts[2] = {float(sum), float(sum - double(float(sum)))};
+  // Two floats carry a double's sum through the reduction; an infinite one has no rest.
+  const float whole = float(sum), rest = float(sum - double(whole));
+  float parts[2] = {whole, fabsf(whole) < Scalar::infinity ? rest : 0.0f};
   group.reduce<Sum>(parts);
   if (group.rank() == 0) *args.out = args.weight * (parts[0] + parts[1]);
 }
@@ -291,19 +295,20 @@ Layout layout_of(const Divergence& args) {
   const int size = chunk_size(args.x.dtype);
   if (args.shape.width <= NARROW) return Layout::narrow;
   const bool fast = args.x.dtype == args.t.dtype && aligned(args.shape, args.x, size) && aligned(args.shape, args.t, size);
-  return fast && chunks_of(args.shape, size) <= CHUNKS * most_threads ? Layout::registers : Layout::general;
+  return fast && chunks_of(args.shape, size) * size <= MOST_KEPT ? Layout::registers : Layout::general;
 }
 
 dim3 block_for(const Divergence& args) {
+  const int size = chunk_size(args.x.dtype);
   switch (layout_of(args)) {
     case Layout::narrow:
-      return block_of(ceil_div(args.shape.width, CHUNKS));
+      return block_of(ceil_div(args.shape.width, 4));
     case Layout::registers:
-      return block_of(ceil_div(chunks_of(args.shape, chunk_size(args.x.dtype)), CHUNKS));
+      return block_of(ceil_div(chunks_of(args.shape, size) * size, 16));
     case Layout::general:
       break;
   }
-  const int64_t threads = ceil_div(chunks_of(args.shape, chunk_size(args.x.dtype)), 2);
+  const int64_t threads = ceil_div(chunks_of(args.shape, size), 2);
   return block_of(threads < 64 ? 64 : threads);
 }
 

@@ -52,9 +52,10 @@ class Group {
     const int thread = int(threadIdx.y * blockDim.x + threadIdx.x), warp = thread / 32, lane = thread % 32;
     float(&partial)[3][most_warps] = shared_.turn[turn_];
     turn_ ^= 1;
-    if (lane == 0)
+    if (lane == 0) {
 #pragma unroll
       for (int i = 0; i < N; ++i) partial[i][warp] = values[i];
+    }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] = lane < threads / 32 ? partial[i][lane] : Op::identity();

@@ -9,7 +9,7 @@ namespace {
 constexpr int PER_THREAD = 2;  // chunks: two loads in flight while the first noise is computed
 
 template <class T>
-__global__ void __launch_bounds__(256) perturb_kernel(const Perturb args) {
+__global__ void __launch_bounds__(256, 3) perturb_kernel(const Perturb args) {
   constexpr int size = Chunk<T>::size;
   const Shape& shape = args.shape;
   const int64_t seed = seed_of(args.seed);
