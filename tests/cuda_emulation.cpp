@@ -11,7 +11,11 @@ int64_t size_of(int which) {
   const int64_t sizes[] = {sizeof(cuda::Perturb), sizeof(cuda::Ascend), sizeof(cuda::Divergence)};
   return sizes[which];
 }
-void set_shared_memory(int bytes) { emulation::shared_memory = bytes; }
+void set_device(int major, int multiprocessors, int shared_memory) {
+  emulation::major = major;
+  emulation::multiprocessors = multiprocessors;
+  emulation::shared_memory = shared_memory;
+}
 
 int perturb(const cuda::Perturb* args) { return cuda::perturb(*args, nullptr); }
 int ascend(const cuda::Ascend* args) { return cuda::ascend(*args, nullptr); }

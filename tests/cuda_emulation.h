@@ -17,9 +17,14 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static
 #define __launch_bounds__(...)
-#define SMART_FAST_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(emulation::dynamic_shared.get())
+#define SMART_FAST_SHARED(type, name)                                              \
+  static type name##_of_blocks[emulation::most_blocks];                            \
+  emulation::shared_size = sizeof(type);                                           \
+  type& name = name##_of_blocks[emulation::block_in_cluster()]
+#define SMART_FAST_DYNAMIC_SHARED(type, name)                                      \
+  type* const name = reinterpret_cast<type*>(emulation::dynamic_shared.get() +     \
+                                             emulation::block_in_cluster() * emulation::dynamic_size)
 
 struct dim3 {
   unsigned x, y, z;
@@ -34,15 +39,23 @@ struct alignas(16) float4 {
 
 enum cudaError_t { cudaSuccess };
 using cudaStream_t = void*;
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMultiProcessorCount
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+constexpr unsigned most_blocks = 8;    // of a cluster
 inline int shared_memory = 64 * 1024;  // of a multiprocessor
+inline int major = 8, multiprocessors = 4;
 inline std::unique_ptr<float4[]> dynamic_shared;
+inline size_t dynamic_size, shared_size;  // of a block: in float4, in bytes
 
 struct Barrier {
   unsigned expected = 0, arrived = 0, generation = 0;
@@ -54,16 +67,19 @@ struct Warp {
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
-  dim3 index;
+  dim3 index, block;
   bool done;
 };
 
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
-inline Barrier block;
+inline Barrier blocks[most_blocks], cluster;
+inline unsigned cluster_size = 1;
 inline size_t current, moves;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
+
+inline unsigned block_in_cluster() { return blockIdx.x % cluster_size; }
 
 inline void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
@@ -92,8 +108,12 @@ inline void enter() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 
-inline void run_block(unsigned threads) {
-  block = Barrier{threads};
+// One cluster of blocks of `block_threads` threads: the blocks at blockIdx and behind it along x.
+inline void run_cluster(unsigned block_threads) {
+  const unsigned threads = block_threads * cluster_size;
+  const dim3 origin = blockIdx;
+  cluster = Barrier{threads};
+  for (unsigned b = 0; b < cluster_size; ++b) blocks[b] = Barrier{block_threads};
   warps.assign((threads + 31) / 32, Warp());
   for (size_t w = 0; w < warps.size(); ++w)
     warps[w].barrier.expected = threads - unsigned(w) * 32 < 32 ? threads - unsigned(w) * 32 : 32;
@@ -101,7 +121,8 @@ inline void run_block(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.stack.resize(64 * 1024);
-    fiber.index = dim3(i % blockDim.x, i / blockDim.x);
+    fiber.index = dim3(i % block_threads % blockDim.x, i % block_threads / blockDim.x);
+    fiber.block = dim3(origin.x + i / block_threads, origin.y);
     fiber.done = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -115,6 +136,7 @@ inline void run_block(unsigned threads) {
     for (current = 0; current < threads; ++current) {
       if (fibers[current].done) continue;
       threadIdx = fibers[current].index;
+      blockIdx = fibers[current].block;
       swapcontext(&scheduler, &fibers[current].context);
       left += !fibers[current].done;
     }
@@ -123,11 +145,12 @@ inline void run_block(unsigned threads) {
       std::abort();
     }
   }
+  blockIdx = origin;
 }
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::wait(emulation::block); }
+inline void __syncthreads() { emulation::wait(emulation::blocks[emulation::block_in_cluster()]); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return emulation::exchange(value, unsigned(emulation::current % 32) ^ unsigned(mask));
 }
@@ -135,8 +158,11 @@ inline float __shfl_sync(unsigned, float value, int from) { return emulation::ex
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = emulation::shared_memory, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrComputeCapabilityMajor ? emulation::major
+           : which == cudaDevAttrMultiProcessorCount  ? emulation::multiprocessors
+                                                      : emulation::shared_memory;
+  return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
@@ -150,14 +176,31 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t size, cudaStrea
 namespace smart_fast {
 namespace cuda {
 
+inline int cluster_blocks() { return int(emulation::cluster_size); }
+inline int cluster_block() { return int(emulation::block_in_cluster()); }
+inline void cluster_sync() { emulation::wait(emulation::cluster); }
+inline float cluster_read(const float* mine, int block) {
+  const char* here = reinterpret_cast<const char*>(mine);
+  return *reinterpret_cast<const float*>(here + (block - cluster_block()) * std::ptrdiff_t(emulation::shared_size));
+}
+
 template <class... Args>
-void launch(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared, cudaStream_t, const Args&... args) {
+void launch_cluster(void (*kernel)(Args...), int cluster, dim3 grid, dim3 block, size_t shared, cudaStream_t,
+                    const Args&... args) {
   gridDim = grid;
   blockDim = block;
+  emulation::cluster_size = unsigned(cluster);
   emulation::body = [&] { kernel(args...); };
-  emulation::dynamic_shared.reset(new float4[shared / 16 + 1]);
+  emulation::dynamic_size = shared / 16 + 1;
+  emulation::dynamic_shared.reset(new float4[emulation::dynamic_size * size_t(cluster)]);
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) emulation::run_block(block.x * block.y);
+    for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x += unsigned(cluster))
+      emulation::run_cluster(block.x * block.y);
+}
+
+template <class... Args>
+void launch(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args&... args) {
+  launch_cluster(kernel, 1, grid, block, shared, stream, args...);
 }
 
 }  // namespace cuda

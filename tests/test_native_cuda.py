@@ -275,14 +275,20 @@ def test_divergences_of_halves(
     check_divergence(emulated, kind, x, t.to(dtype), elementwise)
 
 
-@pytest.mark.parametrize("shared", [4096, 40 * 1024, 228 * 1024])
+@pytest.mark.parametrize(
+    "device",
+    [(8, 4, 4096), (8, 4, 40 * 1024), (8, 4, 228 * 1024), (9, 2, 40 * 1024), (9, 16, 228 * 1024)],
+    ids=["no shared memory", "some", "enough", "clusters of a row that is too long", "clusters for few rows"],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_rows(kind: str, shared: int, emulated: cuda_emulation.Emulated) -> None:
-    """None, some or all of the row in shared memory."""
-    emulated.library.set_shared_memory(shared)
-    for dtype, apart in ((torch.float32, 1e-4), (torch.bfloat16, 1.0)):
-        check_divergence(emulated, kind, *pair(2, 30522, apart=apart, dtype=dtype), False)
-    emulated.library.set_shared_memory(64 * 1024)
+def test_long_rows(kind: str, device: tuple[int, int, int], emulated: cuda_emulation.Emulated) -> None:
+    """None, some or all of the row in shared memory; several blocks of a cluster on a row."""
+    emulated.library.set_device(*device)
+    mask = torch.tensor([True, False])
+    check_divergence(emulated, kind, *pair(2, 30522, apart=1e-4), False)
+    check_divergence(emulated, kind, *pair(2, 30521, dtype=torch.bfloat16), False, mask)
+    check_divergence(emulated, kind, *pair(2, 20000), True, mask)
+    emulated.library.set_device(8, 4, 64 * 1024)
 
 
 @pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2, 20.0])

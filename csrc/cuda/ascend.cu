@@ -123,7 +123,7 @@ SMART_FAST_INLINE void write_moved(const Ascend& args, const Projection& project
 template <class T, Norm NORM>
 __global__ void __launch_bounds__(most_threads, 1) ascend_kernel(const Ascend args) {
   constexpr int size = Chunk<T>::size, CHUNKS = PER_THREAD / size;
-  __shared__ Shared shared;
+  SMART_FAST_SHARED(Shared, shared);
   Group group(shared);
   const Shape& shape = args.shape;
   const uint64_t seed = args.noise == nullptr ? uint64_t(*args.seed) : 0;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(most_threads, 1) ascend_kernel(const Ascend ar
 template <Norm NORM>
 __global__ void __launch_bounds__(most_threads, 1) ascend_long_kernel(const Ascend args) {
   constexpr int size = 4;
-  __shared__ Shared shared;
+  SMART_FAST_SHARED(Shared, shared);
   Group group(shared);
   const Shape& shape = args.shape;
   const uint64_t seed = args.noise == nullptr ? uint64_t(*args.seed) : 0;

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(256, 4) backward_kernel(const Divergence args)
 // any strides and dtypes, so everything is read one element at a time, neighbors by neighboring threads.
 template <Kind KIND>
 __global__ void __launch_bounds__(most_threads, 1) elements_backward_kernel(const Divergence args) {
-  __shared__ Shared shared;
+  SMART_FAST_SHARED(Shared, shared);
   Group group(shared);
   const Shape& shape = args.shape;
 

@@ -2,7 +2,8 @@
 //
 //   row_kernel    rows of up to 16 elements a thread, in registers; of narrow rows several share a warp
 //   long_kernel   any width: a running maximum in the first walk, which leaves as much of the row as fits in shared
-//                 memory; the rest is read again
+//                 memory; the rest is read again. On GPUs with thread-block clusters the blocks of one share a row
+//                 that does not fit one of them, or where there are fewer rows than multiprocessors
 #include "divergence.h"
 #include "launch.h"
 
@@ -58,11 +59,11 @@ SMART_FAST_INLINE float add_terms(const Divergence& args, const RowStatistics& s
 }
 
 // The end of a row: its statistics, and its share of the loss of the block.
-template <Kind KIND>
+template <Kind KIND, class Group>
 __device__ __forceinline__ float close(const Divergence& args, RowStatistics& statistics, int64_t row, bool valid,
                                        bool real, float sum, Group& group) {
   float total[1] = {sum};
-  group.reduce<Sum>(total);
+  group.template reduce<Sum>(total);
   if (KIND == Kind::js && args.terms == nullptr) total[0] *= args.alpha;  // terms have it already
   statistics.loss = total[0];
   if (group.rank() != 0 || !valid) return 0.0f;
@@ -85,7 +86,7 @@ __device__ __forceinline__ void close_block(const Divergence& args, float loss, 
 template <class T, Kind KIND>
 __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence args) {
   constexpr int size = Chunk<T>::size, chunks = CHUNKS<T>;
-  __shared__ Shared shared;
+  SMART_FAST_SHARED(Shared, shared);
   Group group(shared);
   const Shape& shape = args.shape;
   float loss = 0.0f;
@@ -206,17 +207,18 @@ struct Running {
   }
 };
 
-template <class T, Kind KIND>
+template <class T, Kind KIND, class Group>
 __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence args, const int kept) {
   constexpr int size = Chunk<T>::size;
-  __shared__ Shared shared;
+  SMART_FAST_SHARED(Shared, shared);
   SMART_FAST_DYNAMIC_SHARED(Chunk<T>, stored);  // [kept chunks a thread][x, t][threads]
   Group group(shared);
   const Shape& shape = args.shape;
   const int64_t step = int64_t(group.size()) * size;
+  const int together = group.size() / int(blockDim.x);  // blocks of a row
   float loss = 0.0f;
 
-  for (int64_t row = blockIdx.x; row < shape.rows; row += gridDim.x) {
+  for (int64_t row = blockIdx.x / together; row < shape.rows; row += gridDim.x / together) {
     const bool real = args.mask == nullptr || args.mask[row] != 0;
     const int64_t begin = int64_t(group.rank()) * size - row * shape.width % size;
     const Reader<T> from_x(shape, args.x, row), from_t(shape, args.t, row);
@@ -232,8 +234,8 @@ __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence 
           next_t = from_t.read(first + step, shape.width, Fill::minus_infinity);
         }
         if (k < kept) {
-          stored[(2 * k) * group.size() + group.rank()] = chunk_x;
-          stored[(2 * k + 1) * group.size() + group.rank()] = chunk_t;
+          stored[2 * k * blockDim.x + threadIdx.x] = chunk_x;
+          stored[(2 * k + 1) * blockDim.x + threadIdx.x] = chunk_t;
         }
         float x[size], t[size];
         chunk_x.unpack(x);
@@ -242,10 +244,10 @@ __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence 
       }
     }
     float largest[3] = {running.max_x, running.max_t, running.max_d};
-    group.reduce<Max>(largest);
+    group.template reduce<Max>(largest);
     running.rebase(largest[0], largest[1]);
     float sums[3] = {running.sum_x, running.sum_t, running.expm1_sum};
-    group.reduce<Sum>(sums);
+    group.template reduce<Sum>(sums);
     RowStatistics statistics =
         RowStatistics::from(largest[0], largest[1], largest[2], sums[0], sums[1], sums[2]);
 
@@ -255,8 +257,8 @@ __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence 
       for (int64_t first = begin; first < shape.width; first += step, ++k) {
         Chunk<T> chunk_x = Chunk<T>::filled(Fill::minus_infinity), chunk_t = chunk_x;
         if (real && k < kept) {
-          chunk_x = stored[(2 * k) * group.size() + group.rank()];
-          chunk_t = stored[(2 * k + 1) * group.size() + group.rank()];
+          chunk_x = stored[2 * k * blockDim.x + threadIdx.x];
+          chunk_t = stored[(2 * k + 1) * blockDim.x + threadIdx.x];
         } else if (real) {
           chunk_x = from_x.read(first, shape.width, Fill::minus_infinity);
           chunk_t = from_t.read(first, shape.width, Fill::minus_infinity);
@@ -266,6 +268,7 @@ __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence 
     }
     loss += close<KIND>(args, statistics, row, true, real, sum, group);
   }
+  group.finish();
   close_block(args, loss, group);
 }
 
@@ -278,7 +281,7 @@ struct Partials {
 
 // One block, a fixed order: the same sum on every run.
 __global__ void __launch_bounds__(most_threads, 1) sum_kernel(const Partials args) {
-  __shared__ Shared shared;
+  SMART_FAST_SHARED(Shared, shared);
   Group group(shared);
   double sum = 0.0;
   for (int64_t i = group.rank(); i < args.count; i += group.size()) sum += args.values[i];
@@ -291,71 +294,93 @@ __global__ void __launch_bounds__(most_threads, 1) sum_kernel(const Partials arg
 
 enum class Layout { narrow, registers, general };
 
-Layout layout_of(const Divergence& args) {
-  const int size = chunk_size(args.x.dtype);
-  if (args.shape.width <= NARROW) return Layout::narrow;
-  const bool fast = args.x.dtype == args.t.dtype && aligned(args.shape, args.x, size) && aligned(args.shape, args.t, size);
-  return fast && chunks_of(args.shape, size) * size <= MOST_KEPT ? Layout::registers : Layout::general;
-}
+struct Device {
+  int shared, multiprocessors;
+  bool clusters;
+};
 
-dim3 block_for(const Divergence& args) {
-  const int size = chunk_size(args.x.dtype);
-  switch (layout_of(args)) {
-    case Layout::narrow:
-      return block_of(ceil_div(args.shape.width, 4));
-    case Layout::registers:
-      return block_of(ceil_div(chunks_of(args.shape, size) * size, 16));
-    case Layout::general:
-      break;
-  }
-  const int64_t threads = ceil_div(chunks_of(args.shape, size), 2);
-  return block_of(threads < 64 ? 64 : threads);
-}
-
-// Shared memory a block may take so that two of them run at once on a multiprocessor.
-int shared_budget() {
-  int device = 0, each = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+// `shared`: bytes that a block may take so that two of them run at once on a multiprocessor.
+Device current_device() {
+  int id = 0, each = 0, most = 0, major = 0, count = 0;
+  cudaGetDevice(&id);
+  cudaDeviceGetAttribute(&each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id);
   const int half = each / 2 - 2048;  // less what the system and the reductions take
-  return half < most - 1024 ? half : most - 1024;
+  return {half < most - 1024 ? half : most - 1024, count, major == 9 || major == 10};
 }
 
-template <class T, Kind KIND>
-void run_long(const Divergence& args, dim3 grid, dim3 block, cudaStream_t stream) {
-  const int64_t needed = ceil_div(chunks_of(args.shape, Chunk<T>::size), block.x);
-  const int64_t slot = 2 * int64_t(sizeof(Chunk<T>)) * block.x, room = shared_budget() / slot;
-  const int kept = int(needed < room ? needed : room);
-  const size_t bytes = size_t(kept * slot);
-  if (bytes > 48 * 1024)
-    cudaFuncSetAttribute(long_kernel<T, KIND>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  launch(long_kernel<T, KIND>, grid, block, bytes, stream, args, kept);
+struct Plan {
+  Layout layout;
+  bool typed;   // one dtype, chunks aligned
+  int kept;     // chunks a thread leaves in shared memory
+  int cluster;  // blocks of a row
+  dim3 block, grid;
+};
+
+Plan plan_of(const Divergence& args) {
+  const int size = chunk_size(args.x.dtype);
+  const Shape& shape = args.shape;
+  Plan plan = {};
+  plan.cluster = 1;
+  plan.typed = args.x.dtype == args.t.dtype && aligned(shape, args.x, size) && aligned(shape, args.t, size);
+  const int64_t chunks = chunks_of(shape, plan.typed ? size : 4);
+  if (shape.width <= NARROW) {
+    plan.layout = Layout::narrow;
+    plan.block = block_of(ceil_div(shape.width, 4));
+  } else if (plan.typed && chunks * size <= MOST_KEPT) {
+    plan.layout = Layout::registers;
+    plan.block = block_of(ceil_div(chunks * size, 16));
+  } else {
+    plan.layout = Layout::general;
+    plan.block = block_of(chunks < 128 ? 64 : ceil_div(chunks, 2));
+    const Device device = current_device();
+    const int64_t slot = 2 * 16 * int64_t(plan.block.x), room = device.shared > 0 ? device.shared / slot : 0;
+    const auto needed = [&] { return ceil_div(chunks, int64_t(plan.block.x) * plan.cluster); };
+    if (plan.typed && device.clusters)
+      while (plan.cluster < 8 && needed() > 1 && (needed() > room || shape.rows * plan.cluster < device.multiprocessors))
+        plan.cluster *= 2;
+    plan.kept = int(needed() < room ? needed() : room);
+  }
+  plan.grid = rows_grid(shape, plan.block);
+  if (plan.cluster > 1) {
+    const int64_t most_rows = most_blocks / plan.cluster;
+    plan.grid.x = unsigned((shape.rows < most_rows ? shape.rows : most_rows) * plan.cluster);
+  }
+  return plan;
+}
+
+template <class T, Kind KIND, class Group>
+void run_long(const Divergence& args, const Plan& plan, cudaStream_t stream) {
+  const size_t bytes = size_t(plan.kept) * 2 * sizeof(Chunk<T>) * plan.block.x;
+  const auto kernel = long_kernel<T, KIND, Group>;
+  if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (plan.cluster > 1)
+    launch_cluster(kernel, plan.cluster, plan.grid, plan.block, bytes, stream, args, plan.kept);
+  else
+    launch(kernel, plan.grid, plan.block, bytes, stream, args, plan.kept);
 }
 
 template <Kind KIND>
-void run(const Divergence& args, dim3 grid, dim3 block, cudaStream_t stream) {
-  const int size = chunk_size(args.x.dtype);
-  switch (layout_of(args)) {
-    case Layout::narrow:
-      return launch(row_kernel<Any<1>, KIND>, grid, block, 0, stream, args);
-    case Layout::registers:
-      return with_type(args.x.dtype, [&](auto tag) {
-        launch(row_kernel<typename decltype(tag)::type, KIND>, grid, block, 0, stream, args);
-      });
-    case Layout::general:
-      break;
-  }
-  if (args.x.dtype == args.t.dtype && aligned(args.shape, args.x, size) && aligned(args.shape, args.t, size))
-    with_type(args.x.dtype, [&](auto tag) { run_long<typename decltype(tag)::type, KIND>(args, grid, block, stream); });
-  else
-    run_long<Any<4>, KIND>(args, grid, block, stream);
+void run(const Divergence& args, const Plan& plan, cudaStream_t stream) {
+  if (plan.layout == Layout::narrow) return launch(row_kernel<Any<1>, KIND>, plan.grid, plan.block, 0, stream, args);
+  if (!plan.typed) return run_long<Any<4>, KIND, Group>(args, plan, stream);
+  with_type(args.x.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (plan.layout == Layout::registers)
+      launch(row_kernel<T, KIND>, plan.grid, plan.block, 0, stream, args);
+    else if (plan.cluster > 1)
+      run_long<T, KIND, ClusterGroup>(args, plan, stream);
+    else
+      run_long<T, KIND, Group>(args, plan, stream);
+  });
 }
 
 }  // namespace
 
 int64_t forward_partials(const Divergence& args) {
-  return args.shape.rows == 0 ? 0 : rows_grid(args.shape, block_for(args)).x;
+  return args.shape.rows == 0 ? 0 : plan_of(args).grid.x;
 }
 
 cudaError_t divergence_forward(const Divergence& args, cudaStream_t stream) {
@@ -363,20 +388,20 @@ cudaError_t divergence_forward(const Divergence& args, cudaStream_t stream) {
     if (args.loss != nullptr) return cudaMemsetAsync(args.loss, 0, sizeof(float), stream);
     return cudaSuccess;
   }
-  const dim3 block = block_for(args), grid = rows_grid(args.shape, block);
+  const Plan plan = plan_of(args);
   switch (args.kind) {
     case Kind::kl:
-      run<Kind::kl>(args, grid, block, stream);
+      run<Kind::kl>(args, plan, stream);
       break;
     case Kind::sym_kl:
-      run<Kind::sym_kl>(args, grid, block, stream);
+      run<Kind::sym_kl>(args, plan, stream);
       break;
     case Kind::js:
-      run<Kind::js>(args, grid, block, stream);
+      run<Kind::js>(args, plan, stream);
       break;
   }
-  if (args.loss != nullptr && grid.x > 1) {
-    const Partials partials = {args.partial, int64_t(grid.x), args.weight, args.loss};
+  if (args.loss != nullptr && plan.grid.x > 1) {
+    const Partials partials = {args.partial, int64_t(plan.grid.x), args.weight, args.loss};
     launch(sum_kernel, dim3(1), dim3(most_threads), 0, stream, partials);
   }
   return cudaGetLastError();

@@ -1,4 +1,5 @@
-// The threads that share a row: some lanes of a warp, or a whole block. Blocks are [rows of a block][threads of a row].
+// The threads that share a row: some lanes of a warp, a block, or a cluster of blocks. Blocks are [rows of a
+// block][threads of a row].
 #pragma once
 
 #include "device.h"
@@ -23,6 +24,7 @@ struct Sum {
 // whoever writes one of them has passed the barrier of the other, behind every reader of the first.
 struct Shared {
   float turn[2][3][most_warps];
+  float cluster[2][3];
 };
 
 class Group {
@@ -35,14 +37,19 @@ class Group {
   // Every thread gets the result; the order of the operations depends on sizes alone.
   template <class Op, int N>
   __device__ __forceinline__ void reduce(float (&values)[N]) {
-    reduce_over<Op>(values, size());
+    reduce_over<Op>(values, int(blockDim.x));
   }
+
+  __device__ __forceinline__ void finish() const {}
 
   // The same over all threads of the block, whichever row they are on.
   template <class Op, int N>
   __device__ __forceinline__ void reduce_block(float (&values)[N]) {
     reduce_over<Op>(values, int(blockDim.x * blockDim.y));
   }
+
+ protected:
+  Shared& shared_;
 
  private:
   template <class Op, int N>
@@ -70,8 +77,38 @@ class Group {
     for (int i = 0; i < N; ++i) values[i] = Op::of(values[i], __shfl_xor_sync(0xFFFFFFFFu, values[i], offset));
   }
 
-  Shared& shared_;
   int turn_;
+};
+
+// Blocks of a cluster on one row. `finish` keeps a block from ending while others still read its results.
+class ClusterGroup : public Group {
+ public:
+  __device__ __forceinline__ explicit ClusterGroup(Shared& shared) : Group(shared), cluster_turn_(0) {}
+
+  __device__ __forceinline__ int size() const { return cluster_blocks() * int(blockDim.x); }
+  __device__ __forceinline__ int rank() const { return cluster_block() * int(blockDim.x) + int(threadIdx.x); }
+
+  template <class Op, int N>
+  __device__ __forceinline__ void reduce(float (&values)[N]) {
+    Group::reduce<Op>(values);
+    float(&mine)[3] = shared_.cluster[cluster_turn_];
+    cluster_turn_ ^= 1;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) mine[i] = values[i];
+    }
+    cluster_sync();
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = Op::identity();
+    for (int block = 0; block < cluster_blocks(); ++block)
+#pragma unroll
+      for (int i = 0; i < N; ++i) values[i] = Op::of(values[i], cluster_read(&mine[i], block));
+  }
+
+  __device__ __forceinline__ void finish() const { cluster_sync(); }
+
+ private:
+  int cluster_turn_;
 };
 
 }  // namespace cuda

@@ -76,6 +76,23 @@ template <class... Args>
 void launch(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args&... args) {
   kernel<<<grid, block, shared, stream>>>(args...);
 }
+
+// The same with the blocks in clusters; the grid is a multiple of `cluster`.
+template <class... Args>
+void launch_cluster(void (*kernel)(Args...), int cluster, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                    const Args&... args) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, args...);
+}
 #endif
 
 }  // namespace cuda
