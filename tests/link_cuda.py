@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +23,6 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 def cuda_home() -> str | None:
     """Where nvcc's toolkit lies, also when the nvcc on PATH is a script that calls another."""
-    import subprocess
-
     try:
         dry = subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
     except OSError:
