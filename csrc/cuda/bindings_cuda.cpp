@@ -1,0 +1,301 @@
+// The CUDA half of the operators torch.ops.smart_fast.native_*, whose schemas are in ../bindings.cpp. Thin: shapes,
+// strides, outputs, device and stream here, arithmetic in the kernels. ATen/cuda/CUDAContext.h would want the headers of
+// cuBLAS and cuSPARSE; c10's are enough.
+#include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <ATen/cuda/EmptyTensor.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/result_type.h>
+#include <ATen/ops/sqrt.h>
+#include <ATen/ops/sum.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <tuple>
+
+#include "../arguments.h"
+#include "kernels.h"
+
+namespace smart_fast {
+namespace on_cuda {
+namespace {
+
+using cuda::Ascend;
+using cuda::Divergence;
+using cuda::Perturb;
+using cuda::Seed;
+using cuda::Stage;
+
+constexpr int64_t most_in_kernel = 1024;  // partial norms that every row of a group adds up again
+
+// Makes the device of a tensor the current one, and knows its stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor& tensor) : guard_(tensor.device()), device_(tensor.device()) {}
+
+  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(device_.index()).stream(); }
+
+  void same_device(const Tensor& tensor) const {
+    TORCH_CHECK_VALUE(tensor.device() == device_, "smart_fast: tensors on ", device_, " and ", tensor.device());
+  }
+  void same_device(const optional<Tensor>& tensor) const {
+    if (tensor) same_device(*tensor);
+  }
+
+  Tensor output(at::IntArrayRef shape, at::ScalarType dtype) const {
+    Tensor out = Tensor(at::detail::empty_cuda(shape, dtype, device_, std::nullopt));
+    if (poison && out.numel() > 0) C10_CUDA_CHECK(cudaMemsetAsync(out.mutable_data_ptr(), 0xFF, out.nbytes(), stream()));
+    return out;
+  }
+  Tensor output_if(bool wanted, at::IntArrayRef shape, at::ScalarType dtype) const {
+    return wanted ? output(shape, dtype) : Tensor(at::detail::empty_cuda({0}, dtype, device_, std::nullopt));
+  }
+
+ private:
+  c10::cuda::CUDAGuard guard_;
+  c10::Device device_;
+};
+
+template <class T>
+T* pointer_if(bool wanted, const Tensor& tensor) {
+  return wanted ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+}
+
+// A seed for one call from a generator's state, advanced. Under graph capture the state stays on the device.
+Seed draw(const optional<at::Generator>& generator, c10::DeviceIndex device) {
+  auto* source = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      generator, at::cuda::detail::getDefaultCUDAGenerator(device));
+  at::PhiloxCudaState state;
+  {
+    const std::lock_guard<std::mutex> guard(source->mutex_);
+    state = source->philox_cuda_state(4);
+  }
+  Seed seed = {};
+  if (state.captured_) {
+    seed.generator_seed_ptr = state.seed_.ptr;
+    seed.offset_ptr = state.offset_.ptr;
+    seed.offset = state.offset_intragraph_;
+  } else {
+    seed.generator_seed = state.seed_.val;
+    seed.offset = state.offset_.val;
+  }
+  return seed;
+}
+
+std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, const Seed& seed, int64_t* seed_out, double noise_var,
+                                       const optional<Tensor>& mask, bool keep_noise, const Launch& launch) {
+  const View view({embed});
+  launch.same_device(mask);
+  const Tensor out = launch.output(embed.sizes(), embed.scalar_type());
+  const Tensor noise = launch.output_if(keep_noise, embed.sizes(), at::kFloat);
+  Tensor holder;
+  const Perturb args = {view.shape,       view.rows[0], mask_bytes(mask, view.shape.rows, holder),
+                        seed,             seed_out,     float(noise_var),
+                        out.mutable_data_ptr(), pointer_if<float>(keep_noise, noise)};
+  C10_CUDA_CHECK(cuda::perturb(args, launch.stream()));
+  return {out, noise};
+}
+
+std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
+                                   const optional<Tensor>& mask, bool keep_noise) {
+  const Launch launch(embed);
+  launch.same_device(seed);
+  Seed given = {};
+  given.given = seed.const_data_ptr<int64_t>();
+  return run_perturb(embed, given, nullptr, noise_var, mask, keep_noise, launch);
+}
+
+std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, const optional<at::Generator>& generator,
+                                         double noise_var, const optional<Tensor>& mask) {
+  const Launch launch(embed);
+  const Tensor seed = launch.output({1}, at::kLong);
+  const Tensor out = std::get<0>(run_perturb(embed, draw(generator, embed.device().index()),
+                                             seed.mutable_data_ptr<int64_t>(), noise_var, mask, false, launch));
+  return {out, seed};
+}
+
+// What measuring and moving have in common. `noise` is the int64 seed or fp32 noise of the shape of the gradient.
+Ascend ascend_arguments(const View& view, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
+                        double noise_var, double step_size, string_view update, Tensor& noise_holder,
+                        Tensor& mask_holder, const Launch& launch) {
+  launch.same_device(noise);
+  launch.same_device(mask);
+  Ascend args = {};
+  args.shape = view.shape;
+  args.embed = view.rows.front();
+  args.grad = view.rows.back();
+  args.mask = mask_bytes(mask, view.shape.rows, mask_holder);
+  if (noise.scalar_type() == at::kLong) {
+    args.seed = noise.const_data_ptr<int64_t>();
+  } else {
+    const int64_t elements = view.shape.rows * view.shape.width;
+    TORCH_CHECK_VALUE(noise.numel() == elements, "smart_fast: noise of ", noise.numel(), " elements for ", elements);
+    noise_holder = noise.contiguous();
+    if (reinterpret_cast<uintptr_t>(noise_holder.const_data_ptr()) % 16 != 0) noise_holder = noise_holder.clone();
+    args.noise = noise_holder.const_data_ptr<float>();
+  }
+  args.noise_var = float(noise_var);
+  args.step_size = float(step_size);
+  args.update = update_of(update);
+  args.norm = norm_of(kind);
+  args.group = 1;
+  return args;
+}
+
+Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
+                      double noise_var, double step_size, string_view update) {
+  const Launch launch(grad);
+  const View view({grad});
+  Tensor noise_holder, mask_holder;
+  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, noise_holder, mask_holder, launch);
+  args.stage = Stage::measure;
+  const Tensor out = args.norm == Norm::opaque ? launch.output(grad.sizes(), at::kFloat)
+                                               : launch.output({view.shape.rows}, at::kFloat);
+  args.measured = out.mutable_data_ptr<float>();
+  C10_CUDA_CHECK(cuda::ascend(args, launch.stream()));
+  return out;
+}
+
+// Norms of groups from the partial norms of their rows.
+Tensor group_norms(const Tensor& partial, int64_t group, Norm norm) {
+  const Tensor grouped = partial.view({-1, group});
+  if (norm == Norm::inf) return at::amax(grouped, 1);
+  const Tensor sums = at::sum(grouped, 1);
+  return norm == Norm::l2 ? at::sqrt(sums) : sums;
+}
+
+std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
+                                  const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
+                                  string_view scope, double noise_var, double step_size, string_view update,
+                                  double epsilon, bool keep_noise) {
+  const Launch launch(embed);
+  launch.same_device(grad);
+  const View view({embed, grad});
+  Tensor noise_holder, mask_holder, norms;
+  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, noise_holder, mask_holder, launch);
+  args.stage = Stage::row_norm;
+  args.epsilon = float(epsilon);
+  if (scope != "row" && view.shape.rows > 0) {
+    TORCH_CHECK_VALUE(scope == "group" || scope == "given", "smart_fast: unknown scope ", scope);
+    TORCH_CHECK_VALUE(norm && norm->numel() == view.shape.rows && norm->scalar_type() == at::kFloat, "smart_fast: scope ",
+                      scope, " takes a norm for each row");
+    launch.same_device(norm);
+    norms = norm->contiguous();
+    args.stage = Stage::given_norm;
+    if (scope == "group") {
+      args.group = view.shape.rows / embed.size(0);
+      if (args.group > most_in_kernel)
+        norms = group_norms(norms.view(-1), args.group, args.norm);
+      else
+        args.stage = Stage::group_norm;
+    }
+    args.norms = norms.const_data_ptr<float>();
+  }
+  const Tensor out = launch.output(embed.sizes(), embed.scalar_type());
+  const Tensor noise_out = launch.output_if(keep_noise, embed.sizes(), at::kFloat);
+  args.out = out.mutable_data_ptr();
+  args.noise_out = pointer_if<float>(keep_noise, noise_out);
+  C10_CUDA_CHECK(cuda::ascend(args, launch.stream()));
+  return {out, noise_out};
+}
+
+Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, string_view kind, double alpha,
+                                double weight, Tensor& holder, const Launch& launch) {
+  for (const Tensor& tensor : view.tensors) launch.same_device(tensor);
+  launch.same_device(mask);
+  Divergence args = {};
+  args.shape = view.shape;
+  args.x = view.rows[0];
+  args.t = view.rows[1];
+  args.mask = mask_bytes(mask, view.shape.rows, holder);
+  args.kind = kind_of(kind);
+  args.alpha = float(alpha);
+  args.weight = float(weight);
+  return args;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& input, const Tensor& target,
+                                                              const optional<Tensor>& mask, string_view kind,
+                                                              bool elementwise, double alpha, double weight, bool keep,
+                                                              bool want_input, bool want_target) {
+  TORCH_CHECK_VALUE(!elementwise || !(want_input || want_target),
+                    "smart_fast: elementwise terms need their upstream gradient");
+  const Launch launch(input);
+  const View view({input, target});
+  Tensor holder, partial;
+  Divergence args = divergence_arguments(view, mask, kind, alpha, weight, holder, launch);
+  const Tensor loss = elementwise ? launch.output(input.sizes(), at::result_type(input, target))
+                                  : launch.output({}, at::kFloat);
+  const Tensor stats = launch.output_if(keep || want_input || want_target, {view.shape.rows, statistics}, at::kFloat);
+  if (elementwise) {
+    args.terms = loss.mutable_data_ptr();
+    args.terms_dtype = dtype_of(loss);
+  } else {
+    args.loss = loss.mutable_data_ptr<float>();
+    const int64_t partials = cuda::forward_partials(args);
+    partial = launch.output_if(partials > 1, {partials}, at::kFloat);
+    args.partial = pointer_if<float>(partials > 1, partial);
+  }
+  args.stats = pointer_if<float>(stats.numel() > 0, stats);
+  C10_CUDA_CHECK(cuda::divergence_forward(args, launch.stream()));
+
+  const Tensor dx = launch.output_if(want_input, input.sizes(), input.scalar_type());
+  const Tensor dt = launch.output_if(want_target, target.sizes(), target.scalar_type());
+  if (want_input || want_target) {
+    args.dx = pointer_if<void>(want_input, dx);
+    args.dt = pointer_if<void>(want_target, dt);
+    C10_CUDA_CHECK(cuda::divergence_backward(args, launch.stream()));
+  }
+  return {loss, stats, dx, dt};
+}
+
+std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                               const Tensor& stats, const optional<Tensor>& mask, string_view kind,
+                                               bool elementwise, double alpha, double weight, bool want_input,
+                                               bool want_target) {
+  const Launch launch(input);
+  const View view = elementwise ? View({input, target, grad}, 2) : View({input, target});
+  Tensor holder;
+  Divergence args = divergence_arguments(view, mask, kind, alpha, weight, holder, launch);
+  launch.same_device(grad);
+  launch.same_device(stats);
+  TORCH_CHECK_VALUE(stats.numel() == view.shape.rows * statistics && stats.is_contiguous(),
+                    "smart_fast: statistics of another forward pass");
+  args.stats = const_cast<float*>(stats.const_data_ptr<float>());
+  const Tensor dx = launch.output_if(want_input, input.sizes(), input.scalar_type());
+  const Tensor dt = launch.output_if(want_target, target.sizes(), target.scalar_type());
+  args.dx = pointer_if<void>(want_input, dx);
+  args.dt = pointer_if<void>(want_target, dt);
+  if (elementwise) {
+    args.grad = view.rows[2];
+    C10_CUDA_CHECK(cuda::divergence_elements_backward(args, launch.stream()));
+  } else {
+    TORCH_CHECK_VALUE(grad.numel() == 1, "smart_fast: a scalar loss has a scalar gradient, got shape ", grad.sizes());
+    args.upstream = grad.const_data_ptr();
+    args.upstream_dtype = dtype_of(grad);
+    C10_CUDA_CHECK(cuda::divergence_backward(args, launch.stream()));
+  }
+  return {dx, dt};
+}
+
+}  // namespace
+}  // namespace on_cuda
+}  // namespace smart_fast
+
+// Noise from a generator's state instead of a seed in memory: no launch of its own. Returns the seed for later steps.
+TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
+  library.def("native_perturb_fresh(Tensor embed, Generator? generator, float noise_var, Tensor? mask)"
+              " -> (Tensor, Tensor)", tags);
+}
+
+TORCH_LIBRARY_IMPL(smart_fast, CUDA, library) {
+  library.impl("native_perturb", &smart_fast::on_cuda::perturb);
+  library.impl("native_perturb_fresh", &smart_fast::on_cuda::perturb_fresh);
+  library.impl("native_ascend_measure", &smart_fast::on_cuda::ascend_measure);
+  library.impl("native_ascend", &smart_fast::on_cuda::ascend);
+  library.impl("native_divergence_forward", &smart_fast::on_cuda::divergence_forward);
+  library.impl("native_divergence_backward", &smart_fast::on_cuda::divergence_backward);
+}

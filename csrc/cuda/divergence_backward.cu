@@ -1,0 +1,172 @@
+// Gradients of the divergences by recomputation from the statistics of the rows. Floor: read both, write each gradient.
+#include <type_traits>
+
+#include "divergence.h"
+#include "launch.h"
+
+namespace smart_fast {
+namespace cuda {
+namespace {
+
+constexpr int PER_THREAD = 2;  // chunks
+
+// Gradients of a scalar loss: tiles in any order. Masked rows get zeros and are not read.
+template <class T, Kind KIND>
+__global__ void __launch_bounds__(256, 4) backward_kernel(const Divergence args) {
+  constexpr int size = Chunk<T>::size;
+  const Shape& shape = args.shape;
+  float scale = args.weight;
+  if (args.upstream != nullptr) scale *= read_element(args.upstream, args.upstream_dtype, 0);
+  if (KIND == Kind::js) scale *= 0.5f * args.alpha;
+
+  for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < shape.rows;
+       row += int64_t(gridDim.y) * blockDim.y) {
+    const bool real = args.mask == nullptr || args.mask[row] != 0;
+    const RowStatistics statistics = RowStatistics::read(args.stats + row * smart_fast::statistics);
+    const Reader<T> from_x(shape, args.x, row), from_t(shape, args.t, row);
+    const int64_t skew = row * shape.width % size, stride = int64_t(gridDim.x) * blockDim.x * PER_THREAD * size;
+
+    for (int64_t begin = (int64_t(blockIdx.x) * blockDim.x * PER_THREAD + threadIdx.x) * size - skew;
+         begin < shape.width; begin += stride) {
+      Chunk<T> chunks_x[PER_THREAD], chunks_t[PER_THREAD];
+#pragma unroll
+      for (int k = 0; k < PER_THREAD; ++k) {
+        const int64_t first = begin + int64_t(k) * blockDim.x * size;
+        chunks_x[k] = chunks_t[k] = Chunk<T>::filled(Fill::minus_infinity);
+        if (real) {
+          chunks_x[k] = from_x.read(first, shape.width, Fill::minus_infinity);
+          chunks_t[k] = from_t.read(first, shape.width, Fill::minus_infinity);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < PER_THREAD; ++k) {
+        const int64_t first = begin + int64_t(k) * blockDim.x * size;
+        if (first >= shape.width) break;
+        float x[size], t[size], dx[size], dt[size], furthest = 0.0f;
+        chunks_x[k].unpack(x);
+        chunks_t[k].unpack(t);
+#pragma unroll
+        for (int i = 0; i < size; ++i) furthest = fmaxf(furthest, fabsf(statistics.r(x[i], t[i])));
+        if (furthest < 1.0f) {  // p is then not needed
+#pragma unroll
+          for (int i = 0; i < size; ++i)
+            Formulas::row_gradients<KIND, true>(0.0f, statistics.q(t[i]), statistics.r(x[i], t[i]), args.alpha, scale,
+                                                statistics.loss, dx[i], dt[i]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < size; ++i)
+            Formulas::row_gradients<KIND, false>(statistics.p(x[i]), statistics.q(t[i]), statistics.r(x[i], t[i]),
+                                                 args.alpha, scale, statistics.loss, dx[i], dt[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < size; ++i) {
+          dx[i] = real ? dx[i] : 0.0f;
+          dt[i] = real ? dt[i] : 0.0f;
+        }
+        if (args.dx != nullptr) Writer<T>(args.dx, args.x.dtype, row, shape.width).write(first, shape.width, dx);
+        if (args.dt != nullptr) Writer<T>(args.dt, args.t.dtype, row, shape.width).write(first, shape.width, dt);
+      }
+    }
+  }
+}
+
+// Gradients of reduction="none": sums over the row in a first walk, gradients in a second. Upstream gradients come with
+// any strides and dtypes, so everything is read one element at a time, neighbors by neighboring threads.
+template <Kind KIND>
+__global__ void __launch_bounds__(most_threads, 1) elements_backward_kernel(const Divergence args) {
+  SMART_FAST_SHARED(Shared, shared);
+  Group group(shared);
+  const Shape& shape = args.shape;
+
+  for (int64_t base = int64_t(blockIdx.x) * blockDim.y; base < shape.rows; base += int64_t(gridDim.x) * blockDim.y) {
+    const int64_t row = base + threadIdx.y, safe = row < shape.rows ? row : 0;
+    const bool valid = row < shape.rows, real = valid && (args.mask == nullptr || args.mask[row] != 0);
+    const RowStatistics statistics = RowStatistics::read(args.stats + safe * smart_fast::statistics);
+    const Reader<Any<1>> from_x(shape, args.x, safe), from_t(shape, args.t, safe);
+    const void* upstream = advance(args.grad.data, args.grad.dtype, row_offset(shape, args.grad, safe));
+    const float g0 = real ? read_element(upstream, args.grad.dtype, 0) : 0.0f;
+
+    float sums[3] = {0.0f, 0.0f, 0.0f};
+    float p, q, r, h;
+    const auto read = [&](int64_t column) {
+      float x[1], t[1];
+      from_x.read(column, shape.width, Fill::minus_infinity).unpack(x);
+      from_t.read(column, shape.width, Fill::minus_infinity).unpack(t);
+      p = statistics.p(x[0]);
+      q = statistics.q(t[0]);
+      r = statistics.r(x[0], t[0]);
+      h = read_element(upstream, args.grad.dtype, column * args.grad.column) - g0;
+    };
+    if (real)
+      for (int64_t column = group.rank(); column < shape.width; column += group.size()) {
+        read(column);
+        sums[0] += p * h;
+        sums[1] += q * h;
+        sums[2] += Formulas::times(q, (h + g0) * r);
+      }
+    group.reduce<Sum>(sums);
+    if (!valid) continue;
+    const Formulas::ElementSums totals = {sums[0], sums[1], sums[2]};
+    for (int64_t column = group.rank(); column < shape.width; column += group.size()) {
+      float dx = 0.0f, dt = 0.0f;
+      if (real) {
+        read(column);
+        Formulas::element_gradients<KIND>(p, q, r, h, g0, totals, args.alpha, dx, dt);
+      }
+      if (args.dx != nullptr) write_element(args.dx, args.x.dtype, row * shape.width + column, dx);
+      if (args.dt != nullptr) write_element(args.dt, args.t.dtype, row * shape.width + column, dt);
+    }
+  }
+}
+
+template <class T, Kind KIND>
+void run_tiles(const Divergence& args, cudaStream_t stream) {
+  const int64_t chunks = chunks_of(args.shape, Chunk<T>::size), threads = ceil_div(chunks, PER_THREAD);
+  const dim3 block = block_of(threads < 256 ? threads : 256);
+  launch(backward_kernel<T, KIND>, tiles_grid(args.shape, block, chunks, PER_THREAD), block, 0, stream, args);
+}
+
+template <Kind KIND>
+void run(const Divergence& args, cudaStream_t stream) {
+  const int size = chunk_size(args.x.dtype);
+  if (args.shape.width <= NARROW) return run_tiles<Any<1>, KIND>(args, stream);
+  if (args.x.dtype == args.t.dtype && aligned(args.shape, args.x, size) && aligned(args.shape, args.t, size))
+    return with_type(args.x.dtype, [&](auto tag) { run_tiles<typename decltype(tag)::type, KIND>(args, stream); });
+  run_tiles<Any<4>, KIND>(args, stream);
+}
+
+template <Kind KIND>
+void run_elements(const Divergence& args, cudaStream_t stream) {
+  const dim3 block = block_of(ceil_div(args.shape.width, 4));
+  launch(elements_backward_kernel<KIND>, rows_grid(args.shape, block), block, 0, stream, args);
+}
+
+template <class Run>
+cudaError_t by_kind(const Divergence& args, const Run& run) {
+  if (args.shape.rows == 0) return cudaSuccess;
+  switch (args.kind) {
+    case Kind::kl:
+      run(std::integral_constant<Kind, Kind::kl>());
+      break;
+    case Kind::sym_kl:
+      run(std::integral_constant<Kind, Kind::sym_kl>());
+      break;
+    case Kind::js:
+      run(std::integral_constant<Kind, Kind::js>());
+      break;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t divergence_backward(const Divergence& args, cudaStream_t stream) {
+  return by_kind(args, [&](auto kind) { run<decltype(kind)::value>(args, stream); });
+}
+
+cudaError_t divergence_elements_backward(const Divergence& args, cudaStream_t stream) {
+  return by_kind(args, [&](auto kind) { run_elements<decltype(kind)::value>(args, stream); });
+}
+
+}  // namespace cuda
+}  // namespace smart_fast

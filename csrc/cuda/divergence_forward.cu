@@ -1,0 +1,411 @@
+// Forward pass of the divergences: a row is read once, and walked over twice more where it lies then.
+//
+//   row_kernel    rows of up to 16 elements a thread, in registers; of narrow rows several share a warp
+//   long_kernel   any width: a running maximum in the first walk, which leaves as much of the row as fits in shared
+//                 memory; the rest is read again. On GPUs with thread-block clusters the blocks of one share a row
+//                 that does not fit one of them, or where there are fewer rows than multiprocessors
+#include "divergence.h"
+#include "launch.h"
+
+namespace smart_fast {
+namespace cuda {
+namespace {
+
+// Chunks of a row that a thread keeps: 16 elements, or 4 of a narrow row.
+template <class T>
+constexpr int CHUNKS = Chunk<T>::size == 1 ? 4 : 16 / Chunk<T>::size;
+constexpr int64_t MOST_KEPT = 16 * most_threads;
+
+// Terms of a chunk. Returns their sum; beyond the row x = t = -inf, and a term is zero.
+template <Kind KIND, int SIZE>
+SMART_FAST_INLINE float sum_terms(const RowStatistics& row, float alpha, const float (&x)[SIZE], const float (&t)[SIZE]) {
+  float sum = 0.0f;
+  if (row.near) {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i)
+      sum += Formulas::row_term<KIND, true>(KIND == Kind::js ? row.p(x[i]) : 0.0f, row.q(t[i]), row.r(x[i], t[i]), alpha);
+  } else {
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i)
+      sum += Formulas::row_term<KIND, false>(row.p(x[i]), row.q(t[i]), row.r(x[i], t[i]), alpha);
+  }
+  return sum;
+}
+
+// Elementwise terms of a chunk, written; zeros where the row is masked. Returns their sum.
+template <class T, Kind KIND>
+SMART_FAST_INLINE float write_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
+                                    bool real, const float (&x)[Chunk<T>::size], const float (&t)[Chunk<T>::size]) {
+  constexpr int size = Chunk<T>::size;
+  float terms[size], sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < size; ++i) {
+    terms[i] = Formulas::element_term<KIND>(statistics.p(x[i]), statistics.q(t[i]), statistics.r(x[i], t[i]), args.alpha);
+    if (!real) terms[i] = 0.0f;
+    if (first + i >= 0 && first + i < args.shape.width) sum += terms[i];
+  }
+  Writer<T>(args.terms, args.terms_dtype, row, args.shape.width).write(first, args.shape.width, terms);
+  return sum;
+}
+
+template <class T, Kind KIND>
+SMART_FAST_INLINE float add_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
+                                  bool valid, bool real, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t) {
+  float x[Chunk<T>::size], t[Chunk<T>::size];
+  chunk_x.unpack(x);
+  chunk_t.unpack(t);
+  if (args.terms == nullptr) return sum_terms<KIND>(statistics, args.alpha, x, t);
+  return valid ? write_terms<T, KIND>(args, statistics, row, first, real, x, t) : 0.0f;
+}
+
+// The end of a row: its statistics, and its share of the loss of the block.
+template <Kind KIND, class Group>
+__device__ __forceinline__ float close(const Divergence& args, RowStatistics& statistics, int64_t row, bool valid,
+                                       bool real, float sum, Group& group) {
+  float total[1] = {sum};
+  group.template reduce<Sum>(total);
+  if (KIND == Kind::js && args.terms == nullptr) total[0] *= args.alpha;  // terms have it already
+  statistics.loss = total[0];
+  if (group.rank() != 0 || !valid) return 0.0f;
+  if (args.stats != nullptr) statistics.write(args.stats + row * smart_fast::statistics, real);
+  return real ? statistics.loss : 0.0f;
+}
+
+// The loss of one block goes straight out; those of several are added by `sum_kernel`.
+__device__ __forceinline__ void close_block(const Divergence& args, float loss, Group& group) {
+  if (args.loss == nullptr) return;
+  float total[1] = {loss};
+  group.reduce_block<Sum>(total);
+  if (threadIdx.x != 0 || threadIdx.y != 0) return;
+  if (gridDim.x == 1)
+    *args.loss = args.weight * total[0];
+  else
+    args.partial[blockIdx.x] = total[0];
+}
+
+template <class T, Kind KIND>
+__global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence args) {
+  constexpr int size = Chunk<T>::size, chunks = CHUNKS<T>;
+  SMART_FAST_SHARED(Shared, shared);
+  Group group(shared);
+  const Shape& shape = args.shape;
+  float loss = 0.0f;
+
+  for (int64_t base = int64_t(blockIdx.x) * blockDim.y; base < shape.rows; base += int64_t(gridDim.x) * blockDim.y) {
+    const int64_t row = base + threadIdx.y, skew = row * shape.width % size;
+    const bool valid = row < shape.rows, real = valid && (args.mask == nullptr || args.mask[row] != 0);
+    const auto first_of = [&](int k) { return (int64_t(k) * group.size() + group.rank()) * size - skew; };
+
+    Chunk<T> chunks_x[chunks], chunks_t[chunks];
+#pragma unroll
+    for (int k = 0; k < chunks; ++k) {
+      chunks_x[k] = chunks_t[k] = Chunk<T>::filled(Fill::minus_infinity);
+      if (real) {
+        chunks_x[k] = Reader<T>(shape, args.x, row).read(first_of(k), shape.width, Fill::minus_infinity);
+        chunks_t[k] = Reader<T>(shape, args.t, row).read(first_of(k), shape.width, Fill::minus_infinity);
+      }
+    }
+    float largest[3] = {-Scalar::infinity, -Scalar::infinity, 0.0f};
+#pragma unroll
+    for (int k = 0; k < chunks; ++k) {
+      float x[size], t[size];
+      chunks_x[k].unpack(x);
+      chunks_t[k].unpack(t);
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        largest[0] = fmaxf(largest[0], x[i]);
+        largest[1] = fmaxf(largest[1], t[i]);
+        largest[2] = fmaxf(largest[2], fabsf(Formulas::difference(x[i], t[i])));
+      }
+    }
+    group.reduce<Max>(largest);
+    const float safe_x = Formulas::finite_max(largest[0]), safe_t = Formulas::finite_max(largest[1]);
+    float sums[3] = {0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int k = 0; k < chunks; ++k) {
+      float x[size], t[size];
+      chunks_x[k].unpack(x);
+      chunks_t[k].unpack(t);
+      if (largest[2] <= 1.0f) {
+#pragma unroll
+        for (int i = 0; i < size; ++i) {
+          const float q = Scalar::exp(t[i] - safe_t);
+          sums[0] += Scalar::exp(x[i] - safe_x);
+          sums[1] += q;
+          sums[2] += q * Formulas::expm1_clamped(Formulas::difference(x[i], t[i]));
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < size; ++i) {
+          sums[0] += Scalar::exp(x[i] - safe_x);
+          sums[1] += Scalar::exp(t[i] - safe_t);
+        }
+      }
+    }
+    group.reduce<Sum>(sums);
+    RowStatistics statistics =
+        RowStatistics::from(largest[0], largest[1], largest[2], sums[0], sums[1], sums[2]);
+    if (size == 1 && shape.width == 1) {  // one class: p = q = 1, and r must be zero to the last bit
+      float x[size], t[size];
+      chunks_x[0].unpack(x);
+      chunks_t[0].unpack(t);
+      statistics.shift = Formulas::difference(x[0], t[0]);
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < chunks; ++k)
+      if (real ? !outside(first_of(k), size, shape.width) : args.terms != nullptr)
+        sum += add_terms<T, KIND>(args, statistics, row, first_of(k), valid, real, chunks_x[k], chunks_t[k]);
+    loss += close<KIND>(args, statistics, row, valid, real, sum, group);
+  }
+  close_block(args, loss, group);
+}
+
+// Maxima and sums of what one thread has seen of a row, the sums relative to the maxima (Milakov & Gimelshein, 2018).
+struct Running {
+  float max_x, max_t, max_d, sum_x, sum_t, expm1_sum;
+
+  template <int SIZE>
+  SMART_FAST_INLINE void add(const float (&x)[SIZE], const float (&t)[SIZE]) {
+    float new_x = max_x, new_t = max_t;
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      new_x = fmaxf(new_x, x[i]);
+      new_t = fmaxf(new_t, t[i]);
+      max_d = fmaxf(max_d, fabsf(Formulas::difference(x[i], t[i])));
+    }
+    rebase(new_x, new_t);
+    const float safe_x = Formulas::finite_max(max_x), safe_t = Formulas::finite_max(max_t);
+    if (max_d <= 1.0f) {
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) {
+        const float q = Scalar::exp(t[i] - safe_t);
+        sum_x += Scalar::exp(x[i] - safe_x);
+        sum_t += q;
+        expm1_sum += q * Formulas::expm1_clamped(Formulas::difference(x[i], t[i]));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) {
+        sum_x += Scalar::exp(x[i] - safe_x);
+        sum_t += Scalar::exp(t[i] - safe_t);
+      }
+    }
+  }
+
+  SMART_FAST_INLINE void rebase(float new_x, float new_t) {
+    if (new_x > max_x) {
+      sum_x *= Scalar::exp(max_x - new_x);
+      max_x = new_x;
+    }
+    if (new_t > max_t) {
+      const float scale = Scalar::exp(max_t - new_t);
+      sum_t *= scale;
+      expm1_sum *= scale;
+      max_t = new_t;
+    }
+  }
+};
+
+template <class T, Kind KIND, class Group>
+__global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence args, const int kept) {
+  constexpr int size = Chunk<T>::size;
+  SMART_FAST_SHARED(Shared, shared);
+  SMART_FAST_DYNAMIC_SHARED(Chunk<T>, stored);  // [kept chunks a thread][x, t][threads]
+  Group group(shared);
+  const Shape& shape = args.shape;
+  const int64_t step = int64_t(group.size()) * size;
+  const int together = group.size() / int(blockDim.x);  // blocks of a row
+  float loss = 0.0f;
+
+  for (int64_t row = blockIdx.x / together; row < shape.rows; row += gridDim.x / together) {
+    const bool real = args.mask == nullptr || args.mask[row] != 0;
+    const int64_t begin = int64_t(group.rank()) * size - row * shape.width % size;
+    const Reader<T> from_x(shape, args.x, row), from_t(shape, args.t, row);
+    Running running = {-Scalar::infinity, -Scalar::infinity, 0.0f, 0.0f, 0.0f, 0.0f};
+    if (real) {
+      Chunk<T> next_x = from_x.read(begin, shape.width, Fill::minus_infinity);
+      Chunk<T> next_t = from_t.read(begin, shape.width, Fill::minus_infinity);
+      int k = 0;
+      for (int64_t first = begin; first < shape.width; first += step, ++k) {
+        const Chunk<T> chunk_x = next_x, chunk_t = next_t;
+        if (first + step < shape.width) {  // on its way while this one is worked on
+          next_x = from_x.read(first + step, shape.width, Fill::minus_infinity);
+          next_t = from_t.read(first + step, shape.width, Fill::minus_infinity);
+        }
+        if (k < kept) {
+          stored[2 * k * blockDim.x + threadIdx.x] = chunk_x;
+          stored[(2 * k + 1) * blockDim.x + threadIdx.x] = chunk_t;
+        }
+        float x[size], t[size];
+        chunk_x.unpack(x);
+        chunk_t.unpack(t);
+        running.add(x, t);
+      }
+    }
+    float largest[3] = {running.max_x, running.max_t, running.max_d};
+    group.template reduce<Max>(largest);
+    running.rebase(largest[0], largest[1]);
+    float sums[3] = {running.sum_x, running.sum_t, running.expm1_sum};
+    group.template reduce<Sum>(sums);
+    RowStatistics statistics =
+        RowStatistics::from(largest[0], largest[1], largest[2], sums[0], sums[1], sums[2]);
+
+    float sum = 0.0f;
+    if (real || args.terms != nullptr) {
+      int k = 0;
+      for (int64_t first = begin; first < shape.width; first += step, ++k) {
+        Chunk<T> chunk_x = Chunk<T>::filled(Fill::minus_infinity), chunk_t = chunk_x;
+        if (real && k < kept) {
+          chunk_x = stored[2 * k * blockDim.x + threadIdx.x];
+          chunk_t = stored[(2 * k + 1) * blockDim.x + threadIdx.x];
+        } else if (real) {
+          chunk_x = from_x.read(first, shape.width, Fill::minus_infinity);
+          chunk_t = from_t.read(first, shape.width, Fill::minus_infinity);
+        }
+        sum += add_terms<T, KIND>(args, statistics, row, first, true, real, chunk_x, chunk_t);
+      }
+    }
+    loss += close<KIND>(args, statistics, row, true, real, sum, group);
+  }
+  group.finish();
+  close_block(args, loss, group);
+}
+
+struct Partials {
+  const float* values;
+  int64_t count;
+  float weight;
+  float* out;
+};
+
+// One block, a fixed order: the same sum on every run.
+__global__ void __launch_bounds__(most_threads, 1) sum_kernel(const Partials args) {
+  SMART_FAST_SHARED(Shared, shared);
+  Group group(shared);
+  double sum = 0.0;
+  for (int64_t i = group.rank(); i < args.count; i += group.size()) sum += args.values[i];
+  // Two floats carry a double's sum through the reduction; an infinite one has no rest.
+  const float whole = float(sum), rest = float(sum - double(whole));
+  float parts[2] = {whole, fabsf(whole) < Scalar::infinity ? rest : 0.0f};
+  group.reduce<Sum>(parts);
+  if (group.rank() == 0) *args.out = args.weight * (parts[0] + parts[1]);
+}
+
+enum class Layout { narrow, registers, general };
+
+struct Device {
+  int shared, multiprocessors;
+  bool clusters;
+};
+
+// `shared`: bytes that a block may take so that two of them run at once on a multiprocessor.
+Device current_device() {
+  int id = 0, each = 0, most = 0, major = 0, count = 0;
+  cudaGetDevice(&id);
+  cudaDeviceGetAttribute(&each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id);
+  const int half = each / 2 - 2048;  // less what the system and the reductions take
+  return {half < most - 1024 ? half : most - 1024, count, major == 9 || major == 10};
+}
+
+struct Plan {
+  Layout layout;
+  bool typed;   // one dtype, chunks aligned
+  int kept;     // chunks a thread leaves in shared memory
+  int cluster;  // blocks of a row
+  dim3 block, grid;
+};
+
+Plan plan_of(const Divergence& args) {
+  const int size = chunk_size(args.x.dtype);
+  const Shape& shape = args.shape;
+  Plan plan = {};
+  plan.cluster = 1;
+  plan.typed = args.x.dtype == args.t.dtype && aligned(shape, args.x, size) && aligned(shape, args.t, size);
+  const int64_t chunks = chunks_of(shape, plan.typed ? size : 4);
+  if (shape.width <= NARROW) {
+    plan.layout = Layout::narrow;
+    plan.block = block_of(ceil_div(shape.width, 4));
+  } else if (plan.typed && chunks * size <= MOST_KEPT) {
+    plan.layout = Layout::registers;
+    plan.block = block_of(ceil_div(chunks * size, 16));
+  } else {
+    plan.layout = Layout::general;
+    plan.block = block_of(chunks < 128 ? 64 : ceil_div(chunks, 2));
+    const Device device = current_device();
+    const int64_t slot = 2 * 16 * int64_t(plan.block.x), room = device.shared > 0 ? device.shared / slot : 0;
+    const auto needed = [&] { return ceil_div(chunks, int64_t(plan.block.x) * plan.cluster); };
+    if (plan.typed && device.clusters)
+      while (plan.cluster < 8 && needed() > 1 && (needed() > room || shape.rows * plan.cluster < device.multiprocessors))
+        plan.cluster *= 2;
+    plan.kept = int(needed() < room ? needed() : room);
+  }
+  plan.grid = rows_grid(shape, plan.block);
+  if (plan.cluster > 1) {
+    const int64_t most_rows = most_blocks / plan.cluster;
+    plan.grid.x = unsigned((shape.rows < most_rows ? shape.rows : most_rows) * plan.cluster);
+  }
+  return plan;
+}
+
+template <class T, Kind KIND, class Group>
+void run_long(const Divergence& args, const Plan& plan, cudaStream_t stream) {
+  const size_t bytes = size_t(plan.kept) * 2 * sizeof(Chunk<T>) * plan.block.x;
+  const auto kernel = long_kernel<T, KIND, Group>;
+  if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (plan.cluster > 1)
+    launch_cluster(kernel, plan.cluster, plan.grid, plan.block, bytes, stream, args, plan.kept);
+  else
+    launch(kernel, plan.grid, plan.block, bytes, stream, args, plan.kept);
+}
+
+template <Kind KIND>
+void run(const Divergence& args, const Plan& plan, cudaStream_t stream) {
+  if (plan.layout == Layout::narrow) return launch(row_kernel<Any<1>, KIND>, plan.grid, plan.block, 0, stream, args);
+  if (!plan.typed) return run_long<Any<4>, KIND, Group>(args, plan, stream);
+  with_type(args.x.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (plan.layout == Layout::registers)
+      launch(row_kernel<T, KIND>, plan.grid, plan.block, 0, stream, args);
+    else if (plan.cluster > 1)
+      run_long<T, KIND, ClusterGroup>(args, plan, stream);
+    else
+      run_long<T, KIND, Group>(args, plan, stream);
+  });
+}
+
+}  // namespace
+
+int64_t forward_partials(const Divergence& args) {
+  return args.shape.rows == 0 ? 0 : plan_of(args).grid.x;
+}
+
+cudaError_t divergence_forward(const Divergence& args, cudaStream_t stream) {
+  if (args.shape.rows == 0) {
+    if (args.loss != nullptr) return cudaMemsetAsync(args.loss, 0, sizeof(float), stream);
+    return cudaSuccess;
+  }
+  const Plan plan = plan_of(args);
+  switch (args.kind) {
+    case Kind::kl:
+      run<Kind::kl>(args, plan, stream);
+      break;
+    case Kind::sym_kl:
+      run<Kind::sym_kl>(args, plan, stream);
+      break;
+    case Kind::js:
+      run<Kind::js>(args, plan, stream);
+      break;
+  }
+  if (args.loss != nullptr && plan.grid.x > 1) {
+    const Partials partials = {args.partial, int64_t(plan.grid.x), args.weight, args.loss};
+    launch(sum_kernel, dim3(1), dim3(most_threads), 0, stream, partials);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace smart_fast

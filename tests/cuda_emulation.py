@@ -1,0 +1,245 @@
+"""The CUDA kernels of csrc/cuda as a fused backend on CPU tensors, compiled by g++ and run by cuda_emulation.h.
+
+What a GPU would compute, but for its approximate exponential and square root, at a thousandth of the speed: indices,
+masks, edges, barriers and formulas are those of the kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smart_fast.backends.base import Step, as_rows
+from smart_fast.norms import known_norm
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+SOURCES = ("perturb", "ascend", "divergence_forward", "divergence_backward")
+FLAGS = (
+    "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes",
+    "-fsanitize=undefined", "-fno-sanitize-recover=all", f'-DSMART_FAST_EMULATION="{HERE / "cuda_emulation.h"}"',
+    f"-I{CSRC}",
+)  # fmt: skip
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {"kl": 0, "sym_kl": 1, "js": 2}
+NORMS = {"inf": 0, "l2": 1, "l1": 2, "opaque": 3}
+UPDATES = {"smart-pytorch": 0, "sift": 1}
+MEASURE, ROW_NORM, GIVEN_NORM, GROUP_NORM = range(4)
+STATISTICS = 6
+
+_Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+def _structure(name: str, **fields: type) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_Shape = _structure("Shape", rows=_Long, width=_Long, size1=_Long, size2=_Long)
+_Rows = _structure("Rows", data=_Pointer, dtype=_Int, stride0=_Long, stride1=_Long, stride2=_Long, column=_Long)
+_Seed = _structure(
+    "Seed", given=_Pointer, generator_seed_ptr=_Pointer, offset_ptr=_Pointer, generator_seed=ctypes.c_uint64,
+    offset=ctypes.c_uint64,
+)  # fmt: skip
+_Perturb = _structure(
+    "Perturb", shape=_Shape, embed=_Rows, mask=_Pointer, seed=_Seed, seed_out=_Pointer, noise_var=_Float, out=_Pointer,
+    noise_out=_Pointer,
+)  # fmt: skip
+_Ascend = _structure(
+    "Ascend", shape=_Shape, embed=_Rows, grad=_Rows, mask=_Pointer, seed=_Pointer, noise=_Pointer, noise_var=_Float,
+    step_size=_Float, epsilon=_Float, update=_Int, norm=_Int, stage=_Int, norms=_Pointer, group=_Long, out=_Pointer,
+    noise_out=_Pointer, measured=_Pointer,
+)  # fmt: skip
+_Divergence = _structure(
+    "Divergence", shape=_Shape, x=_Rows, t=_Rows, mask=_Pointer, kind=_Int, alpha=_Float, weight=_Float, loss=_Pointer,
+    partial=_Pointer, terms=_Pointer, terms_dtype=_Int, stats=_Pointer, dx=_Pointer, dt=_Pointer, upstream=_Pointer,
+    upstream_dtype=_Int, grad=_Rows,
+)  # fmt: skip
+
+
+def compile_library(directory: Path) -> ctypes.CDLL:
+    """Compile the kernels for this CPU. Raises CalledProcessError with the compiler's output."""
+    compiler = shutil.which("g++")
+    assert compiler is not None
+
+    def compile_one(source: Path) -> str:
+        built = directory / (source.stem + ".o")
+        subprocess.run(
+            [compiler, *FLAGS, "-x", "c++", "-c", source, "-o", built], check=True, capture_output=True, text=True
+        )
+        return str(built)
+
+    with ThreadPoolExecutor(2) as pool:
+        files = [*(CSRC / "cuda" / f"{name}.cu" for name in SOURCES), HERE / "cuda_emulation.cpp"]
+        objects = list(pool.map(compile_one, files))
+    library = directory / "libcuda_emulation.so"
+    subprocess.run([compiler, "-shared", "-fsanitize=undefined", "-o", library, *objects], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in ("size_of", "forward_partials", "seed_from"):
+        getattr(loaded, name).restype = _Long
+    for which, structure in enumerate((_Perturb, _Ascend, _Divergence)):
+        assert loaded.size_of(which) == ctypes.sizeof(structure), structure.__name__
+    return loaded
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+GUARD, GUARDED = 128, -17.0
+
+
+def new_output(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
+    """NaN, aligned as torch's CUDA allocator does, with guards before and behind: see `check_guards`."""
+    count = math.prod(shape)
+    memory = torch.full((count + 2 * GUARD,), GUARDED, dtype=dtype)
+    skip = GUARD // 2 + (-memory[GUARD // 2 :].data_ptr() % 64) // memory.element_size()
+    return memory[skip : skip + count].fill_(float("nan")).view(shape)
+
+
+def check_guards(*outputs: Tensor | None) -> None:
+    """Nothing was written beside an output."""
+    for out in outputs:
+        if out is None:
+            continue
+        memory = out.new_empty(0).set_(out.untyped_storage())
+        begin = out.storage_offset()
+        assert (memory[:begin] == GUARDED).all()
+        assert (memory[begin + out.numel() :] == GUARDED).all()
+
+
+class Emulated:
+    """The operators ``native_*`` and `FusedBackend`'s functions over them."""
+
+    name = "emulated"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+
+    def _rows(self, *tensors: Tensor, free: Tensor | None = None) -> tuple:
+        view = as_rows(*tensors, free=free)
+        shape = _Shape(view.count, tensors[0].shape[-1], view.size1, view.size2)
+        described = [
+            _Rows(_pointer(tensor), DTYPES[tensor.dtype], *strides, tensor.stride(-1))
+            for tensor, strides in zip(view.tensors, view.strides, strict=True)
+        ]
+        return view.tensors, shape, described
+
+    def perturb(
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        alive, shape, (rows,) = self._rows(embed)
+        mask = None if mask is None else mask.contiguous()
+        out = new_output(embed.shape, embed.dtype)
+        noise = new_output(embed.shape, torch.float32) if keep_noise else None
+        args = _Perturb(
+            shape, rows, _pointer(mask), _Seed(given=_pointer(seed)), None, noise_var, _pointer(out), _pointer(noise)
+        )
+        assert self.library.perturb(ctypes.byref(args)) == 0
+        del alive
+        check_guards(out, noise)
+        return out, noise
+
+    def perturb_fresh(self, embed: Tensor, noise_var: float, **state: object) -> tuple[Tensor, Tensor]:
+        """The noise of a generator's state, and the seed that was drawn from it."""
+        alive, shape, (rows,) = self._rows(embed)
+        out, seed = new_output(embed.shape, embed.dtype), torch.full((1,), -1)
+        args = _Perturb(shape, rows, None, _Seed(**state), _pointer(seed), noise_var, _pointer(out), None)
+        assert self.library.perturb(ctypes.byref(args)) == 0
+        del alive
+        return out, seed
+
+    def _ascend(
+        self, stage: int, grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, step: Step,
+        embed: Tensor | None = None, norms: Tensor | None = None, group: int = 1, keep_noise: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        alive, shape, rows = self._rows(*([grad] if embed is None else [embed, grad]))
+        mask = None if mask is None else mask.contiguous()
+        args = _Ascend(
+            shape=shape, embed=rows[0], grad=rows[-1], mask=_pointer(mask), noise_var=step.noise_var,
+            step_size=step.step_size, epsilon=step.epsilon, update=UPDATES[step.update], norm=NORMS[kind], stage=stage,
+            norms=_pointer(norms), group=group,
+        )  # fmt: skip
+        setattr(args, "seed" if noise.dtype == torch.int64 else "noise", _pointer(noise))
+        kept = None
+        if embed is None:
+            out = new_output(grad.shape if kind == "opaque" else (shape.rows,), torch.float32)
+            args.measured = _pointer(out)
+        else:
+            out = new_output(embed.shape, embed.dtype)
+            kept = new_output(embed.shape, torch.float32) if keep_noise else None
+            args.out, args.noise_out = _pointer(out), _pointer(kept)
+        assert self.library.ascend(ctypes.byref(args)) == 0
+        del alive
+        check_guards(out, kept)
+        return out, kept
+
+    def ascend(
+        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        known = known_norm(step.norm_fn)
+        if known is not None and known.scope == "row":
+            return self._ascend(ROW_NORM, grad, noise, mask, known.kind, step, embed, keep_noise=keep_noise)
+        if known is not None:
+            partial, _ = self._ascend(MEASURE, grad, noise, mask, known.kind, step)
+            group = partial.numel() // embed.shape[0]
+            return self._ascend(GROUP_NORM, grad, noise, mask, known.kind, step, embed, partial, group, keep_noise)
+        measured, _ = self._ascend(MEASURE, grad, noise, mask, "opaque", step)
+        norm = step.norm_fn(measured).expand(*embed.shape[:-1], 1).contiguous()
+        return self._ascend(GIVEN_NORM, grad, noise, mask, "inf", step, embed, norm, 1, keep_noise)
+
+    def _divergence(
+        self, input: Tensor, target: Tensor, kind: str, alpha: float, weight: float, mask: Tensor | None,
+        grad: Tensor | None = None,
+    ) -> tuple:  # fmt: skip
+        alive, shape, rows = self._rows(input, target, free=grad)
+        mask = None if mask is None else mask.contiguous()
+        args = _Divergence(
+            shape=shape, x=rows[0], t=rows[1], mask=_pointer(mask), kind=KINDS[kind], alpha=alpha, weight=weight
+        )
+        if grad is not None:
+            args.grad = rows[2]
+        return (alive, mask), args
+
+    def divergence_forward(
+        self, input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float,
+        mask: Tensor | None, want_input: bool = True, want_target: bool = True,
+    ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+        alive, args = self._divergence(input, target, kind, alpha, weight, mask)
+        stats = new_output((args.shape.rows, STATISTICS), torch.float32)
+        partial = new_output((self.library.forward_partials(ctypes.byref(args)),), torch.float32)
+        if elementwise:
+            loss = new_output(input.shape, torch.promote_types(input.dtype, target.dtype))
+            args.terms, args.terms_dtype = _pointer(loss), DTYPES[loss.dtype]
+        else:
+            loss = new_output((), torch.float32)
+            args.loss, args.partial = _pointer(loss), _pointer(partial)
+        args.stats = _pointer(stats)
+        assert self.library.divergence_forward(ctypes.byref(args)) == 0
+        del alive
+        check_guards(loss, stats, partial)
+        return loss, stats, None
+
+    def divergence_backward(
+        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, kind: str, elementwise: bool, alpha: float,
+        weight: float, mask: Tensor | None, want_input: bool, want_target: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        alive, args = self._divergence(input, target, kind, alpha, weight, mask, grad if elementwise else None)
+        dx = new_output(input.shape, input.dtype) if want_input else None
+        dt = new_output(target.shape, target.dtype) if want_target else None
+        args.stats, args.dx, args.dt = _pointer(stats), _pointer(dx), _pointer(dt)
+        if elementwise:
+            assert self.library.divergence_elements_backward(ctypes.byref(args)) == 0
+        else:
+            args.upstream, args.upstream_dtype = _pointer(grad), DTYPES[grad.dtype]
+            assert self.library.divergence_backward(ctypes.byref(args)) == 0
+        del alive
+        check_guards(dx, dt)
+        return dx, dt
