@@ -14,6 +14,8 @@ from tests.helpers import Counting, same_bits
 
 reference = pytest.importorskip("smart_pytorch", reason="the oracle of the drop-in promise is not installed")
 
+pytestmark = pytest.mark.usefixtures("pytorch_by_default")
+
 BATCH, TOKENS, WIDTH = 3, 4, 5
 Pair = namedtuple("Pair", ["logits", "hidden"])
 
