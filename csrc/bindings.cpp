@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/result_type.h>
+#include <c10/core/CPUAllocator.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -38,9 +39,14 @@ Pool& pool() {
 struct PoolAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t size) override {
     Pool::Block* block = pool().take(size);
+    c10::profiledCPUMemoryReporter().New(block->data, size);  // torch's profiler sees these outputs too
     return {block->data, block, &release, c10::Device(c10::kCPU)};
   }
-  static void release(void* block) { pool().give_back(static_cast<Pool::Block*>(block)); }
+  static void release(void* memory) {
+    auto* block = static_cast<Pool::Block*>(memory);
+    c10::profiledCPUMemoryReporter().Delete(block->data);
+    pool().give_back(block);
+  }
   void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
 };
 

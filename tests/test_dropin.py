@@ -16,7 +16,10 @@ from tests.helpers import same_bits
 reference = pytest.importorskip("smart_pytorch", reason="the oracle of the drop-in promise is not installed")
 
 # torch's, about the meaning of reduction="mean".
-pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning"),
+    pytest.mark.usefixtures("pytorch_by_default"),
+]
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NORMS = ("default", "l2", "l1", "inf of everything", "mean square")

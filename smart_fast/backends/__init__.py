@@ -188,8 +188,9 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any
         backend = default_backend()
     if backend == "torch":
         return None
-    if any(t.dtype not in FUSED_DTYPES or t.dim() == 0 for t in tensors):
-        return None
+    for tensor in tensors:  # plain loops: on small tensors a call costs as much as its kernels
+        if tensor.dtype not in FUSED_DTYPES or tensor.dim() == 0:
+            return None
     if any(isinstance(number, Tensor) for number in numbers):
         if backend != "auto":
             _warn_once(
