@@ -27,6 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture
+def pytorch_by_default() -> Iterator[None]:
+    """For tests of what holds in plain PyTorch, noise included: "auto" means "torch", whatever has been built here."""
+    from smart_fast import set_default_backend
+
+    set_default_backend("torch")
+    yield
+    set_default_backend("auto")
+
+
 # Every kernel test runs on each of these: Triton interpreted on the CPU or compiled on the GPU (a process can only do
 # one of them), and the compiled operators with another number of threads and with every instruction set.
 GPU = pytest.mark.gpu

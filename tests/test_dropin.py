@@ -4,7 +4,6 @@ import copy
 import functools
 import pickle
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,17 +15,11 @@ from tests.helpers import same_bits
 
 reference = pytest.importorskip("smart_pytorch", reason="the oracle of the drop-in promise is not installed")
 
-
-@pytest.fixture(autouse=True)
-def _pytorch_by_default() -> Iterator[None]:
-    """These tests know what PyTorch's noise is; "auto" means the native backend once it is built."""
-    smart_fast.set_default_backend("torch")
-    yield
-    smart_fast.set_default_backend("auto")
-
-
 # torch's, about the meaning of reduction="mean".
-pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning"),
+    pytest.mark.usefixtures("pytorch_by_default"),
+]
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NORMS = ("default", "l2", "l1", "inf of everything", "mean square")

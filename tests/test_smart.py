@@ -1,7 +1,6 @@
 """What SMARTLoss does beyond smart-pytorch: states, masks, checkpoints, generators, update rules."""
 
 from collections import OrderedDict, namedtuple
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,14 +14,7 @@ from tests.helpers import Counting, same_bits
 
 reference = pytest.importorskip("smart_pytorch", reason="the oracle of the drop-in promise is not installed")
 
-
-@pytest.fixture(autouse=True)
-def _pytorch_by_default() -> Iterator[None]:
-    """These tests know what PyTorch's noise is; "auto" means the native backend once it is built."""
-    smart_fast.set_default_backend("torch")
-    yield
-    smart_fast.set_default_backend("auto")
-
+pytestmark = pytest.mark.usefixtures("pytorch_by_default")
 
 BATCH, TOKENS, WIDTH = 3, 4, 5
 Pair = namedtuple("Pair", ["logits", "hidden"])

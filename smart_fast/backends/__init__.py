@@ -58,8 +58,9 @@ def _load_triton() -> ModuleType | str:
 _NOT_BUILT = "not built yet: `python -m smart_fast build` compiles it once; so does the first use of backend='native'"
 
 
-def _load_native(build: bool) -> ModuleType | str:
-    """The native backend, or why not. Looks once for operators built earlier; compiles only if ``build``."""
+@torch.compiler.assume_constant_result  # a compiler that meets the first use is not to trace through file systems
+def _seek_native(build: bool) -> str:
+    """Set ``_native`` if that can be done; returns why not, or nothing. Looks once for what was built earlier."""
     global _native, _native_sought
     if _native is None and (build or not _native_sought):
         from .. import native_build
@@ -76,7 +77,18 @@ def _load_native(build: bool) -> ModuleType | str:
             _native = f"it cannot be built: {error}"
         except Exception as error:
             _native = f"the compiled operators cannot be loaded: {type(error).__name__}: {error}"
-    return _NOT_BUILT if _native is None else _native
+    if _native is None:
+        return _NOT_BUILT
+    return _native if isinstance(_native, str) else ""
+
+
+def _load_native(build: bool) -> ModuleType | str:
+    """The native backend, or why not. Compiles it only if ``build``."""
+    reason = _seek_native(build)
+    if reason:
+        return reason
+    assert isinstance(_native, ModuleType)
+    return _native
 
 
 def build_native() -> ModuleType:
@@ -176,8 +188,9 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any
         backend = default_backend()
     if backend == "torch":
         return None
-    if any(t.dtype not in FUSED_DTYPES or t.dim() == 0 for t in tensors):
-        return None
+    for tensor in tensors:  # plain loops: on small tensors a call costs as much as its kernels
+        if tensor.dtype not in FUSED_DTYPES or tensor.dim() == 0:
+            return None
     if any(isinstance(number, Tensor) for number in numbers):
         if backend != "auto":
             _warn_once(
