@@ -19,15 +19,12 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 #include "pool.h"
 
 namespace smart_fast {
 namespace {
-
-using at::Tensor;
-using std::optional;
-using std::string_view;
 
 // ---- outputs -------------------------------------------------------------------------------------------------------
 
@@ -50,8 +47,6 @@ struct PoolAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t size) const override { std::memcpy(to, from, size); }
 };
 
-bool poison = false;  // tests: outputs start as NaN
-
 Tensor new_output(at::IntArrayRef shape, at::ScalarType dtype) {
   static PoolAllocator allocator;
   const size_t bytes = at::detail::computeStorageNbytesContiguous(shape, c10::elementSize(dtype));
@@ -68,109 +63,6 @@ bool stream(const Tensor& out) { return int64_t(out.nbytes()) >= cpu::stream_byt
 Tensor nothing(at::ScalarType dtype) { return at::detail::empty_cpu({0}, dtype); }
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Dtype::fp32;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::fp16;
-    default:
-      TORCH_CHECK_TYPE(false, "smart_fast: kernels take float32, bfloat16 or float16, got ", tensor.scalar_type());
-  }
-}
-
-Kind kind_of(string_view name) {
-  if (name == "kl") return Kind::kl;
-  if (name == "sym_kl") return Kind::sym_kl;
-  TORCH_CHECK_VALUE(name == "js", "smart_fast: unknown divergence ", name);
-  return Kind::js;
-}
-
-Norm norm_of(string_view name) {
-  if (name == "inf") return Norm::inf;
-  if (name == "l2") return Norm::l2;
-  if (name == "l1") return Norm::l1;
-  TORCH_CHECK_VALUE(name == "opaque", "smart_fast: unknown norm ", name);
-  return Norm::opaque;
-}
-
-Update update_of(string_view name) {
-  if (name == "sift") return Update::sift;
-  TORCH_CHECK_VALUE(name == "smart-pytorch", "smart_fast: unknown update ", name);
-  return Update::smart_pytorch;
-}
-
-// Tensors of one shape [..., width] as rows: leading dimensions merged where all of them allow it, copies made where
-// more than three remain or the last dimension is not dense (the `free`th tensor may have any).
-struct View {
-  Shape shape;
-  std::vector<Tensor> tensors;
-  std::vector<Rows> rows;
-
-  explicit View(std::vector<Tensor> given, size_t free = size_t(-1)) : tensors(std::move(given)) {
-    const auto sizes = tensors[0].sizes();
-    const int64_t width = sizes.back();
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      TORCH_CHECK_VALUE(tensors[k].sizes() == sizes, "smart_fast: shapes ", sizes, " and ", tensors[k].sizes(),
-                        " differ");
-      if (k != free && width != 1 && tensors[k].stride(-1) != 1) tensors[k] = tensors[k].contiguous();
-    }
-    if (!merge(sizes.slice(0, sizes.size() - 1))) {
-      for (Tensor& tensor : tensors) tensor = tensor.contiguous();
-      merge(sizes.slice(0, sizes.size() - 1));
-    }
-    shape.width = width;
-    shape.rows = 1;
-    for (const int64_t size : sizes.slice(0, sizes.size() - 1)) shape.rows *= size;
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      rows[k].data = tensors[k].const_data_ptr();
-      rows[k].dtype = dtype_of(tensors[k]);
-      rows[k].column = tensors[k].stride(-1);
-    }
-  }
-
- private:
-  bool merge(at::IntArrayRef leading) {
-    int64_t sizes[3];
-    size_t count = 0;
-    std::vector<int64_t> strides(3 * tensors.size());
-    for (size_t dim = 0; dim < leading.size(); ++dim) {
-      if (leading[dim] == 1) continue;
-      bool even = count > 0;
-      for (size_t k = 0; even && k < tensors.size(); ++k)
-        even = strides[3 * k + count - 1] == leading[dim] * tensors[k].stride(int64_t(dim));
-      if (even) {
-        sizes[count - 1] *= leading[dim];
-      } else if (count == 3) {
-        return false;
-      } else {
-        sizes[count++] = leading[dim];
-      }
-      for (size_t k = 0; k < tensors.size(); ++k) strides[3 * k + count - 1] = tensors[k].stride(int64_t(dim));
-    }
-    shape.size1 = count == 3 ? sizes[1] : 1;
-    shape.size2 = count >= 2 ? sizes[count - 1] : 1;
-    rows.resize(tensors.size());
-    for (size_t k = 0; k < tensors.size(); ++k) {
-      const int64_t* step = &strides[3 * k];
-      rows[k].stride0 = count == 0 ? 0 : step[0];
-      rows[k].stride1 = count == 3 ? step[1] : 0;
-      rows[k].stride2 = count >= 2 ? step[count - 1] : 0;
-    }
-    return true;
-  }
-};
-
-// A byte for each row, kept alive by `holder`.
-const uint8_t* mask_bytes(const optional<Tensor>& mask, int64_t rows, Tensor& holder) {
-  if (!mask) return nullptr;
-  TORCH_CHECK_VALUE(mask->numel() == rows, "smart_fast: a mask of ", mask->numel(), " entries for ", rows, " rows");
-  holder = mask->contiguous();
-  return reinterpret_cast<const uint8_t*>(holder.const_data_ptr<bool>());
-}
 
 // `noise` is the int64 seed or fp32 noise of `shape`.
 const float* noise_or_seed(const Tensor& noise, int64_t size, Tensor& holder, uint64_t& seed) {
