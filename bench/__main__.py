@@ -100,7 +100,19 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.list:
         return _list(chosen, backends, device)
+    if device.type == "cpu" and "native" in backends:
+        _build_native(console)
     return _measure(chosen, backends, device, options, console)
+
+
+def _build_native(console: Console) -> None:
+    """What a CPU has to show is compiled first; why it cannot be is said with the results."""
+    from smart_fast.backends import build_native
+
+    try:
+        build_native()
+    except (RuntimeError, ImportError) as error:
+        console.print(f"[yellow]native:[/] {error}", highlight=False, soft_wrap=True)
 
 
 def _folder(options: argparse.Namespace, device: torch.device) -> pathlib.Path:
