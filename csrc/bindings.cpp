@@ -11,9 +11,6 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -193,9 +190,6 @@ struct AlignedFree {
   void operator()(float* memory) const { std::free(memory); }
 };
 
-// Elements of a chunk; a short row costs what 64 elements cost, for what is done once a row.
-int64_t work_per_chunk(int64_t width) { return cpu::rows_per_chunk(width) * std::max<int64_t>(width, 64); }
-
 // Chunks over torch's threads, each with its own scratch memory. Small work stays on the caller's thread.
 template <class Body>
 void parallel(int64_t chunks, int64_t elements_per_chunk, int64_t scratch, const Body& body) {
@@ -242,7 +236,7 @@ Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Te
   Tensor out = args.norm == Norm::opaque ? new_output(grad.sizes(), at::kFloat) : new_output({shape.rows}, at::kFloat);
   args.measured = out.mutable_data_ptr<float>();
   const auto run = cpu::kernels().measure;
-  parallel(cpu::chunks(shape.rows, shape.width), work_per_chunk(shape.width),
+  parallel(cpu::chunks(shape.rows, shape.width), cpu::rows_per_chunk(shape.width) * shape.width,
            cpu::ascend_scratch(shape.width),
            [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
   return out;
@@ -300,7 +294,7 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
   args.stream = stream(out);
   args.noise_out = keep_noise ? noise_out.mutable_data_ptr<float>() : nullptr;
   const auto run = cpu::kernels().ascend;
-  parallel(cpu::chunks(shape.rows, shape.width), work_per_chunk(shape.width),
+  parallel(cpu::chunks(shape.rows, shape.width), cpu::rows_per_chunk(shape.width) * shape.width,
            cpu::ascend_scratch(shape.width),
            [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
   return {out, noise_out};
@@ -341,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
   args.dt = want_target ? dt.mutable_data_ptr() : nullptr;
   args.stream = stream(loss) || stream(dx) || stream(dt);
   const auto run = cpu::kernels().divergence_forward;
-  parallel(chunks, work_per_chunk(shape.width), cpu::divergence_scratch(shape.width),
+  parallel(chunks, cpu::rows_per_chunk(shape.width) * shape.width, cpu::divergence_scratch(shape.width),
            [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
   if (!elementwise) {
     double sum = 0;
@@ -378,7 +372,7 @@ std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor&
   else
     args.upstream = float(weight * grad.item<double>());
   const auto run = elementwise ? cpu::kernels().divergence_elements_backward : cpu::kernels().divergence_backward;
-  parallel(cpu::chunks(shape.rows, shape.width), work_per_chunk(shape.width),
+  parallel(cpu::chunks(shape.rows, shape.width), cpu::rows_per_chunk(shape.width) * shape.width,
            cpu::divergence_scratch(shape.width),
            [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
   return {dx, dt};
