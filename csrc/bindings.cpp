@@ -11,6 +11,9 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
