@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole GPU check in one call of under nine minutes: versions, the GPU tests, the bench. Needs nothing from outside.
+# The whole GPU check in one call of under nine minutes: versions, build, GPU tests, bench. Needs nothing from outside.
 #
 #   bench/gpu_check.sh                    from anywhere; results go to ${OUT:-bench/out/gpu}
 #   GPU_CHECK_DEVICE=cpu bench/gpu_check.sh   its CPU form: the tests of the bench itself, then the quick cases
@@ -31,22 +31,27 @@ part() {
     echo "exit status $code" >>"$out/$name.log"
 }
 
+# Triton and native in processes of their own: a kernel that faults takes down whatever shares its process.
+# 20 + 100 + 150 + 70 + 140 + 50 = 530 s at most.
+part versions 20 "$python" -m smart_fast
 if [ "$device" = cuda ]; then
-    tests=(-m gpu -n 8 tests)  # most of a test's time is compiling its kernels
-    cases=(--device cuda --limit 190 --seconds 1)
+    part build 100 "$python" -m smart_fast build
+    part tests 150 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k "not native" tests
+    part tests-native 70 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k native tests
+    part bench 140 "$python" -m bench --device cuda --limit 100 --seconds 1 --backends torch triton \
+        --json "$out/results.json" --plot "$out/speed.png"
+    part bench-native 50 "$python" -m bench ops --device cuda --limit 20 --seconds 0.5 --backends native \
+        --json "$out/results-native.json" --plot "$out/speed-native.png"
 else
-    tests=(tests/test_bench.py)
-    cases=(--device cpu --quick)
+    part tests 150 "$python" -m pytest -p no:cacheprovider tests/test_bench.py
+    part bench 140 "$python" -m bench --device cpu --quick --json "$out/results.json" --plot "$out/speed.png"
 fi
 
-# 20 + 230 + 250 = 500 s, and ten more for each part that has to be killed: 530 s.
-part versions 20 "$python" -m smart_fast
-part tests 230 "$python" -m pytest -p no:cacheprovider "${tests[@]}"
-part bench 250 "$python" -m bench "${cases[@]}" --json "$out/results.json" --plot "$out/speed.png"
-
 cat "$out/versions.log"
-echo "== tests"
-tail -n 15 "$out/tests.log"
-echo "== bench"
-tail -n 130 "$out/bench.log"
+for name in tests tests-native bench bench-native; do
+    if [ -f "$out/$name.log" ]; then
+        echo "== $name"
+        tail -n 70 "$out/$name.log"
+    fi
+done
 exit "$status"
