@@ -18,6 +18,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
