@@ -159,8 +159,9 @@ def _backend(backend: str | None) -> str:
 
 
 def _check_pair(input: Any, target: Any, mask: Tensor | None) -> None:
-    check_tensor("input", input)
-    check_tensor("target", target)
+    for name, logits in (("input", input), ("target", target)):
+        if check_tensor(name, logits).is_complex():
+            raise TypeError(f"{name} must hold real logits, got {logits.dtype}")
     if input.shape != target.shape:
         try:
             torch.broadcast_shapes(input.shape, target.shape)

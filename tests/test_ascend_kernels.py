@@ -147,6 +147,7 @@ def test_opaque_norms(update: str, backend: ModuleType, device: torch.device, po
         "tensor": lambda x: x.norm(),
         "sentence": lambda x: x.abs().amax((1, 2), keepdim=True),
         "element": lambda x: x.abs() + 1.0,
+        "number": lambda x: torch.tensor(2.0) if x.dtype == torch.float64 else 2.0,
     }
     for norm_fn in norms.values():
         step = Step(norm_fn, 1e-2, 0.5, 1e-6, update)
@@ -236,3 +237,9 @@ def test_smart_loss_mask(backend: ModuleType, device: torch.device) -> None:
         assert not torch.equal(perturbed[mask], embed[mask])
     assert not embed.grad[~mask].any()
     assert embed.grad[mask].any()
+
+
+def test_a_norm_of_another_shape_is_named(device: torch.device) -> None:
+    smart = SMARTLoss(lambda e: e, kl_loss, norm_fn=lambda x: torch.ones(7, 1, device=device))
+    with pytest.raises(ValueError, match="norm_fn"):
+        smart(torch.randn(3, 4, device=device), torch.randn(3, 4, device=device))

@@ -208,3 +208,11 @@ def test_epsilon_of_the_stable_loss():
 def test_additions_to_the_losses_are_keyword_only(loss_fn):
     with pytest.raises(TypeError, match="positional"):
         loss_fn(E25, E25, "sum", 1.0, None)
+
+
+@pytest.mark.parametrize("name", ["input", "target"])
+def test_complex_logits(name):
+    pair = {"input": torch.randn(2, 3), "target": torch.randn(2, 3)}
+    pair[name] = pair[name].to(torch.complex64)
+    with pytest.raises(TypeError, match=name):
+        smart_fast.sym_kl_loss(**pair)

@@ -33,7 +33,13 @@ def ascend(
         kind, scope = known.kind, "group"
     else:
         measured = measure(grad, noise, mask, "opaque", *common)
-        norm = step.norm_fn(measured)
+        norm = torch.as_tensor(step.norm_fn(measured), device=measured.device)  # a plain number is a norm too
+        try:
+            torch.broadcast_to(norm, measured.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"norm_fn must return a norm that broadcasts to {tuple(measured.shape)}, got shape {tuple(norm.shape)}"
+            ) from None
         if norm.dim() > 0 and norm.shape[-1] != 1:
             return _elementwise_norm(perturb, embed, noise, measured, norm, step, mask, keep_noise)
         norm = norm.expand(*embed.shape[:-1], 1).to(torch.float32).contiguous()
