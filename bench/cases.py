@@ -94,8 +94,11 @@ TINY_HEAD, TINIER_LM = functools.partial(pooled_head, 8, 2), functools.partial(m
 # The cheapest first within a group: what a time limit cuts off is the tail.
 TABLE: tuple[Case, ...] = (
     perturb((1024, 768), FP32, "quick cpu"),
+    perturb((1024, 768), BF16, "cpu"),
     perturb((4096, 768), FP32, "cpu"),
     perturb((4096, 768), BF16, "cpu"),
+    perturb((8192, 1024), FP32, "cpu"),
+    perturb((8192, 1024), BF16, "cpu"),
     perturb((4096, 768), FP32, "cpu", masked=True),
     perturb((32, 128, 768), FP32, "cuda"),
     perturb((64, 512, 1024), FP32, "cuda"),
@@ -103,8 +106,11 @@ TABLE: tuple[Case, ...] = (
     perturb((64, 1024, 1024), FP32, "cuda"),
     perturb((64, 512, 1024), BF16, "cuda", masked=True),
     ascend((1024, 768), FP32, "cpu"),
+    ascend((1024, 768), BF16, "cpu"),
     ascend((4096, 768), FP32, "quick cpu"),
     ascend((4096, 768), BF16, "cpu"),
+    ascend((8192, 1024), FP32, "cpu"),
+    ascend((8192, 1024), BF16, "cpu"),
     ascend((32, 128, 768), FP32, "cuda"),
     ascend((64, 512, 1024), FP32, "cuda"),
     ascend((64, 512, 1024), BF16, "cuda"),

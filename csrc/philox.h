@@ -10,7 +10,7 @@
 // Everything is written over a class M of arithmetic: one element on a GPU, a SIMD vector on a CPU. It provides
 //     F, I, Word             floats; 32-bit integers as wide as F; whatever holds a 32-bit word of a counter
 //     mul(word, m, hi, lo)   the two halves of a 32 x 32 bit product; upper bits of a Word may hold anything
-//     log, sqrt, select, from_unsigned (32-bit unsigned to float), from_signed
+//     minus_two_log, sqrt, select, from_unsigned (32-bit unsigned to float), from_signed
 #pragma once
 
 #include <cstdint>
@@ -37,15 +37,16 @@ SMART_FAST_INLINE void philox(typename M::Word& c0, typename M::Word& c1, typena
   }
 }
 
-// Two independent standard normals from two 32-bit words (Box & Muller, 1958).
+// Two independent normals of standard deviation `scale` from two 32-bit words (Box & Muller, 1958).
 //
 // The radius uses 32 bits, u = fp32((a + 1/2) / 2**32): tails to 6.7 sigma. The angle is a quadrant and an offset in
 // [-pi/4, pi/4), for which short polynomials are accurate to fp32 rounding.
 template <class M>
-SMART_FAST_INLINE void box_muller(typename M::U a, typename M::U b, typename M::F& x, typename M::F& y) {
+SMART_FAST_INLINE void box_muller(typename M::U a, typename M::U b, float scale, typename M::F& x,
+                                  typename M::F& y) {
   using F = typename M::F;
   const F u = M::from_unsigned(a) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
-  const F radius = M::sqrt(M::log_normal(u) * -2.0f);
+  const F radius = M::sqrt(M::minus_two_log(u)) * scale;
 
   const F theta = M::from_signed((b & 0x3FFFFFFFu) - 536870912u) * 1.4629180792671596e-09f;  // (pi / 2) / 2**30
   const F s = theta * theta;

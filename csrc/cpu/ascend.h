@@ -20,7 +20,14 @@ inline const float* row_noise(const cpu::Ascend& args, int64_t row, float* buffe
   if (args.noise != nullptr) {
     __builtin_memcpy(noise, args.noise + first, size_t(width) * 4);
   } else {
-    make_noise(buffer, args.seed, uint64_t(first) / 4, width + first % 4, args.noise_var);
+    const void* grad = advance(args.grad.data, args.grad.dtype, row_offset(args.shape, args.grad, row));
+    const void* embed = args.embed.data == nullptr
+                            ? grad
+                            : advance(args.embed.data, args.embed.dtype, row_offset(args.shape, args.embed, row));
+    make_noise(buffer, args.seed, uint64_t(first) / 4, width + first % 4, args.noise_var, [&](int64_t i) {
+      prefetch<NORMALS>(grad, args.grad.dtype, i);
+      prefetch<NORMALS>(embed, args.embed.dtype, i);
+    });
     noise += first % 4;
   }
   __builtin_memset(noise + width, 0, size_t(whole(width) - width) * 4);

@@ -30,8 +30,8 @@ SMART_FAST_INLINE void normal(uint64_t seed, int64_t element, float (&n)[SIZE]) 
     const uint64_t group = uint64_t(element + i) / 4;
     uint32_t a = uint32_t(group), b = uint32_t(group >> 32), c = 0, d = 0;
     philox<Scalar>(a, b, c, d, uint32_t(seed), uint32_t(seed >> 32));
-    box_muller<Scalar>(a, b, n[i], n[i + 1]);
-    box_muller<Scalar>(c, d, n[i + 2], n[i + 3]);
+    box_muller<Scalar>(a, b, 1.0f, n[i], n[i + 1]);
+    box_muller<Scalar>(c, d, 1.0f, n[i + 2], n[i + 3]);
   }
 }
 

@@ -49,6 +49,7 @@ struct Scalar {
   }
   static SMART_FAST_INLINE float log(float v) { return logf(v); }
   static SMART_FAST_INLINE float log_normal(float v) { return logf(v); }
+  static SMART_FAST_INLINE float minus_two_log(float v) { return logf(v) * -2.0f; }
 
   static SMART_FAST_INLINE uint32_t to_bits(float v) {
 #if defined(__CUDA_ARCH__)
