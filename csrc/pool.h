@@ -14,9 +14,9 @@ namespace smart_fast {
 
 class Pool {
  public:
-  static constexpr std::size_t smallest = std::size_t(1) << 20;    // below, malloc keeps blocks itself
+  static constexpr std::size_t smallest = std::size_t(1) << 16;    // below, malloc keeps blocks itself
   static constexpr std::size_t most_bytes = std::size_t(1) << 30;  // kept for later use, together
-  static constexpr std::size_t most_blocks = 16;
+  static constexpr std::size_t most_blocks = 64;
 
   struct Block {
     void* data;
