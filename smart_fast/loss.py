@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd
-from ._checks import check_choice, check_mask, check_number, check_same_device, check_tensor
+from ._checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
 from .backends import backend_of_caller, check_name, select
 from .backends.base import REDUCTIONS
 
@@ -27,6 +27,7 @@ def kl_loss(
     reduction: str = "batchmean",
     *,
     mask: Tensor | None = None,
+    temperature: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """KL(softmax(target) || softmax(input)), differentiable in both.
@@ -37,6 +38,8 @@ def kl_loss(
         reduction: ``"batchmean"`` (the sum divided by ``input.size(0)``), ``"sum"``, ``"mean"`` (divided by the number
             of unmasked elements, V per row) or ``"none"`` (elementwise terms ``[..., V]``).
         mask: bool ``[...]``, True where a row counts. Masked rows give neither loss nor gradient, whatever they hold.
+        temperature: positive. Logits are divided by it and the loss is multiplied by its square, so that gradients keep
+            their size (Hinton et al., "Distilling the knowledge in a neural network", 2015).
         backend: ``"torch"``, ``"triton"``, ``"native"`` or ``"auto"``. None: the backend of the `SMARTLoss` that calls
             this function, else ``"auto"``.
 
@@ -45,9 +48,10 @@ def kl_loss(
 
     Raises:
         TypeError: not a tensor, not floating point, a mask that is not bool, a reduction that is not a string.
-        ValueError: shapes that do not match, an empty last dimension, two devices, an unknown reduction or backend.
+        ValueError: shapes that do not match, an empty last dimension, two devices, an unknown reduction or backend, a
+            temperature that is not positive and finite.
     """
-    return _divergence("kl", input, target, reduction, 1.0, mask, backend)
+    return _divergence("kl", input, target, reduction, 1.0, mask, temperature, backend)
 
 
 def sym_kl_loss(
@@ -57,14 +61,15 @@ def sym_kl_loss(
     alpha: float = 1.0,
     *,
     mask: Tensor | None = None,
+    temperature: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """alpha * KL(softmax(target) || softmax(input)) + KL(softmax(input) || softmax(target)).
 
     Each term holds its first distribution constant (detached), as in smart-pytorch and mt-dnn. Shapes, ``mask``,
-    ``backend`` and errors as in `kl_loss`; ``alpha`` must be finite.
+    ``temperature``, ``backend`` and errors as in `kl_loss`; ``alpha`` must be finite.
     """
-    return _divergence("sym_kl", input, target, reduction, alpha, mask, backend)
+    return _divergence("sym_kl", input, target, reduction, alpha, mask, temperature, backend)
 
 
 def js_loss(
@@ -74,14 +79,15 @@ def js_loss(
     alpha: float = 1.0,
     *,
     mask: Tensor | None = None,
+    temperature: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """alpha * (KL(m || softmax(input)) + KL(m || softmax(target))), m their detached mean.
 
     smart-pytorch's and mt-dnn's Jensen-Shannon loss (with the mean as first argument, it is unbounded). Shapes,
-    ``mask``, ``backend`` and errors as in `kl_loss`; ``alpha`` must be finite.
+    ``mask``, ``temperature``, ``backend`` and errors as in `kl_loss`; ``alpha`` must be finite.
     """
-    return _divergence("js", input, target, reduction, alpha, mask, backend)
+    return _divergence("js", input, target, reduction, alpha, mask, temperature, backend)
 
 
 def hellinger_loss(
@@ -139,17 +145,20 @@ def _divergence(
     reduction: str,
     alpha: Any,
     mask: Tensor | None,
+    temperature: float,
     backend: str | None,
 ) -> Tensor:
     check_choice("reduction", reduction, REDUCTIONS)
     backend = _backend(backend)
     _check_pair(input, target, mask)
     check_number("alpha", alpha)
+    if temperature != 1.0:
+        check_positive("temperature", temperature)
     if input.numel() == 0 or target.numel() == 0:
         return _nothing(input, target, reduction)
     # smart-pytorch lets leading dimensions broadcast; so does the path that is bit for bit the same.
     fused = select(backend, input, target, numbers=(alpha,)) if input.shape == target.shape else None
-    return autograd.divergence(fused, input, target, kind, reduction, alpha, mask)
+    return autograd.divergence(fused, input, target, kind, reduction, alpha, mask, temperature)
 
 
 def _backend(backend: str | None) -> str:
