@@ -1,6 +1,6 @@
 // Autograd nodes of the operators, for eager mode: a node in C++ costs a fraction of one in Python. Under torch.compile
 // smart_fast/autograd.py wraps the operators instead.
-#include <ATen/Dispatch.h>
+#include <ATen/core/Generator.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/where.h>
@@ -51,33 +51,39 @@ Tensor pass_through(const Tensor& grad, const Tensor& mask) {
   return at::where(mask.unsqueeze(-1), grad, at::zeros_like(grad));
 }
 
-using PerturbSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double, const optional<Tensor>&, bool);
+using PerturbSignature = std::tuple<Tensor, Tensor>(const Tensor&, optional<at::Generator>, double,
+                                                    const optional<Tensor>&, bool);
 
-std::tuple<Tensor, Tensor> call_perturb(const Tensor& embed, const Tensor& seed, double noise_var,
+std::tuple<Tensor, Tensor> call_perturb(const Tensor& embed, const optional<at::Generator>& generator, double noise_var,
                                         const optional<Tensor>& mask, bool keep_noise) {
-  static const auto handle = operator_handle<PerturbSignature>("smart_fast::native_perturb");
+  static const auto handle = operator_handle<PerturbSignature>("smart_fast::native_perturb_fresh");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return handle.call(embed, seed, noise_var, mask, keep_noise);
+  return handle.call(embed, generator, noise_var, mask, keep_noise);
 }
 
-struct PerturbNode : Function<PerturbNode> {
-  static variable_list forward(AutogradContext* context, const Tensor& embed, const Tensor& seed, double noise_var,
-                               const optional<Tensor>& mask, bool keep_noise) {
-    auto [perturbed, noise] = call_perturb(embed, seed, noise_var, mask, keep_noise);
+// A result that embed shifts, and what comes with it.
+struct ShiftNode : Function<ShiftNode> {
+  static variable_list forward(AutogradContext* context, const Tensor& embed, const optional<Tensor>& mask,
+                               const std::tuple<Tensor, Tensor>& results) {
     context->save_for_backward({mask.value_or(Tensor())});
-    context->mark_non_differentiable({noise});
-    return {perturbed, noise};
+    context->mark_non_differentiable({std::get<1>(results)});
+    return {std::get<0>(results), std::get<1>(results)};
   }
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    return {pass_through(grads[0], context->get_saved_variables()[0]), Tensor(), Tensor(), Tensor(), Tensor()};
+    return {pass_through(grads[0], context->get_saved_variables()[0]), Tensor(), Tensor()};
   }
 };
 
-std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
-                                   const optional<Tensor>& mask, bool keep_noise) {
-  if (!wanted(embed)) return call_perturb(embed, seed, noise_var, mask, keep_noise);
-  const variable_list out = PerturbNode::apply(embed, seed, noise_var, mask, keep_noise);
+std::tuple<Tensor, Tensor> shifting(const Tensor& embed, const optional<Tensor>& mask,
+                                    const std::tuple<Tensor, Tensor>& results) {
+  if (!wanted(embed)) return results;
+  const variable_list out = ShiftNode::apply(embed, mask, results);
   return {out[0], out[1]};
+}
+
+std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
+                                         const optional<Tensor>& mask, bool keep_noise) {
+  return shifting(embed, mask, call_perturb(embed, generator, noise_var, mask, keep_noise));
 }
 
 using AscendSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
@@ -93,28 +99,12 @@ std::tuple<Tensor, Tensor> call_ascend(const Tensor& embed, const Tensor& grad, 
   return handle.call(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise);
 }
 
-struct AscendNode : Function<AscendNode> {
-  template <class... Arguments>
-  static variable_list forward(AutogradContext* context, const Tensor& embed, const optional<Tensor>& mask,
-                               const std::tuple<Tensor, Tensor>& moved) {
-    context->save_for_backward({mask.value_or(Tensor())});
-    context->mark_non_differentiable({std::get<1>(moved)});
-    return {std::get<0>(moved), std::get<1>(moved)};
-  }
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    return {pass_through(grads[0], context->get_saved_variables()[0]), Tensor(), Tensor()};
-  }
-};
-
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                   const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
                                   double epsilon, bool keep_noise) {
-  const auto moved = call_ascend(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon,
-                                 keep_noise);
-  if (!wanted(embed)) return moved;
-  const variable_list out = AscendNode::apply(embed, mask, moved);
-  return {out[0], out[1]};
+  return shifting(embed, mask, call_ascend(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update,
+                                           epsilon, keep_noise));
 }
 
 // ---- divergences ---------------------------------------------------------------------------------------------------
@@ -206,7 +196,7 @@ Tensor divergence(const Tensor& input, const Tensor& target, const optional<Tens
 }  // namespace smart_fast
 
 TORCH_LIBRARY_IMPL(smart_fast, Autograd, library) {
-  library.impl("native_perturb", &smart_fast::perturb);
+  library.impl("native_perturb_fresh", &smart_fast::perturb_fresh);
   library.impl("native_ascend", &smart_fast::ascend);
 }
 

@@ -1,6 +1,7 @@
 // The operators torch.ops.smart_fast.native_*, and a Python module that says how they were built. Thin: shapes, strides
 // and outputs here, arithmetic in the kernels. Schemas are those of the Triton operators (smart_fast/backends/
 // triton_ops.py) with what only a CPU wants added; the prefix lets both be registered in one process.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -99,19 +101,36 @@ void parallel(int64_t chunks, int64_t elements_per_chunk, int64_t scratch, const
 
 // ---- operators -----------------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
-                                   const optional<Tensor>& mask, bool keep_noise) {
+std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, uint64_t seed, double noise_var,
+                                       const optional<Tensor>& mask, bool keep_noise) {
   const View view({embed});
   Tensor out = new_output(embed.sizes(), embed.scalar_type());
   Tensor noise = keep_noise ? new_output(embed.sizes(), at::kFloat) : nothing(at::kFloat);
   Tensor holder;
   cpu::Perturb args = {view.shape, view.rows[0], mask_bytes(mask, view.shape.rows, holder),
-                       uint64_t(*seed.const_data_ptr<int64_t>()), float(noise_var), out.mutable_data_ptr(),
+                       seed, float(noise_var), out.mutable_data_ptr(),
                        keep_noise ? noise.mutable_data_ptr<float>() : nullptr, stream(out)};
   const auto run = cpu::kernels().perturb;
   parallel((embed.numel() + cpu::perturb_chunk - 1) / cpu::perturb_chunk, cpu::perturb_chunk, 0,
            [&](int64_t begin, int64_t end, float*) { run(args, begin, end); });
   return {out, noise};
+}
+
+std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
+                                   const optional<Tensor>& mask, bool keep_noise) {
+  return run_perturb(embed, uint64_t(*seed.const_data_ptr<int64_t>()), noise_var, mask, keep_noise);
+}
+
+// The seed that torch.randint(2**63 - 1, (1,)) would draw.
+uint64_t draw(const optional<at::Generator>& generator) {
+  auto* source = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> guard(source->mutex_);
+  return source->random64() % 0x7FFFFFFFFFFFFFFFu;
+}
+
+std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
+                                         const optional<Tensor>& mask, bool keep_noise) {
+  return run_perturb(embed, draw(generator), noise_var, mask, keep_noise);
 }
 
 Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
@@ -352,6 +371,9 @@ TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   library.def("native_perturb(Tensor embed, Tensor seed, float noise_var, Tensor? mask, bool keep_noise)"
               " -> (Tensor, Tensor)", tags);
+  // Draws its own seed. The second result is what ascend takes as noise: its values, or on a GPU the seed.
+  library.def("native_perturb_fresh(Tensor embed, Generator? generator, float noise_var, Tensor? mask, bool keep_noise)"
+              " -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
   library.def("native_ascend_measure(Tensor grad, Tensor noise, Tensor? mask, str kind, float noise_var,"
               " float step_size, str update) -> Tensor", tags);
   library.def("native_ascend(Tensor embed, Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, str kind, str scope,"
@@ -373,6 +395,7 @@ TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
 
 TORCH_LIBRARY_IMPL(smart_fast, CPU, library) {
   library.impl("native_perturb", &smart_fast::perturb);
+  library.impl("native_perturb_fresh", &smart_fast::perturb_fresh);
   library.impl("native_ascend_measure", &smart_fast::ascend_measure);
   library.impl("native_ascend", &smart_fast::ascend);
   library.impl("native_divergence_forward", &smart_fast::divergence_forward);

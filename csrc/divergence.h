@@ -15,7 +15,7 @@
 //     js      dx = alpha / 2 (p - q)      dt = -dx
 //
 // No term of a row sum is negative. Logits of minus infinity on both sides contribute nothing; a row of them is NaN.
-// Written over a class M of arithmetic, as philox.h: F, select, abs, exp, log, infinity. NEAR says that |r| < 1 is known;
+// Written over a class M of arithmetic, as philox.h: F, select, abs, exp, log, infinity, short_chains. NEAR says that |r| < 1 is known;
 // p is then not read.
 #pragma once
 
@@ -28,14 +28,36 @@ template <class M>
 struct Divergence {
   using F = typename M::F;
 
-  // f(r) = expm1(r) - r for |r| <= 1: its Taylor series, relative error below 3e-8 before rounding. In Estrin's order,
-  // whose chains of dependent operations are short.
+  // The polynomial with coefficients c[BEGIN …] in x; powers[k] = x ** 2 ** k. By Horner where registers are dear, by
+  // Estrin, whose chains of dependent operations are short, elsewhere.
+  template <int BEGIN, int COUNT>
+  static SMART_FAST_INLINE F estrin(const float* c, const F* powers) {
+    if constexpr (COUNT == 1) {
+      return M::splat(c[BEGIN]);
+    } else if constexpr (COUNT == 2) {
+      return powers[0] * c[BEGIN + 1] + c[BEGIN];
+    } else {
+      constexpr int half = COUNT > 8 ? 8 : COUNT > 4 ? 4 : 2, level = half == 8 ? 3 : half == 4 ? 2 : 1;
+      return estrin<BEGIN + half, COUNT - half>(c, powers) * powers[level] + estrin<BEGIN, half>(c, powers);
+    }
+  }
+  template <int COUNT>
+  static SMART_FAST_INLINE F polynomial(const float (&c)[COUNT], F x) {
+    if constexpr (M::short_chains) {
+      const F x2 = x * x, x4 = x2 * x2, powers[] = {x, x2, x4, x4 * x4};
+      return estrin<0, COUNT>(c, powers);
+    } else {
+      F sum = M::splat(c[COUNT - 1]);
+      for (int k = COUNT - 2; k >= 0; --k) sum = sum * x + c[k];
+      return sum;
+    }
+  }
+
+  // f(r) = expm1(r) - r for |r| <= 1: its Taylor series, relative error below 3e-8 before rounding.
   static SMART_FAST_INLINE F f_near(F r) {
-    const F r2 = r * r, r4 = r2 * r2;
-    const F c01 = r * (1.0f / 6) + 0.5f, c23 = r * (1.0f / 120) + 1.0f / 24;
-    const F c45 = r * (1.0f / 5040) + 1.0f / 720, c67 = r * (1.0f / 362880) + 1.0f / 40320;
-    const F low = c23 * r2 + c01, high = (c67 * r2 + c45) + r4 * (1.0f / 3628800);
-    return (high * r4 + low) * r2;
+    constexpr float c[] = {1.0f / 2,    1.0f / 6,     1.0f / 24,     1.0f / 120,    1.0f / 720,
+                           1.0f / 5040, 1.0f / 40320, 1.0f / 362880, 1.0f / 3628800};
+    return polynomial(c, r) * (r * r);
   }
 
   // log(1 + z), z > -1, relative precision near zero by 2 artanh(z / (2 + z)).
@@ -54,10 +76,9 @@ struct Divergence {
     const F a = M::abs(r);
     const auto near = a < 1.0f;
     const F y = 0.5f * (NEAR ? r : M::select(near, r, M::splat(0.0f)));
-    const F s = y * y, s2 = s * s;
-    const F c01 = s * (-1.0f / 12) + 0.5f, c23 = s * (-17.0f / 2520) + 1.0f / 45;
-    const F c45 = s * (-691.0f / 935550) + 31.0f / 14175;
-    const F series = s * (((c45 + s2 * 2.5658e-4f) * s2 + c23) * s2 + c01);
+    const F s = y * y;
+    constexpr float c[] = {1.0f / 2, -1.0f / 12, 1.0f / 45, -17.0f / 2520, 31.0f / 14175, -691.0f / 935550, 2.5658e-4f};
+    const F series = polynomial(c, s) * s;
     if (NEAR) return series;
     const F far = (0.5f * a - 0.6931471805599453f) + M::log_normal(1.0f + M::exp(-a));
     return M::select(near, series, far);

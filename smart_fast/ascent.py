@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,9 +38,14 @@ class InputGradients:
             return _by_grad(loss_of, inputs)
         if self._reentrant:
             return _by_backward(loss_of, inputs)
+        if self._reentrant is False:
+            with contextlib.suppress(_ReentrantCheckpointError):
+                return _by_grad(loss_of, inputs)
+            self._reentrant = True
+            return _by_backward(loss_of, inputs)
         # A second attempt must see the dropout of the first, or the first call would differ from the others.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        rewind = remember_generators(inputs[0].device) if self._reentrant is None and not capturing else None
+        rewind = None if capturing else remember_generators(inputs[0].device)
         try:
             grads = _by_grad(loss_of, inputs)
             if not capturing:

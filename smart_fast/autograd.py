@@ -74,9 +74,9 @@ def perturb(
     """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
     if backend is None:
         return torch_backend.perturb(embed, draw_normal(embed, generator), noise_var, mask)
-    seed = draw_seed(embed.device, generator)
     if _has_nodes(backend):
-        return backend.perturb(embed, seed, float(noise_var), mask, keep_noise)
+        return backend.perturb_fresh(embed, generator, float(noise_var), mask, keep_noise)
+    seed = draw_seed(embed.device, generator)
     perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise)
     return _shift(embed, perturbed, mask), noise
 

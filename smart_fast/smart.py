@@ -18,6 +18,14 @@ from .norms import Norm, inf_norm
 
 __all__ = ["SMARTLoss"]
 
+#: What `SMARTLoss` checks when it has changed.
+_SETTINGS = frozenset(
+    (
+        *("eval_fn", "loss_fn", "loss_last_fn", "norm_fn", "num_steps", "step_size", "epsilon", "noise_var"),
+        *("backend", "update", "ascent", "scale", "ascent_dtype", "generator"),
+    )
+)
+
 
 class SMARTLoss(nn.Module):
     """Smoothness-inducing adversarial regularization (SMART; Jiang et al., ACL 2020).
@@ -87,7 +95,12 @@ class SMARTLoss(nn.Module):
         self.ascent_dtype = ascent_dtype
         self.generator = generator
         self._input_gradients = InputGradients()
-        self._step()
+        self._checked = self._check_settings()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _SETTINGS:
+            self.__dict__["_checked"] = None
 
     def forward(
         self, embed: Tensor | tuple[Tensor, ...], state: Any, *args: Any, mask: Any = None, **kwargs: Any
@@ -112,39 +125,47 @@ class SMARTLoss(nn.Module):
         """
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             return self._outside_inference_mode(embed, state, *args, mask=mask, **kwargs)
-        step = self._step()
-        embeds = tuple(embed) if isinstance(embed, (tuple, list)) else (embed,)
-        masks = self._check_inputs(embeds, mask, several=isinstance(embed, (tuple, list)))
-        for name in ("loss_fn", "loss_last_fn") if self.num_steps > 0 else ("loss_last_fn",):
-            states.check_match(name, getattr(self, name), state)
-        if any(each.numel() == 0 for each in embeds):
-            return _nothing(embeds, state, self.parameters())
-        numbers = (self.noise_var, self.step_size, self.epsilon)
+        step, num_steps = self._checked or self._check_settings(), self.num_steps
+        several = isinstance(embed, (tuple, list))
+        embeds = tuple(embed) if several else (embed,)
+        masks = self._check_inputs(embeds, mask, several)
+        if num_steps > 0:
+            states.check_match("loss_fn", self.loss_fn, state)
+            clean = states.detach(state)
+        states.check_match("loss_last_fn", self.loss_last_fn, state)
+        for each in embeds:
+            if each.numel() == 0:
+                return _nothing(embeds, state, self.parameters())
+        numbers = (step.noise_var, step.step_size, step.epsilon)
         backends = [select(self.backend, each, numbers=numbers) for each in embeds]
 
         perturbed, noises = _unzip(
-            autograd.perturb(backend, each, self.noise_var, self.generator, each_mask, keep_noise=self.num_steps > 0)
-            for backend, each, each_mask in zip(backends, embeds, masks, strict=True)
+            [
+                autograd.perturb(backend, each, step.noise_var, self.generator, each_mask, keep_noise=num_steps > 0)
+                for backend, each, each_mask in zip(backends, embeds, masks, strict=True)
+            ]
         )
-        if self.num_steps > 0:
-            clean = states.detach(state)
-        for taken in range(1, self.num_steps + 1):
+        for taken in range(1, num_steps + 1):
             grads = self._ascent_gradients(perturbed, clean, args, kwargs)
             perturbed, noises = _unzip(
-                autograd.ascend(backend, each, grad, noise, step, each_mask, keep_noise=taken < self.num_steps)
-                for backend, each, grad, noise, each_mask in zip(backends, embeds, grads, noises, masks, strict=True)
+                [
+                    autograd.ascend(backend, each, grad, noise, step, each_mask, keep_noise=taken < num_steps)
+                    for backend, each, grad, noise, each_mask in zip(
+                        backends, embeds, grads, noises, masks, strict=True
+                    )
+                ]
             )
         if torch.is_grad_enabled():
             perturbed = [autograd.track(each) for each in perturbed]
         perturbed_state = self.eval_fn(*perturbed, *args, **kwargs)
-        return self._compare("loss_last_fn", perturbed_state, state)
+        return self._compare("loss_last_fn", self.loss_last_fn, perturbed_state, state)
 
     def extra_repr(self) -> str:
         names = ("num_steps", "step_size", "epsilon", "noise_var", "backend", "update")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _step(self) -> Step:
-        """The settings of a step, checked: attributes may have changed since the last call."""
+    def _check_settings(self) -> Step:
+        """Check the attributes; the settings of a step. Remembered until an attribute changes."""
         check_callable("eval_fn", self.eval_fn)
         states.check_losses("loss_fn", self.loss_fn)
         states.check_losses("loss_last_fn", self.loss_last_fn)
@@ -160,7 +181,10 @@ class SMARTLoss(nn.Module):
             raise ValueError(f"ascent_dtype={self.ascent_dtype} is not available in this version; it must be None")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
-        return Step(self.norm_fn, self.noise_var, self.step_size, self.epsilon, self.update)
+        step = Step(self.norm_fn, self.noise_var, self.step_size, self.epsilon, self.update)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_checked"] = step
+        return step
 
     def _check_inputs(self, embeds: tuple[Any, ...], mask: Any, several: bool) -> tuple[Tensor | None, ...]:
         """Check embeddings, masks and generator; return one mask or None for each embedding."""
@@ -181,15 +205,17 @@ class SMARTLoss(nn.Module):
         return masks
 
     def _ascent_gradients(self, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        eval_fn, loss_fn = self.eval_fn, self.loss_fn
+
         def loss_of(*inputs: Tensor) -> Tensor:
-            return self._compare("loss_fn", self.eval_fn(*inputs, *args, **kwargs), clean)
+            return self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
 
         with torch.enable_grad():
             return self._input_gradients(loss_of, [autograd.track(each) for each in perturbed])
 
-    def _compare(self, name: str, perturbed: Any, state: Any) -> Tensor:
+    def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:
         with calling(self.backend):
-            loss: Tensor = states.compare(name, getattr(self, name), perturbed, state)
+            loss: Tensor = states.compare(name, loss_fn, perturbed, state)
         return loss
 
     def _outside_inference_mode(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -199,9 +225,8 @@ class SMARTLoss(nn.Module):
             return self.forward(*args, **kwargs)
 
 
-def _unzip(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor], list[Any]]:
-    first, second = zip(*pairs, strict=True)
-    return list(first), list(second)
+def _unzip(pairs: list[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor], list[Any]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _nothing(embeds: tuple[Tensor, ...], state: Any, parameters: Iterable[Tensor]) -> Tensor:

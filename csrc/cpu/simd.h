@@ -56,6 +56,7 @@ struct Simd {
   using Word = W;  // each 32-bit word in the lower half of a 64-bit lane: ready for the widening product
 
   static constexpr float infinity = __builtin_inff();
+  static constexpr bool short_chains = true;
 
   static SMART_FAST_INLINE F splat(float value) { return F{} + value; }
   static SMART_FAST_INLINE F select(I mask, F a, F b) { return mask ? a : b; }

@@ -107,8 +107,10 @@ std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, doub
   return run_perturb(embed, given, nullptr, noise_var, mask, keep_noise, launch);
 }
 
-std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, const optional<at::Generator>& generator,
-                                         double noise_var, const optional<Tensor>& mask) {
+// Noise from the state of a generator instead of a seed in memory, without a launch of its own. A GPU computes noise again
+// sooner than it reads it back: the seed is all that is kept.
+std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
+                                         const optional<Tensor>& mask, bool) {
   const Launch launch(embed);
   const Tensor seed = launch.output({1}, at::kLong);
   const Tensor out = std::get<0>(run_perturb(embed, draw(generator, embed.device().index()),
@@ -283,13 +285,6 @@ std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor&
 }  // namespace
 }  // namespace on_cuda
 }  // namespace smart_fast
-
-// Noise from a generator's state instead of a seed in memory: no launch of its own. Returns the seed for later steps.
-TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded};
-  library.def("native_perturb_fresh(Tensor embed, Generator? generator, float noise_var, Tensor? mask)"
-              " -> (Tensor, Tensor)", tags);
-}
 
 TORCH_LIBRARY_IMPL(smart_fast, CUDA, library) {
   library.impl("native_perturb", &smart_fast::on_cuda::perturb);

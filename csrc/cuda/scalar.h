@@ -15,6 +15,7 @@ struct Scalar {
   using Word = uint32_t;
 
   static constexpr float infinity = __builtin_huge_valf();
+  static constexpr bool short_chains = false;
 
   static SMART_FAST_INLINE float splat(float value) { return value; }
   static SMART_FAST_INLINE float select(bool mask, float a, float b) { return mask ? a : b; }

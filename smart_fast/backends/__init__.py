@@ -10,7 +10,6 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -167,15 +166,20 @@ def default_backend() -> str:
     return _default
 
 
-@contextlib.contextmanager
-def calling(backend: str) -> Iterator[None]:
+class calling(contextlib.AbstractContextManager[None]):
     """Within, losses that name no backend use this one: that of the `SMARTLoss` that calls them."""
-    before = _caller.backend
-    _caller.backend = backend
-    try:
-        yield
-    finally:
-        _caller.backend = before
+
+    __slots__ = ("_backend", "_before")
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def __enter__(self) -> None:
+        self._before = _caller.backend
+        _caller.backend = self._backend
+
+    def __exit__(self, *error: object) -> None:
+        _caller.backend = self._before
 
 
 def backend_of_caller() -> str:
@@ -195,7 +199,9 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any
     for tensor in tensors:  # plain loops: on small tensors a call costs as much as its kernels
         if tensor.dtype not in FUSED_DTYPES or tensor.dim() == 0:
             return None
-    if any(isinstance(number, Tensor) for number in numbers):
+    for number in numbers:
+        if not isinstance(number, Tensor):
+            continue
         if backend != "auto":
             _warn_once(
                 f"backend {backend!r} falls back to PyTorch: kernels take plain numbers, not tensors, as settings"

@@ -40,10 +40,10 @@ class DivergenceSpec(NamedTuple):
     """What a divergence kernel computes. Operators take the fields one by one, in this order.
 
     ``output``: "terms", elementwise ``[..., V]`` in the promoted dtype of the logits; "rows", fp32 ``[...]``, one loss
-    a row; or "sum", an fp32 scalar. Rows and sums are multiplied by ``weight``, terms are not. Both logits are multiplied
-    by ``scale`` (one over a temperature), which gradients see by the chain rule. With ``relative``, ``input`` holds the
-    difference x - t of the unscaled logits instead of x, and a class whose t is minus infinity is masked on both
-    sides; gradients are still those to the logits x and t.
+    a row; or "sum", an fp32 scalar. Rows and sums are multiplied by ``weight``, terms are not. Both logits are
+    multiplied by ``scale`` (one over a temperature), which gradients see by the chain rule. With ``relative``,
+    ``input`` holds the difference x - t of the unscaled logits instead of x, and a class whose t is minus infinity is
+    masked on both sides; gradients are still those to the logits x and t.
     """
 
     kind: str
@@ -62,8 +62,8 @@ class FusedBackend(Protocol):
     """
 
     name: str
-    #: Whether, in eager mode, the results of `perturb`, `ascend` and `divergence` carry autograd nodes of the backend's
-    #: own. If not, `divergence` is not called.
+    #: Whether the backend has autograd nodes of its own for eager mode: those of `perturb_fresh`, `ascend` and
+    #: `divergence`, the first and the last of which only such a backend has.
     differentiable: bool
 
     def perturb(
@@ -74,6 +74,12 @@ class FusedBackend(Protocol):
         ``seed``: int64 ``[1]`` on the device of ``embed``, read there. The noise is what `ascend` takes: the seed, or,
         where the backend prefers that and ``keep_noise`` says that a step follows, its values in fp32.
         """
+        ...
+
+    def perturb_fresh(
+        self, embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`perturb` by a seed drawn from ``generator``, differentiable in ``embed``."""
         ...
 
     def ascend(

@@ -21,6 +21,7 @@ differentiable = True
 
 _operators = torch.ops.smart_fast
 _perturb = _operators.native_perturb.default
+_perturb_fresh = _operators.native_perturb_fresh.default
 _ascend_measure = _operators.native_ascend_measure.default
 _ascend = _operators.native_ascend.default
 _divergence = _operators.native_divergence.default
@@ -39,6 +40,14 @@ def perturb(
     keep_noise = keep_noise and embed.device.type == "cpu"
     perturbed, noise = _perturb(embed, seed, noise_var, mask, keep_noise)
     return perturbed, noise if keep_noise else seed
+
+
+def perturb_fresh(
+    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
+) -> tuple[Tensor, Tensor]:
+    """`perturb` with its autograd node, by a seed that the operator draws as `smart_fast.noise` would."""
+    perturbed, noise = _perturb_fresh(embed, generator, noise_var, mask, keep_noise)
+    return perturbed, noise
 
 
 def _noise_alone(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
@@ -101,6 +110,14 @@ def _fake_perturb(
     return new_output(embed.shape, embed.dtype, embed.device), noise
 
 
+def _fake_perturb_fresh(
+    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
+) -> tuple[Tensor, Tensor]:
+    if embed.device.type == "cuda":
+        return new_output(embed.shape, embed.dtype, embed.device), new_output((1,), torch.int64, embed.device)
+    return _fake_perturb(embed, embed, noise_var, mask, keep_noise)
+
+
 def _fake_divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
     scale: float, relative: bool, keep: bool, want_input: bool, want_target: bool,
@@ -126,6 +143,7 @@ def _fake_divergence_finish(
 
 for _operator, _fake in (
     ("perturb", _fake_perturb),
+    ("perturb_fresh", _fake_perturb_fresh),
     ("ascend_measure", fused.fake_ascend_measure),
     ("ascend", fused.fake_ascend),
     ("divergence_forward", _fake_divergence_forward),
