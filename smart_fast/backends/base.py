@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,17 @@ class Step:
     step_size: float | Tensor
     epsilon: float | Tensor
     update: str
+
+
+class DivergenceSpec(NamedTuple):
+    """Which divergence of two sets of logits, and in what form."""
+
+    kind: str  # one of DIVERGENCES
+    output: str  # "terms": elementwise, not weighted; "rows": one loss a row, fp32; "sum": an fp32 scalar
+    alpha: float = 1.0
+    weight: float = 1.0  # multiplies rows and sums
+    scale: float = 1.0  # multiplies both logits (1 / temperature); gradients get it by the chain rule
+    relative: bool = False  # `input` holds input - target; where target is -inf the class is masked on both sides
 
 
 class FusedBackend(Protocol):
