@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd
+from . import autograd, parallel
 from ._checks import check_choice, check_mask, check_number, check_same_device, check_tensor
 from .backends import backend_of_caller, check_name, select
 from .backends.base import REDUCTIONS
@@ -28,6 +28,7 @@ def kl_loss(
     *,
     mask: Tensor | None = None,
     backend: str | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """KL(softmax(target) || softmax(input)), differentiable in both.
 
@@ -39,15 +40,22 @@ def kl_loss(
         mask: bool ``[...]``, True where a row counts. Masked rows give neither loss nor gradient, whatever they hold.
         backend: ``"torch"``, ``"triton"``, ``"native"`` or ``"auto"``. None: the backend of the `SMARTLoss` that calls
             this function, else ``"auto"``.
+        process_group: the `torch.distributed` group over which the vocabulary is sharded. Each process passes its
+            slice ``[..., V_local]`` (of any width, the same of both sides) and gets the loss of the whole; gradients
+            are those of its slice, provided that every process goes backward with the same upstream gradient.
+            ``"none"`` gives the terms of the slice. DTensors that are ``Shard(-1)`` on a mesh of one dimension need
+            no ``process_group``; their gradients, and the terms, are DTensors.
 
     Returns:
         A scalar, or the terms for ``reduction="none"``.
 
     Raises:
-        TypeError: not a tensor, not floating point, a mask that is not bool, a reduction that is not a string.
-        ValueError: shapes that do not match, an empty last dimension, two devices, an unknown reduction or backend.
+        TypeError: not a tensor, not floating point, a mask that is not bool, a reduction that is not a string, a
+            ``process_group`` that is none.
+        ValueError: shapes that do not match, an empty last dimension, two devices, an unknown reduction or backend;
+            DTensors with other placements.
     """
-    return _divergence("kl", input, target, reduction, 1.0, mask, backend)
+    return _divergence("kl", input, target, reduction, 1.0, mask, backend, process_group)
 
 
 def sym_kl_loss(
@@ -58,13 +66,14 @@ def sym_kl_loss(
     *,
     mask: Tensor | None = None,
     backend: str | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """alpha * KL(softmax(target) || softmax(input)) + KL(softmax(input) || softmax(target)).
 
     Each term holds its first distribution constant (detached), as in smart-pytorch and mt-dnn. Shapes, ``mask``,
-    ``backend`` and errors as in `kl_loss`; ``alpha`` must be finite.
+    ``backend``, ``process_group`` and errors as in `kl_loss`; ``alpha`` must be finite.
     """
-    return _divergence("sym_kl", input, target, reduction, alpha, mask, backend)
+    return _divergence("sym_kl", input, target, reduction, alpha, mask, backend, process_group)
 
 
 def js_loss(
@@ -75,13 +84,14 @@ def js_loss(
     *,
     mask: Tensor | None = None,
     backend: str | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """alpha * (KL(m || softmax(input)) + KL(m || softmax(target))), m their detached mean.
 
     smart-pytorch's and mt-dnn's Jensen-Shannon loss (with the mean as first argument, it is unbounded). Shapes,
-    ``mask``, ``backend`` and errors as in `kl_loss`; ``alpha`` must be finite.
+    ``mask``, ``backend``, ``process_group`` and errors as in `kl_loss`; ``alpha`` must be finite.
     """
-    return _divergence("js", input, target, reduction, alpha, mask, backend)
+    return _divergence("js", input, target, reduction, alpha, mask, backend, process_group)
 
 
 def hellinger_loss(
@@ -140,15 +150,28 @@ def _divergence(
     alpha: Any,
     mask: Tensor | None,
     backend: str | None,
+    group: Any,
 ) -> Tensor:
     check_choice("reduction", reduction, REDUCTIONS)
     backend = _backend(backend)
+    if parallel.is_dtensor(input) or parallel.is_dtensor(target):
+        input, target, mask, group, rewrap = parallel.local(input, target, mask, group)
+        loss = _divergence(kind, input, target, reduction, alpha, mask, backend, group)
+        return rewrap(loss) if reduction == "none" else loss
     _check_pair(input, target, mask)
     check_number("alpha", alpha)
+    if group is not None:
+        parallel.check_group(group)
+        if input.shape != target.shape:
+            raise ValueError(
+                f"input and target must have the same shape, got {tuple(input.shape)} and {tuple(target.shape)}"
+            )
     if input.numel() == 0 or target.numel() == 0:
         return _nothing(input, target, reduction)
     # smart-pytorch lets leading dimensions broadcast; so does the path that is bit for bit the same.
     fused = select(backend, input, target, numbers=(alpha,)) if input.shape == target.shape else None
+    if group is not None:
+        return autograd.parallel_divergence(fused, input, target, kind, reduction, alpha, mask, group)
     return autograd.divergence(fused, input, target, kind, reduction, alpha, mask)
 
 

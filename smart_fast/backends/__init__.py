@@ -29,6 +29,7 @@ class BackendFallbackWarning(UserWarning):
 class _Caller(threading.local):
     def __init__(self) -> None:  # in every thread; torch.compile cannot guard a default of the class
         self.backend: str | None = None
+        self.ascending = False
 
 
 _caller = _Caller()
@@ -168,19 +169,27 @@ def default_backend() -> str:
 
 
 @contextlib.contextmanager
-def calling(backend: str) -> Iterator[None]:
-    """Within, losses that name no backend use this one: that of the `SMARTLoss` that calls them."""
-    before = _caller.backend
-    _caller.backend = backend
+def calling(backend: str, ascent: bool = False) -> Iterator[None]:
+    """Within, losses that name no backend use this one: that of the `SMARTLoss` that calls them.
+
+    ``ascent``: it will ask for gradients to the perturbed embedding only.
+    """
+    before = _caller.backend, _caller.ascending
+    _caller.backend, _caller.ascending = backend, ascent
     try:
         yield
     finally:
-        _caller.backend = before
+        _caller.backend, _caller.ascending = before
 
 
 def backend_of_caller() -> str:
     """The backend of the `SMARTLoss` that is calling on this thread, else "auto"."""
     return _caller.backend or "auto"
+
+
+def ascending() -> bool:
+    """Whether a `SMARTLoss` is calling on this thread that wants no gradients to the parameters of its loss."""
+    return _caller.ascending
 
 
 def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any:
