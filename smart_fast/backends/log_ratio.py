@@ -12,15 +12,17 @@ more than `smart_fast.backends.torch_backend` (which is smart-pytorch's order of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .base import STATISTICS, DivergenceSpec
+from .base import DivergenceSpec
 
 name = "log_ratio"
+
+_BLOCK = 1 << 16  # elements; half a dozen temporaries of that many floats fit a core's cache
 
 
 class _Sides(NamedTuple):
@@ -42,48 +44,59 @@ def divergence_forward(
     input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool, want_target: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `FusedBackend.divergence_forward`."""
-    stats = merge(divergence_measure(input, target, spec, mask).unsqueeze(0))
-    rows = None
-    if spec.output != "terms" or spec.kind == "kl":
-        rows = divergence_finish(input, target, stats, spec, mask)
-        if spec.kind == "kl":
-            stats[:, 5] = rows
+    losses, kept = [], []
+    for x, t, keep in _blocks(input, target, mask):
+        sides = _sides(x, t, spec, keep)
+        stats = merge(_measure(sides).unsqueeze(0))
+        ratio = _ratio(sides, stats)
+        if spec.output == "terms":
+            losses.append(_terms(ratio, spec, keep).to(_promoted(input, target)))
+        else:
+            losses.append(_rows(ratio, spec, keep))
+            if spec.kind == "kl":
+                stats[:, 5] = losses[-1]
+        kept.append(stats)
+    loss = torch.cat(losses)
     if spec.output == "terms":
-        loss = terms(input, target, stats, spec, mask)
+        loss = loss.view(input.shape)
     else:
-        assert rows is not None
-        loss = spec.weight * (rows.sum() if spec.output == "sum" else rows.view(input.shape[:-1]))
-    return loss, stats if want_input or want_target else None
+        loss = spec.weight * (loss.sum() if spec.output == "sum" else loss.view(input.shape[:-1]))
+    return loss, torch.cat(kept) if want_input or want_target else None
 
 
 def divergence_backward(
     grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
     want_input: bool, want_target: bool, reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """See `FusedBackend.divergence_backward`. ``reduce`` completes sums ``[2, ..., 1]`` over the columns at hand where
+    """See `FusedBackend.divergence_backward`. ``reduce`` completes sums ``[2, rows, 1]`` over the columns at hand where
     these are a slice of the vocabulary; only gradients of terms need it."""
-    sides = _sides(input, target, spec, mask)
-    ratio = _ratio(sides, stats)
     if spec.output == "terms":
-        dx, dt = _backward_of_terms(grad.to(ratio.r.dtype), ratio, spec, reduce)
+        grad = grad.reshape(-1, input.shape[-1])
     else:
-        weighted = grad.to(ratio.r.dtype) * spec.weight
-        dx, dt = _backward_of_rows(weighted.unsqueeze(-1), ratio, stats, spec)
-
-    def finished(gradient: Tensor, like: Tensor) -> Tensor:
-        gradient = gradient * spec.scale
-        return (gradient if mask is None else torch.where(mask.unsqueeze(-1), gradient, 0.0)).to(like.dtype)
-
-    return finished(dx, input) if want_input else None, finished(dt, target) if want_target else None
+        grad = (grad * spec.weight).expand(input.shape[:-1]).reshape(-1, 1)
+    dx = torch.empty(input.shape, dtype=input.dtype, device=input.device) if want_input else None
+    dt = torch.empty(target.shape, dtype=target.dtype, device=target.device) if want_target else None
+    first = 0
+    for x, t, keep in _blocks(input, target, mask, whole=reduce is not None):
+        rows = slice(first, first + x.shape[0])
+        ratio = _ratio(_sides(x, t, spec, keep), stats[rows])
+        g = grad[rows].to(ratio.r.dtype) * spec.scale
+        found: tuple[Tensor | None, Tensor | None]
+        if spec.output == "terms":
+            found = _backward_of_terms(g, ratio, spec, reduce)
+        else:
+            found = _backward_of_rows(g, ratio, stats[rows, 5:], spec, want_input, want_target)
+        for out, gradient in zip((dx, dt), found, strict=True):
+            if out is not None and gradient is not None:
+                part = gradient if keep is None else torch.where(keep.unsqueeze(-1), gradient, 0.0)
+                out.view(-1, out.shape[-1])[rows] = part
+        first = rows.stop
+    return dx, dt
 
 
 def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
     """See `FusedBackend.divergence_measure`."""
-    x, t, d = _sides(input, target, spec, mask)
-    max_x, exp_x = _shifted_exp(x)
-    max_t, exp_t = _shifted_exp(t)
-    columns = (max_x, exp_x.sum(-1), max_t, exp_t.sum(-1), d.abs().amax(-1), (exp_t * d.expm1()).sum(-1))
-    return torch.stack(columns, -1).view(-1, STATISTICS)
+    return torch.cat([_measure(_sides(x, t, spec, keep)) for x, t, keep in _blocks(input, target, mask)])
 
 
 def merge(measured: Tensor) -> Tensor:
@@ -102,42 +115,93 @@ def merge(measured: Tensor) -> Tensor:
 def divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
 ) -> Tensor:
-    """See `FusedBackend.divergence_finish`. Sums of terms that are not negative, q f(r) with f(r) = expm1(r) - r."""
-    r, p, q, gap = _ratio(_sides(input, target, spec, mask), stats)
-    if spec.kind == "js":
-        columns = spec.alpha * _times(p + q, _log_cosh(0.5 * r))
-    else:
-        near, series = r.abs() < 0.5, _series(r)
-        columns = torch.where(near, q * series, gap - _times(q, r))
-        if spec.kind == "sym_kl":
-            opposite = torch.where(near, p * _series(-r), _times(p, r) - gap)
-            columns = spec.alpha * columns + opposite
-    rows = columns.sum(-1)
-    return (rows if mask is None else torch.where(mask, rows, 0.0)).reshape(-1)
+    """See `FusedBackend.divergence_finish`."""
+    return _from_statistics(_rows, input, target, stats, spec, mask)
 
 
 def terms(input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
     """The elementwise terms of the columns at hand, in the promoted dtype of the logits; masked rows give zeros."""
-    r, p, q, gap = _ratio(_sides(input, target, spec, mask), stats)
+    found = _from_statistics(_terms, input, target, stats, spec, mask)
+    return found.to(_promoted(input, target)).view(input.shape)
+
+
+def _from_statistics(
+    function: Callable[[_Ratio, DivergenceSpec, Tensor | None], Tensor], input: Tensor, target: Tensor, stats: Tensor,
+    spec: DivergenceSpec, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    parts, first = [], 0
+    for x, t, keep in _blocks(input, target, mask):
+        ratio = _ratio(_sides(x, t, spec, keep), stats[first : first + x.shape[0]])
+        parts.append(function(ratio, spec, keep))
+        first += x.shape[0]
+    return torch.cat(parts)
+
+
+def _blocks(
+    input: Tensor, target: Tensor, mask: Tensor | None, whole: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Some rows at a time, ``[rows, V]``: on a CPU the many temporaries then stay in its cache."""
+    input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1, target.shape[-1])
+    mask = None if mask is None else mask.reshape(-1)
+    count, width = input.shape
+    whole = whole or input.device.type != "cpu" or torch.compiler.is_compiling()
+    size = count if whole else max(_BLOCK // width, 1)
+    for first in range(0, count, size):
+        rows = slice(first, first + size)
+        yield input[rows], target[rows], None if mask is None else mask[rows]
+
+
+def _promoted(input: Tensor, target: Tensor) -> torch.dtype:
+    return torch.promote_types(input.dtype, target.dtype)
+
+
+def _measure(sides: _Sides) -> Tensor:
+    x, t, d = sides
+    max_x, exp_x = _shifted_exp(x)
+    max_t, exp_t = _shifted_exp(t)
+    low, high = d.aminmax(dim=-1)
+    columns = (max_x, exp_x.sum(-1), max_t, exp_t.sum(-1), torch.maximum(-low, high), (d.expm1().mul_(exp_t)).sum(-1))
+    return torch.stack(columns, -1)
+
+
+def _rows(ratio: _Ratio, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    """Sums of terms that are not negative: q f(r) and p f(-r), f(r) = expm1(r) - r; their sum is (p - q) r."""
+    r, p, q, gap = ratio
+    if spec.kind == "js":
+        columns = spec.alpha * _times(p + q, _log_cosh(0.5 * r))
+    elif spec.kind == "sym_kl" and spec.alpha == 1.0:
+        columns = _times(gap, r)
+    else:
+        near = r.abs() < 0.5
+        columns = torch.where(near, q * _series(r), gap - _times(q, r))
+        if spec.kind == "sym_kl":
+            columns = spec.alpha * columns + torch.where(near, p * _series(-r), _times(p, r) - gap)
+    rows = columns.sum(-1)
+    return rows if mask is None else torch.where(mask, rows, 0.0)
+
+
+def _terms(ratio: _Ratio, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    r, p, q, gap = ratio
     if spec.kind == "kl":
         values = -_times(q, r)
     elif spec.kind == "sym_kl":
         values = _times(gap, r) + (1.0 - spec.alpha) * _times(q, r)
     else:
         values = spec.alpha * _times(p + q, _log_cosh(0.5 * r))
-    if mask is not None:
-        values = torch.where(mask.unsqueeze(-1), values, 0.0)
-    return values.to(torch.promote_types(input.dtype, target.dtype))
+    return values if mask is None else torch.where(mask.unsqueeze(-1), values, 0.0)
 
 
-def _backward_of_rows(g: Tensor, ratio: _Ratio, stats: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
-    r, _, q, gap = ratio
+def _backward_of_rows(
+    g: Tensor, ratio: _Ratio, kl: Tensor, spec: DivergenceSpec, want_input: bool, want_target: bool
+) -> tuple[Tensor | None, Tensor | None]:
     if spec.kind == "kl":
-        return g * gap, -g * _times(q, r + stats[:, 5].view(*r.shape[:-1], 1))
-    if spec.kind == "sym_kl":
-        return spec.alpha * g * gap, -g * gap
-    dx = 0.5 * spec.alpha * g * gap
-    return dx, -dx
+        dx = g * ratio.gap if want_input else None
+        return dx, -g * _times(ratio.q, ratio.r + kl) if want_target else None
+    to_input, to_target = (spec.alpha, -1.0) if spec.kind == "sym_kl" else (0.5 * spec.alpha, -0.5 * spec.alpha)
+    return (
+        (to_input * g) * ratio.gap if want_input else None,
+        (to_target * g) * ratio.gap if want_target else None,
+    )
 
 
 def _backward_of_terms(
@@ -180,15 +244,15 @@ def _sides(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | N
 def _shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The maximum over the last dimension and exp(logits - maximum); zeros where no logit is finite."""
     peak = logits.amax(-1)
-    return peak, (logits - torch.where(peak == -math.inf, 0.0, peak).unsqueeze(-1)).exp()
+    return peak, (logits - torch.where(peak == -math.inf, 0.0, peak).unsqueeze(-1)).exp_()
 
 
 def _ratio(sides: _Sides, stats: Tensor) -> _Ratio:
     x, t, d = sides
-    max_t, inverse_t, max_x, inverse_x, shift, _ = stats.view(*x.shape[:-1], STATISTICS).unsqueeze(-2).unbind(-1)
+    max_t, inverse_t, max_x, inverse_x, shift, _ = stats.unsqueeze(1).unbind(-1)
     r = d - shift
-    p, q = (x - max_x).exp() * inverse_x, (t - max_t).exp() * inverse_t
-    return _Ratio(r, p, q, torch.where(r.abs() < 0.5, q * r.expm1(), p - q))
+    p, q = (x - max_x).exp_().mul_(inverse_x), (t - max_t).exp_().mul_(inverse_t)
+    return _Ratio(r, p, q, torch.where(r.abs() < 0.5, r.expm1().mul_(q), p - q))
 
 
 def _times(probability: Tensor, value: Tensor) -> Tensor:
@@ -199,9 +263,9 @@ def _times(probability: Tensor, value: Tensor) -> Tensor:
 def _series(r: Tensor) -> Tensor:
     """f(r) = expm1(r) - r for |r| < 1/2: r^2/2 (1 + r/3 (1 + r/4 (...))), to the precision of the dtype."""
     last = 14 if r.dtype == torch.float64 else 8
-    value = torch.ones_like(r)
+    value, one = torch.ones_like(r), r.new_ones(())
     for n in range(last, 2, -1):
-        value.mul_(r).div_(n).add_(1.0)
+        torch.addcmul(one, value, r, value=1.0 / n, out=value)
     return value.mul_(r).mul_(r).mul_(0.5)
 
 
