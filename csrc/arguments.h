@@ -38,6 +38,20 @@ inline Kind kind_of(string_view name) {
   return Kind::js;
 }
 
+enum class Output { terms, rows, sum };
+
+inline Output output_of(string_view name) {
+  if (name == "terms") return Output::terms;
+  if (name == "rows") return Output::rows;
+  TORCH_CHECK_VALUE(name == "sum", "smart_fast: unknown output ", name);
+  return Output::sum;
+}
+
+// The upstream gradient of terms, or of rows as if it were one of terms.
+inline Tensor upstream_of(const Tensor& grad, const Tensor& input, Output output) {
+  return output == Output::rows ? grad.unsqueeze(-1).expand(input.sizes()) : grad;
+}
+
 inline Norm norm_of(string_view name) {
   if (name == "inf") return Norm::inf;
   if (name == "l2") return Norm::l2;

@@ -195,44 +195,69 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
   return {out, noise_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& input, const Tensor& target,
-                                                              const optional<Tensor>& mask, string_view kind,
-                                                              bool elementwise, double alpha, double weight, bool keep,
-                                                              bool want_input, bool want_target) {
-  const View view({input, target});
-  const Shape& shape = view.shape;
-  const int64_t chunks = cpu::chunks(shape.rows, shape.width);
+// What forward and backward passes have in common; `holder` keeps the mask alive.
+cpu::Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, Tensor& holder, double scale,
+                                     bool relative) {
   cpu::Divergence args = {};
-  args.shape = shape;
+  args.shape = view.shape;
   args.x = view.rows[0];
   args.t = view.rows[1];
+  args.mask = mask_bytes(mask, view.shape.rows, holder);
+  args.alpha = args.weight = 1;
+  args.scale = float(scale);
+  args.relative = relative;
+  return args;
+}
+
+void run_divergence(void (*run)(const cpu::Divergence&, int64_t, int64_t, float*), const cpu::Divergence& args) {
+  const int64_t width = args.shape.width;
+  parallel(cpu::chunks(args.shape.rows, width), cpu::rows_per_chunk(width) * width, cpu::divergence_scratch(width),
+           [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
+}
+
+// A gradient like `tensor` and where a kernel writes it, if wanted.
+Tensor gradient_like(const Tensor& tensor, bool wanted, void*& data) {
+  if (!wanted) return nothing(tensor.scalar_type());
+  Tensor out = new_output(tensor.sizes(), tensor.scalar_type());
+  data = out.mutable_data_ptr();
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& input, const Tensor& target,
+                                                              const optional<Tensor>& mask, string_view kind,
+                                                              string_view output, double alpha, double weight,
+                                                              double scale, bool relative, bool keep, bool want_input,
+                                                              bool want_target) {
+  const View view({input, target});
+  const Output shape = output_of(output);
   Tensor holder;
-  args.mask = mask_bytes(mask, shape.rows, holder);
+  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
   args.kind = kind_of(kind);
   args.alpha = float(alpha);
-  args.upstream = float(weight);
-  Tensor loss = elementwise ? new_output(input.sizes(), at::result_type(input, target))
-                            : Tensor(at::detail::empty_cpu({}, at::kFloat));
-  Tensor stats = keep ? new_output({shape.rows, statistics}, at::kFloat) : nothing(at::kFloat);
-  Tensor dx = want_input ? new_output(input.sizes(), input.scalar_type()) : nothing(input.scalar_type());
-  Tensor dt = want_target ? new_output(target.sizes(), target.scalar_type()) : nothing(target.scalar_type());
+  args.weight = float(weight);
+  args.upstream = float(weight * scale);
+  const int64_t rows = view.shape.rows;
+  const at::IntArrayRef leading = input.sizes().slice(0, input.dim() - 1);
+  Tensor loss = shape == Output::terms ? new_output(input.sizes(), at::result_type(input, target))
+                : shape == Output::rows ? new_output(leading, at::kFloat)
+                                        : Tensor(at::detail::empty_cpu({}, at::kFloat));
+  Tensor stats = keep ? new_output({rows, statistics}, at::kFloat) : nothing(at::kFloat);
+  Tensor dx = gradient_like(input, want_input, args.dx), dt = gradient_like(target, want_target, args.dt);
   std::vector<double> partial;
-  if (elementwise) {
+  if (shape == Output::terms) {
     TORCH_CHECK_VALUE(!want_input && !want_target, "smart_fast: elementwise terms need their upstream gradient");
     args.terms = loss.mutable_data_ptr();
     args.terms_dtype = dtype_of(loss);
+  } else if (shape == Output::rows) {
+    args.losses = loss.mutable_data_ptr<float>();
   } else {
-    partial.resize(size_t(chunks));
+    partial.resize(size_t(cpu::chunks(rows, view.shape.width)));
     args.partial = partial.data();
   }
   args.stats = keep ? stats.mutable_data_ptr<float>() : nullptr;
-  args.dx = want_input ? dx.mutable_data_ptr() : nullptr;
-  args.dt = want_target ? dt.mutable_data_ptr() : nullptr;
   args.stream = stream(loss) || stream(dx) || stream(dt);
-  const auto run = cpu::kernels().divergence_forward;
-  parallel(chunks, cpu::rows_per_chunk(shape.width) * shape.width, cpu::divergence_scratch(shape.width),
-           [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
-  if (!elementwise) {
+  run_divergence(cpu::kernels().divergence_forward, args);
+  if (shape == Output::sum) {
     double sum = 0;
     for (const double each : partial) sum += each;
     *loss.mutable_data_ptr<float>() = float(weight * sum);
@@ -240,37 +265,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
   return {loss, stats, dx, dt};
 }
 
+void check_statistics(const Tensor& stats, int64_t rows) {
+  TORCH_CHECK_VALUE(stats.numel() == rows * statistics && stats.is_contiguous(),
+                    "smart_fast: statistics of another forward pass");
+}
+
 std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                                                const Tensor& stats, const optional<Tensor>& mask, string_view kind,
-                                               bool elementwise, double alpha, double weight, bool want_input,
-                                               bool want_target) {
-  const View view = elementwise ? View({input, target, grad}, 2) : View({input, target});
-  const Shape& shape = view.shape;
-  cpu::Divergence args = {};
-  args.shape = shape;
-  args.x = view.rows[0];
-  args.t = view.rows[1];
+                                               string_view output, double alpha, double weight, double scale,
+                                               bool relative, bool want_input, bool want_target) {
+  const Output shape = output_of(output);
+  const View view = shape == Output::sum ? View({input, target}) : View({input, target, upstream_of(grad, input, shape)}, 2);
   Tensor holder;
-  args.mask = mask_bytes(mask, shape.rows, holder);
+  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
   args.kind = kind_of(kind);
   args.alpha = float(alpha);
-  TORCH_CHECK_VALUE(stats.numel() == shape.rows * statistics && stats.is_contiguous(),
-                    "smart_fast: statistics of another forward pass");
+  check_statistics(stats, view.shape.rows);
   args.stats = const_cast<float*>(stats.const_data_ptr<float>());
-  Tensor dx = want_input ? new_output(input.sizes(), input.scalar_type()) : nothing(input.scalar_type());
-  Tensor dt = want_target ? new_output(target.sizes(), target.scalar_type()) : nothing(target.scalar_type());
-  args.dx = want_input ? dx.mutable_data_ptr() : nullptr;
-  args.dt = want_target ? dt.mutable_data_ptr() : nullptr;
+  Tensor dx = gradient_like(input, want_input, args.dx), dt = gradient_like(target, want_target, args.dt);
   args.stream = stream(dx) || stream(dt);
-  if (elementwise)
-    args.grad = view.rows[2];
-  else
-    args.upstream = float(weight * grad.item<double>());
-  const auto run = elementwise ? cpu::kernels().divergence_elements_backward : cpu::kernels().divergence_backward;
-  parallel(cpu::chunks(shape.rows, shape.width), cpu::rows_per_chunk(shape.width) * shape.width,
-           cpu::divergence_scratch(shape.width),
-           [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
+  if (shape != Output::sum) args.grad = view.rows[2];
+  args.upstream = float(weight * scale * (shape == Output::sum ? grad.item<double>() : 1.0));
+  run_divergence(shape == Output::terms ? cpu::kernels().divergence_elements_backward : cpu::kernels().divergence_backward,
+                 args);
   return {dx, dt};
+}
+
+Tensor divergence_measure(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, double scale,
+                          bool relative) {
+  const View view({input, target});
+  Tensor holder;
+  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
+  Tensor parts = new_output({view.shape.rows, statistics}, at::kFloat);
+  args.stats = parts.mutable_data_ptr<float>();
+  run_divergence(cpu::kernels().divergence_measure, args);
+  return parts;
+}
+
+Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor& stats, const optional<Tensor>& mask,
+                         string_view kind, double alpha, double scale, bool relative) {
+  const View view({input, target});
+  Tensor holder;
+  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
+  args.kind = kind_of(kind);
+  args.alpha = float(alpha);
+  check_statistics(stats, view.shape.rows);
+  args.stats = const_cast<float*>(stats.const_data_ptr<float>());
+  Tensor losses = new_output({view.shape.rows}, at::kFloat);
+  args.losses = losses.mutable_data_ptr<float>();
+  run_divergence(cpu::kernels().divergence_finish, args);
+  return losses;
 }
 
 // ---- how it was built ----------------------------------------------------------------------------------------------
@@ -313,12 +357,18 @@ TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
   library.def("native_ascend(Tensor embed, Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, str kind, str scope,"
               " float noise_var, float step_size, str update, float epsilon, bool keep_noise) -> (Tensor, Tensor)",
               tags);
-  library.def("native_divergence_forward(Tensor input, Tensor target, Tensor? mask, str kind, bool elementwise,"
-              " float alpha, float weight, bool keep, bool want_input, bool want_target)"
+  library.def("native_divergence(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
+              " float weight, float scale, bool relative) -> Tensor", tags);
+  library.def("native_divergence_forward(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
+              " float weight, float scale, bool relative, bool keep, bool want_input, bool want_target)"
               " -> (Tensor, Tensor, Tensor, Tensor)", tags);
   library.def("native_divergence_backward(Tensor grad, Tensor input, Tensor target, Tensor stats, Tensor? mask,"
-              " str kind, bool elementwise, float alpha, float weight, bool want_input, bool want_target)"
-              " -> (Tensor, Tensor)", tags);
+              " str kind, str output, float alpha, float weight, float scale, bool relative, bool want_input,"
+              " bool want_target) -> (Tensor, Tensor)", tags);
+  library.def("native_divergence_measure(Tensor input, Tensor target, Tensor? mask, float scale, bool relative)"
+              " -> Tensor", tags);
+  library.def("native_divergence_finish(Tensor input, Tensor target, Tensor stats, Tensor? mask, str kind, float alpha,"
+              " float scale, bool relative) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(smart_fast, CPU, library) {
@@ -327,6 +377,8 @@ TORCH_LIBRARY_IMPL(smart_fast, CPU, library) {
   library.impl("native_ascend", &smart_fast::ascend);
   library.impl("native_divergence_forward", &smart_fast::divergence_forward);
   library.impl("native_divergence_backward", &smart_fast::divergence_backward);
+  library.impl("native_divergence_measure", &smart_fast::divergence_measure);
+  library.impl("native_divergence_finish", &smart_fast::divergence_finish);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {

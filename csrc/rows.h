@@ -34,4 +34,8 @@ enum class Update : int { smart_pytorch, sift };
 // Row statistics that a divergence keeps for its backward pass, one fp32 each.
 enum Statistic : int { stat_max_t, stat_inv_sum_t, stat_max_x, stat_inv_sum_x, stat_shift, stat_kl, statistics };
 
+// What is known of a slice of a row, in the same place: sums of exponentials relative to the maxima (of expm1: to that
+// of t), and the largest difference.
+enum Part : int { part_max_x, part_sum_x, part_max_t, part_sum_t, part_max_d, part_sum_e };
+
 }  // namespace smart_fast

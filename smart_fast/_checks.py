@@ -52,6 +52,16 @@ def check_number(name: str, value: Any) -> Any:
     return value
 
 
+def check_positive(name: str, value: Any) -> float:
+    """A finite real number above zero, no tensor: it becomes part of a launch."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return number
+
+
 def check_count(name: str, value: Any) -> int:
     """A non-negative integer."""
     try:

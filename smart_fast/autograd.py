@@ -76,8 +76,16 @@ def perturb(
     if backend is None:
         return torch_backend.perturb(embed, draw_normal(embed, generator), noise_var, mask)
     seed = draw_seed(embed.device, generator)
+    if _has_nodes(backend):
+        return backend.perturb(embed, seed, float(noise_var), mask, keep_noise)
     perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise)
     return _shift(embed, perturbed, mask), noise
+
+
+def _has_nodes(backend: FusedBackend) -> bool:
+    """Whether the operators of ``backend`` are differentiable by themselves: in C++ that costs a fraction of what it
+    costs here. A compiler traces the functions of this file instead."""
+    return backend.differentiable and not torch.compiler.is_compiling()
 
 
 def ascend(
@@ -87,6 +95,8 @@ def ascend(
     """``embed`` plus the noise moved along ``grad``, and that noise if another step will need it."""
     if backend is None:
         return torch_backend.ascend(embed, grad, noise, step, mask)
+    if _has_nodes(backend):
+        return backend.ascend(embed, grad, noise, step, mask, keep_noise)
     perturbed, noise_out = backend.ascend(embed.detach(), grad.detach(), noise, step, mask, keep_noise)
     return _shift(embed, perturbed, mask), noise_out
 
@@ -99,60 +109,61 @@ def _shift(embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """Row statistics are saved and probabilities recomputed, unless the backend gives the gradients with the loss."""
+    """Row statistics are saved, probabilities recomputed."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: FusedBackend, kind: str,
-        elementwise: bool, alpha: float, weight: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: FusedBackend, spec: DivergenceSpec
+    ) -> Tensor:
         want_input, want_target = ctx.needs_input_grad[:2]
-        loss, stats, ctx.gradients = backend.divergence_forward(
-            input, target, kind, elementwise, alpha, weight, mask, want_input, want_target
-        )
+        loss, stats = backend.divergence_forward(input, target, spec, mask, want_input, want_target)
         if want_input or want_target:
             ctx.save_for_backward(input, target, mask, stats)
-            ctx.options = backend, kind, elementwise, alpha, weight
+            ctx.options = backend, spec
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, target, mask, stats = ctx.saved_tensors
-        backend, kind, elementwise, alpha, weight = ctx.options
-        want_input, want_target = ctx.needs_input_grad[:2]
-        if stats is not None:
-            gradients = backend.divergence_backward(
-                grad, input, target, stats, kind, elementwise, alpha, weight, mask, want_input, want_target
-            )
-            return *gradients, None, None, None, None, None, None
-        # Handed over, not lent: the receiver may write to them. A second backward pass computes its own.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            _, _, gradients = backend.divergence_forward(
-                input, target, kind, elementwise, alpha, weight, mask, want_input, want_target
-            )
-        upstream = grad.item()
-        if upstream != 1.0:
-            gradients = tuple(None if each is None else each.mul_(upstream) for each in gradients)
-        return *gradients, None, None, None, None, None, None
+        backend, spec = ctx.options
+        gradients = backend.divergence_backward(grad, input, target, stats, spec, mask, *ctx.needs_input_grad[:2])
+        return *gradients, None, None, None
 
 
 def divergence(
     backend: FusedBackend | None, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any,
-    mask: Tensor | None,
+    mask: Tensor | None, temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """The divergence ``kind`` of logits ``[..., V]``, reduced as `torch.nn.functional.kl_div` reduces."""
+    """The divergence ``kind`` of logits ``[..., V]``, reduced as `torch.nn.functional.kl_div` reduces.
+
+    Of ``logits / temperature``, times ``temperature**2``.
+    """
     if backend is None:
-        return torch_backend.divergence(input, target, kind, reduction, alpha, mask)
-    weight = 1.0
+        return torch_backend.divergence(input, target, kind, reduction, alpha, mask, temperature)
+    square = temperature * temperature
+    if reduction == "none":
+        spec = DivergenceSpec(kind, "terms", float(alpha), 1.0, 1.0 / temperature)
+        terms = _differentiable_divergence(backend, input, target, spec, mask)
+        return terms if square == 1.0 else terms * square
+    weight = square
     if reduction == "batchmean":
-        weight = 1.0 / input.size(0)
+        weight = square / input.size(0)
     elif reduction == "mean" and mask is None:
-        weight = 1.0 / input.numel()
-    loss: Tensor = _Divergence.apply(input, target, mask, backend, kind, reduction == "none", float(alpha), weight)
+        weight = square / input.numel()
+    spec = DivergenceSpec(kind, "sum", float(alpha), weight, 1.0 / temperature)
+    loss = _differentiable_divergence(backend, input, target, spec, mask)
     if reduction == "mean" and mask is not None:
         loss = loss / (mask.sum() * input.size(-1)).clamp(min=1)
+    return loss
+
+
+def _differentiable_divergence(
+    backend: FusedBackend, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None
+) -> Tensor:
+    if _has_nodes(backend):
+        return backend.divergence(input, target, spec, mask)
+    loss: Tensor = _Divergence.apply(input, target, mask, backend, spec)
     return loss
 
 
@@ -196,13 +207,17 @@ class _ParallelDivergence(torch.autograd.Function):
 
 def parallel_divergence(
     backend: FusedBackend | None, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float,
-    mask: Tensor | None, group: Any,
+    mask: Tensor | None, temperature: float, group: Any,
 ) -> Tensor:  # fmt: skip
     """`divergence` of logits sharded over the vocabulary: local logits ``[..., V_local]``, the same loss everywhere."""
-    spec = DivergenceSpec(kind, "terms" if reduction == "none" else "rows", float(alpha))
+    output = "terms" if reduction == "none" else "rows"
+    spec = DivergenceSpec(kind, output, float(alpha), scale=1.0 / temperature)
     loss, width = _ParallelDivergence.apply(input, target, mask, backend or log_ratio, spec, group)
+    if temperature != 1.0:
+        loss = loss * temperature**2
     if reduction == "none":
-        return loss
+        terms: Tensor = loss
+        return terms
     total: Tensor = loss.sum()
     if reduction == "batchmean":
         return total / (input.size(0) if input.dim() > 1 else width)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, parallel
-from ._checks import check_choice, check_mask, check_number, check_same_device, check_tensor
+from ._checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
 from .backends import ascending, backend_of_caller, check_name, log_ratio, select
 from .backends.base import DIVERGENCES, REDUCTIONS
 from .projection import Plan, chunk_tokens
@@ -175,9 +175,9 @@ def _linear(
     dtype = _check_tensors(input, target, weight, bias)
     if mask is not None:
         check_mask(mask, input.shape, input.device, "input")
-    alpha, temperature = _plain_number("alpha", alpha), _plain_number("temperature", temperature)
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    if isinstance(alpha, Tensor):
+        raise TypeError("alpha must be a plain number, got a Tensor")
+    alpha, temperature = float(check_number("alpha", alpha)), check_positive("temperature", temperature)
     _check_bytes(chunk_bytes)
     if group is not None:
         parallel.check_group(group)
@@ -240,12 +240,6 @@ def _check_tensors(input: Any, target: Any, weight: Any, bias: Any) -> torch.dty
         given = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
         raise TypeError(f"input, target, weight and bias must have one dtype outside autocast, got {given}")
     return dtypes["input"]
-
-
-def _plain_number(name: str, value: Any) -> float:
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a plain number, got a Tensor")
-    return float(check_number(name, value))
 
 
 def _check_bytes(value: Any) -> None:

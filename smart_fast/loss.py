@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, parallel
-from ._checks import check_choice, check_mask, check_number, check_same_device, check_tensor
+from ._checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
 from .backends import backend_of_caller, check_name, select
 from .backends.base import REDUCTIONS
 
@@ -27,6 +27,7 @@ def kl_loss(
     reduction: str = "batchmean",
     *,
     mask: Tensor | None = None,
+    temperature: float = 1.0,
     backend: str | None = None,
     process_group: Any = None,
 ) -> Tensor:
@@ -38,6 +39,8 @@ def kl_loss(
         reduction: ``"batchmean"`` (the sum divided by ``input.size(0)``), ``"sum"``, ``"mean"`` (divided by the number
             of unmasked elements, V per row) or ``"none"`` (elementwise terms ``[..., V]``).
         mask: bool ``[...]``, True where a row counts. Masked rows give neither loss nor gradient, whatever they hold.
+        temperature: positive. Logits are divided by it and the loss is multiplied by its square, so that gradients keep
+            their size (Hinton et al., "Distilling the knowledge in a neural network", 2015).
         backend: ``"torch"``, ``"triton"``, ``"native"`` or ``"auto"``. None: the backend of the `SMARTLoss` that calls
             this function, else ``"auto"``.
         process_group: the `torch.distributed` group over which the vocabulary is sharded. Each process passes its
@@ -52,10 +55,10 @@ def kl_loss(
     Raises:
         TypeError: not a tensor, not floating point, a mask that is not bool, a reduction that is not a string, a
             ``process_group`` that is none.
-        ValueError: shapes that do not match, an empty last dimension, two devices, an unknown reduction or backend;
-            DTensors with other placements.
+        ValueError: shapes that do not match, an empty last dimension, two devices, an unknown reduction or backend, a
+            temperature that is not positive and finite, DTensors with other placements.
     """
-    return _divergence("kl", input, target, reduction, 1.0, mask, backend, process_group)
+    return _divergence("kl", input, target, reduction, 1.0, mask, temperature, backend, process_group)
 
 
 def sym_kl_loss(
@@ -65,15 +68,16 @@ def sym_kl_loss(
     alpha: float = 1.0,
     *,
     mask: Tensor | None = None,
+    temperature: float = 1.0,
     backend: str | None = None,
     process_group: Any = None,
 ) -> Tensor:
     """alpha * KL(softmax(target) || softmax(input)) + KL(softmax(input) || softmax(target)).
 
     Each term holds its first distribution constant (detached), as in smart-pytorch and mt-dnn. Shapes, ``mask``,
-    ``backend``, ``process_group`` and errors as in `kl_loss`; ``alpha`` must be finite.
+    ``temperature``, ``backend``, ``process_group`` and errors as in `kl_loss`; ``alpha`` must be finite.
     """
-    return _divergence("sym_kl", input, target, reduction, alpha, mask, backend, process_group)
+    return _divergence("sym_kl", input, target, reduction, alpha, mask, temperature, backend, process_group)
 
 
 def js_loss(
@@ -83,15 +87,16 @@ def js_loss(
     alpha: float = 1.0,
     *,
     mask: Tensor | None = None,
+    temperature: float = 1.0,
     backend: str | None = None,
     process_group: Any = None,
 ) -> Tensor:
     """alpha * (KL(m || softmax(input)) + KL(m || softmax(target))), m their detached mean.
 
     smart-pytorch's and mt-dnn's Jensen-Shannon loss (with the mean as first argument, it is unbounded). Shapes,
-    ``mask``, ``backend``, ``process_group`` and errors as in `kl_loss`; ``alpha`` must be finite.
+    ``mask``, ``temperature``, ``backend``, ``process_group`` and errors as in `kl_loss`; ``alpha`` must be finite.
     """
-    return _divergence("js", input, target, reduction, alpha, mask, backend, process_group)
+    return _divergence("js", input, target, reduction, alpha, mask, temperature, backend, process_group)
 
 
 def hellinger_loss(
@@ -149,6 +154,7 @@ def _divergence(
     reduction: str,
     alpha: Any,
     mask: Tensor | None,
+    temperature: float,
     backend: str | None,
     group: Any,
 ) -> Tensor:
@@ -156,10 +162,12 @@ def _divergence(
     backend = _backend(backend)
     if parallel.is_dtensor(input) or parallel.is_dtensor(target):
         input, target, mask, group, rewrap = parallel.local(input, target, mask, group)
-        loss = _divergence(kind, input, target, reduction, alpha, mask, backend, group)
+        loss = _divergence(kind, input, target, reduction, alpha, mask, temperature, backend, group)
         return rewrap(loss) if reduction == "none" else loss
     _check_pair(input, target, mask)
     check_number("alpha", alpha)
+    if temperature != 1.0:
+        check_positive("temperature", temperature)
     if group is not None:
         parallel.check_group(group)
         if input.shape != target.shape:
@@ -171,8 +179,8 @@ def _divergence(
     # smart-pytorch lets leading dimensions broadcast; so does the path that is bit for bit the same.
     fused = select(backend, input, target, numbers=(alpha,)) if input.shape == target.shape else None
     if group is not None:
-        return autograd.parallel_divergence(fused, input, target, kind, reduction, alpha, mask, group)
-    return autograd.divergence(fused, input, target, kind, reduction, alpha, mask)
+        return autograd.parallel_divergence(fused, input, target, kind, reduction, alpha, mask, temperature, group)
+    return autograd.divergence(fused, input, target, kind, reduction, alpha, mask, temperature)
 
 
 def _backend(backend: str | None) -> str:

@@ -132,9 +132,9 @@ def test_large_outputs_are_used_again(native):
 def test_kept_memory_is_bounded(native):
     smart_fast.empty_cache()
     seed = torch.tensor([1])
-    outputs = [native.perturb(torch.zeros(MIB // 4 + 1024 * i), seed, 1.0, None, False)[0] for i in range(40)]
+    outputs = [native.perturb(torch.zeros(MIB // 4 + 1024 * i), seed, 1.0, None, False)[0] for i in range(100)]
     del outputs
-    assert 0 < native.extension.cached_bytes() <= 16 * 2 * MIB
+    assert 0 < native.extension.cached_bytes() <= 64 * 2 * MIB
     smart_fast.empty_cache()
 
 

@@ -27,13 +27,13 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
             (x, t, seed, None, mask, "l2", "row", 1e-5, 1e-3, "sift", 1e-6, False),
         ],
         "divergence_forward": [
-            (x, t, None, "kl", False, 1.0, 1.0, True),
-            (x, t, mask, "js", True, 0.5, 1.0, True),
-            (x, t, None, "sym_kl", False, 0.5, 1.0, False),
+            (x, t, None, "kl", "sum", 1.0, 1.0, 1.0, False, True),
+            (x, t, mask, "js", "terms", 0.5, 1.0, 0.5, False, True),
+            (x, t, None, "sym_kl", "rows", 0.5, 1.0, 1.0, True, False),
         ],
         "divergence_backward": [
-            (one, x, t, stats, mask, "kl", False, 1.0, 1.0, True, True),
-            (x, x, t, stats, mask, "sym_kl", True, 1.0, 1.0, True, False),
+            (one, x, t, stats, mask, "kl", "sum", 1.0, 1.0, 1.0, False, True, True),
+            (x, x, t, stats, mask, "sym_kl", "terms", 1.0, 1.0, 0.5, True, True, False),
         ],
     }
     if backend.name == "native":  # whether to keep the noise, which gradients to give with the loss

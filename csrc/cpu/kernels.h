@@ -45,14 +45,18 @@ struct Divergence {
   const uint8_t* mask;
   Kind kind;
   float alpha;
+  float weight;         // of `losses`
+  float scale;          // of both logits
+  bool relative;        // x holds x - t
   double* partial;      // forward: the sum of every chunk, or null
+  float* losses;        // forward and finish: [rows], or null
   void* terms;          // forward: elementwise terms, or null
   Dtype terms_dtype;
   float* stats;         // [rows, statistics], or null in a forward pass
   void *dx, *dt;        // gradients in the dtypes of x and t, or null
-  float upstream;       // scalar upstream gradient, weights included
+  float upstream;       // of a loss of whole rows: upstream gradient, weight and scale included
   bool stream;
-  Rows grad;            // elementwise backward: upstream gradient
+  Rows grad;            // backward: upstream gradients of terms, or a factor for each row; no data for none
 };
 
 struct Kernels {
@@ -61,6 +65,8 @@ struct Kernels {
   void (*measure)(const Ascend&, int64_t begin, int64_t end, float* scratch);
   void (*ascend)(const Ascend&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_forward)(const Divergence&, int64_t begin, int64_t end, float* scratch);
+  void (*divergence_measure)(const Divergence&, int64_t begin, int64_t end, float* scratch);
+  void (*divergence_finish)(const Divergence&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_backward)(const Divergence&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_elements_backward)(const Divergence&, int64_t begin, int64_t end, float* scratch);
 };

@@ -11,8 +11,8 @@ namespace cpu {
 #define SMART_FAST_QUOTE(name) SMART_FAST_QUOTE_(name)
 
 const Kernels SMART_FAST_ISA = {
-    SMART_FAST_QUOTE(SMART_FAST_ISA), perturb, measure, ascend, divergence_forward, divergence_backward,
-    divergence_elements_backward,
+    SMART_FAST_QUOTE(SMART_FAST_ISA), perturb, measure, ascend, divergence_forward, divergence_measure,
+    divergence_finish, divergence_backward, divergence_elements_backward,
 };
 
 }  // namespace cpu

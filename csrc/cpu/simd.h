@@ -27,6 +27,14 @@
 namespace smart_fast {
 namespace {
 
+// Choices at compile time, as arguments.
+struct True {
+  constexpr operator bool() const { return true; }
+};
+struct False {
+  constexpr operator bool() const { return false; }
+};
+
 constexpr int LANES = SMART_FAST_LANES;
 constexpr int BYTES = 4 * LANES;
 
@@ -66,6 +74,7 @@ struct Simd {
 #endif
   }
 
+  // b where either is NaN.
   static SMART_FAST_INLINE F max(F a, F b) {
 #if SMART_FAST_SIMD_LEVEL == 3
     return (F)_mm512_max_ps((__m512)a, (__m512)b);
@@ -125,14 +134,18 @@ struct Simd {
     const F n = shifted - 12582912.0f;
     F r = v - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
-    F y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
+    const F r2 = r * r;
+    const F c01 = r * 1.6666665459e-1f + 5.0000001201e-1f, c23 = r * 8.3334519073e-3f + 4.1665795894e-2f;
+    const F c45 = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    F y = (c45 * r2 + c23) * r2 + c01;
+    y = (y * r2 + r) + 1.0f;
+#if SMART_FAST_SIMD_LEVEL == 3
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);  // NaN among them
+    return (F)_mm512_maskz_scalef_ps(normal, (__m512)y, (__m512)n);
+#else
     y = (F)((U)y + ((U)shifted << 23));
     return select(v < -87.0f, splat(0.0f), y);
+#endif
   }
 
   // log(v) for positive normal v: Cephes' logf (Moshier), 1 ulp.
@@ -216,6 +229,74 @@ SMART_FAST_INLINE void interleave(F a, F b, F& lower, F& upper) {
   lower = __builtin_shufflevector(a, b, 0, 4, 1, 5);
   upper = __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #endif
+}
+
+// Lane indices, and lanes by index.
+SMART_FAST_INLINE I lane_numbers() {
+  I numbers;
+  for (int lane = 0; lane < LANES; ++lane) numbers[lane] = lane;
+  return numbers;
+}
+SMART_FAST_INLINE F permute(F v, I lanes) {  // indices modulo LANES
+#if SMART_FAST_SIMD_LEVEL == 3
+  return (F)_mm512_permutexvar_ps((__m512i)lanes, (__m512)v);
+#elif SMART_FAST_SIMD_LEVEL == 2
+  return (F)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lanes);
+#else
+  F result;
+  for (int lane = 0; lane < LANES; ++lane) result[lane] = v[lanes[lane] & (LANES - 1)];
+  return result;
+#endif
+}
+
+// LANES dense rows of a few columns, `width` vectors, as columns; and back.
+inline void dense_to_columns(const float* from, int64_t width, float* columns) {
+  for (int32_t j = 0; j < width; ++j) {
+    const I index = lane_numbers() * int32_t(width) + j;
+    F column = {};
+    for (int32_t k = 0; k < width; ++k)
+      column = Simd::select((index >> (LANES == 16 ? 4 : LANES == 8 ? 3 : 2)) == k, permute(load(from + k * LANES), index), column);
+    store(columns + j * LANES, column);
+  }
+}
+inline void columns_to_dense(const float* columns, int64_t width, float* to) {
+  const float inverse = 1.0f / float(width);
+  for (int32_t k = 0; k < width; ++k) {
+    const I index = lane_numbers() + k * LANES;
+    const I row = __builtin_convertvector((__builtin_convertvector(index, F) + 0.5f) * inverse, I);
+    F dense = {};
+    for (int32_t j = 0; j < width; ++j)
+      dense = Simd::select(index - row * int32_t(width) == j, permute(load(columns + j * LANES), row), dense);
+    store(to + k * LANES, dense);
+  }
+}
+
+// Whole vectors of `count` floats.
+SMART_FAST_INLINE void copy_vectors(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) store(to + i, load(from + i));
+}
+
+// A square of LANES rows, `from_step` and `to_step` apart. Interleaving the halves log2(LANES) times transposes.
+inline void transpose(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  F rows[LANES], next[LANES];
+  for (int i = 0; i < LANES; ++i) rows[i] = load(from + i * from_step);
+  for (int stage = 1; stage < LANES; stage *= 2) {
+    for (int i = 0; i < LANES / 2; ++i) {
+      const F a = rows[i], b = rows[i + LANES / 2];
+#if SMART_FAST_LANES == 16
+      next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif SMART_FAST_LANES == 8
+      next[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+      next[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+      next[2 * i] = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      next[2 * i + 1] = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+    }
+    for (int i = 0; i < LANES; ++i) rows[i] = next[i];
+  }
+  for (int i = 0; i < LANES; ++i) store(to + i * to_step, rows[i]);
 }
 
 // ---- numbers of 16 bits --------------------------------------------------------------------------------------------
@@ -329,7 +410,21 @@ inline const float* read_block(const void* data, Dtype dtype, int64_t count, flo
         store(buffer + i, from_fp16(*reinterpret_cast<const HUnaligned*>(source + i)));
     }
   }
+#if SMART_FAST_SIMD_LEVEL == 3
+  if (full < count) {
+    const __mmask16 inside = __mmask16((1u << (count - full)) - 1);
+    F v;
+    if (dtype == Dtype::fp32) {
+      v = (F)_mm512_maskz_loadu_ps(inside, static_cast<const float*>(data) + full);
+    } else {
+      const H bits = (H)_mm256_maskz_loadu_epi16(inside, static_cast<const uint16_t*>(data) + full);
+      v = dtype == Dtype::bf16 ? from_bf16(bits) : from_fp16(bits);
+    }
+    store(buffer + full, (F)_mm512_mask_mov_ps(_mm512_set1_ps(padding), inside, (__m512)v));
+  }
+#else
   for (int64_t i = full; i < whole(count); ++i) buffer[i] = i < count ? element(data, dtype, i) : padding;
+#endif
   return buffer;
 }
 

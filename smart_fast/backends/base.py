@@ -37,14 +37,21 @@ class Step:
 
 
 class DivergenceSpec(NamedTuple):
-    """Which divergence of two sets of logits, and in what form."""
+    """What a divergence kernel computes. Operators take the fields one by one, in this order.
 
-    kind: str  # one of DIVERGENCES
-    output: str  # "terms": elementwise, not weighted; "rows": one loss a row, fp32; "sum": an fp32 scalar
+    ``output``: "terms", elementwise ``[..., V]`` in the promoted dtype of the logits; "rows", fp32 ``[...]``, one loss
+    a row; or "sum", an fp32 scalar. Rows and sums are multiplied by ``weight``, terms are not. Both logits are
+    multiplied by ``scale`` (one over a temperature), which gradients see by the chain rule. With ``relative``,
+    ``input`` holds the difference x - t of the unscaled logits instead of x, and a class whose t is minus infinity is
+    masked on both sides; gradients are still those to the logits x and t.
+    """
+
+    kind: str
+    output: str
     alpha: float = 1.0
-    weight: float = 1.0  # multiplies rows and sums
-    scale: float = 1.0  # multiplies both logits (1 / temperature); gradients get it by the chain rule
-    relative: bool = False  # `input` holds input - target; where target is -inf the class is masked on both sides
+    weight: float = 1.0
+    scale: float = 1.0
+    relative: bool = False
 
 
 class FusedBackend(Protocol):
@@ -55,6 +62,9 @@ class FusedBackend(Protocol):
     """
 
     name: str
+    #: Whether, in eager mode, the results of `perturb`, `ascend` and `divergence` carry autograd nodes of the backend's
+    #: own. If not, `divergence` is not called.
+    differentiable: bool
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
@@ -75,23 +85,43 @@ class FusedBackend(Protocol):
         """
         ...
 
-    def divergence_forward(
-        self, input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float,
-        mask: Tensor | None, want_input: bool, want_target: bool,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None] | None]:  # fmt: skip
-        """``(loss, statistics for the backward pass, gradients)``.
+    def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        """The loss of `divergence_forward`, differentiable."""
+        ...
 
-        The loss is ``weight`` times the sum over unmasked rows (fp32 scalar), or the elementwise terms ``[..., V]`` in
-        the promoted dtype of the logits. Where a gradient is wanted, either the statistics are given, or the
-        gradients themselves, for an upstream gradient of one (of a scalar loss); the other is None.
+    def divergence_forward(
+        self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool,
+        want_target: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """``(loss, row statistics for the backward pass where a gradient is wanted)``.
+
+        Statistics: fp32 ``[rows, STATISTICS]``, namely max t, 1 / sum exp(t - max t), max x, 1 / sum exp(x - max x),
+        the shift D of the log-ratio and the divergence of the row, of scaled logits. Masked rows give no loss.
         """
         ...
 
     def divergence_backward(
-        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, kind: str, elementwise: bool, alpha: float,
-        weight: float, mask: Tensor | None, want_input: bool, want_target: bool,
+        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
+        want_input: bool, want_target: bool,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Gradients to ``input`` and ``target``, each in its tensor's dtype, contiguous; None where not wanted."""
+        """Gradients to ``input`` and ``target``, each in its tensor's dtype, contiguous; None where not wanted.
+
+        ``grad`` has the shape of the loss, with any strides.
+        """
+        ...
+
+    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        """Statistics of a slice of the vocabulary, fp32 ``[rows, 6]``: max x, sum exp(x - max x), max t,
+        sum exp(t - max t), max abs(x - t), and sum exp(t - max t) expm1(x - t), meaningful while that is at most one.
+
+        Any number within one of a maximum will do in its place. Slices without a finite logit: minus infinity and zero.
+        """
+        ...
+
+    def divergence_finish(
+        self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
+    ) -> Tensor:
+        """A slice's share of the divergence of each row, fp32 ``[rows]``, from the statistics of whole rows."""
         ...
 
 

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor
 
 from . import fused
-from .base import Step, new_output
+from .base import STATISTICS, DivergenceSpec, Step, new_output
 
 name = "native"
 
-_perturb = torch.ops.smart_fast.native_perturb.default
-_ascend_measure = torch.ops.smart_fast.native_ascend_measure.default
-_ascend = torch.ops.smart_fast.native_ascend.default
-_divergence_forward = torch.ops.smart_fast.native_divergence_forward.default
-_divergence_backward = torch.ops.smart_fast.native_divergence_backward.default
+#: Operators bring their own autograd nodes; see `smart_fast.autograd`.
+differentiable = True
+
+_operators = torch.ops.smart_fast
+_perturb = _operators.native_perturb.default
+_ascend_measure = _operators.native_ascend_measure.default
+_ascend = _operators.native_ascend.default
+_divergence = _operators.native_divergence.default
+_divergence_forward = _operators.native_divergence_forward.default
+_divergence_backward = _operators.native_divergence_backward.default
+_divergence_measure = _operators.native_divergence_measure.default
+_divergence_finish = _operators.native_divergence_finish.default
 
 extension: ModuleType | None = None  # set by smart_fast.backends
 
@@ -44,38 +51,38 @@ def ascend(
     return fused.ascend(_ascend_measure, _ascend, _noise_alone, embed, grad, noise, step, mask, keep_noise)
 
 
+def divergence(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    """The loss of `divergence_forward`, with its autograd node."""
+    loss: Tensor = _divergence(input, target, mask, *spec)
+    return loss
+
+
 def divergence_forward(
-    input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float, mask: Tensor | None,
-    want_input: bool, want_target: bool,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None] | None]:  # fmt: skip
-    wanted = want_input or want_target
-    # Gradients beside the loss save a CPU a second reading of the logits. Not in fp16, where they could underflow
-    # before a loss scale reaches them; not for a compiler, which owns the backward pass.
-    now = (
-        wanted
-        and not elementwise
-        and input.device.type == "cpu"
-        and input.dtype != torch.float16
-        and target.dtype != torch.float16
-        and not torch.compiler.is_compiling()
-    )
-    loss, stats, d_input, d_target = _divergence_forward(
-        input, target, mask, kind, elementwise, alpha, weight, wanted and not now, now and want_input,
-        now and want_target,
-    )  # fmt: skip
-    if now:
-        return loss, None, (d_input if want_input else None, d_target if want_target else None)
-    return loss, stats if wanted else None, None
+    input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool, want_target: bool
+) -> tuple[Tensor, Tensor | None]:
+    keep = want_input or want_target
+    loss, stats, _, _ = _divergence_forward(input, target, mask, *spec, keep, False, False)
+    return loss, stats if keep else None
 
 
 def divergence_backward(
-    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, kind: str, elementwise: bool, alpha: float,
-    weight: float, mask: Tensor | None, want_input: bool, want_target: bool,
+    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
+    want_input: bool, want_target: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    d_input, d_target = _divergence_backward(
-        grad, input, target, stats, mask, kind, elementwise, alpha, weight, want_input, want_target
-    )
+    d_input, d_target = _divergence_backward(grad, input, target, stats, mask, *spec, want_input, want_target)
     return d_input if want_input else None, d_target if want_target else None
+
+
+def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    parts: Tensor = _divergence_measure(input, target, mask, spec.scale, spec.relative)
+    return parts
+
+
+def divergence_finish(
+    input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
+) -> Tensor:
+    losses: Tensor = _divergence_finish(input, target, stats, mask, spec.kind, spec.alpha, spec.scale, spec.relative)
+    return losses
 
 
 def cannot_serve(device: torch.device) -> str | None:
@@ -95,12 +102,26 @@ def _fake_perturb(
 
 
 def _fake_divergence_forward(
-    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, elementwise: bool, alpha: float, weight: float,
-    keep: bool, want_input: bool, want_target: bool,
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
+    scale: float, relative: bool, keep: bool, want_input: bool, want_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    loss, stats = fused.fake_divergence_forward(input, target, mask, kind, elementwise, alpha, weight, keep)
+    spec = DivergenceSpec(kind, output, alpha, weight, scale, relative)
+    loss, stats = fused.fake_divergence_forward(input, target, mask, *spec, keep)
     d_input = new_output(input.shape if want_input else (0,), input.dtype, input.device)
     return loss, stats, d_input, new_output(target.shape if want_target else (0,), target.dtype, target.device)
+
+
+def _fake_divergence_measure(
+    input: Tensor, target: Tensor, mask: Tensor | None, scale: float, relative: bool
+) -> Tensor:
+    return new_output((input.numel() // input.shape[-1], STATISTICS), torch.float32, input.device)
+
+
+def _fake_divergence_finish(
+    input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, alpha: float, scale: float,
+    relative: bool,
+) -> Tensor:  # fmt: skip
+    return new_output((input.numel() // input.shape[-1],), torch.float32, input.device)
 
 
 for _operator, _fake in (
@@ -109,5 +130,7 @@ for _operator, _fake in (
     ("ascend", fused.fake_ascend),
     ("divergence_forward", _fake_divergence_forward),
     ("divergence_backward", fused.fake_divergence_backward),
+    ("divergence_measure", _fake_divergence_measure),
+    ("divergence_finish", _fake_divergence_finish),
 ):
     torch.library.register_fake(f"smart_fast::native_{_operator}", _fake)

@@ -61,9 +61,13 @@ def _add(embed: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def divergence(
-    input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float | Tensor, mask: Tensor | None
-) -> Tensor:
+    input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float | Tensor, mask: Tensor | None,
+    temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
     """The divergence of the logits by log-softmax, softmax and `torch.nn.functional.kl_div`."""
+    if temperature != 1.0:
+        input, target = input / temperature, target / temperature
+        return divergence(input, target, kind, reduction, alpha, mask) * temperature**2
     if mask is None:
         return _formula(input, target, kind, reduction, alpha)
     rows = mask.unsqueeze(-1)

@@ -18,6 +18,7 @@ from . import triton_ops as ops
 from .base import Step
 
 name = "triton"
+differentiable = False
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

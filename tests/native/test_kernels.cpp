@@ -114,8 +114,8 @@ void divergences(int64_t rows, int64_t width) {
   for (const Kind kind : {Kind::kl, Kind::sym_kl, Kind::js})
     for (const Dtype x_dtype : dtypes)
       for (const Dtype t_dtype : dtypes)
-        for (int variant = 0; variant < 8; ++variant) {
-          const bool masked = variant & 1, strided = variant & 2, stream = variant & 4;
+        for (int variant = 0; variant < 16; ++variant) {
+          const bool masked = variant & 1, strided = variant & 2, stream = variant & 4, relative = variant & 8;
           const int64_t step = strided ? width + 5 : width;
           Tensor x(rows * step, x_dtype, 3), t(rows * step, t_dtype, 4), dx(rows * width, x_dtype),
               dt(rows * width, t_dtype), terms(rows * width, x_dtype), stats(rows * statistics, Dtype::fp32);
@@ -129,7 +129,9 @@ void divergences(int64_t rows, int64_t width) {
           args.mask = masked ? mask.data() : nullptr;
           args.kind = kind;
           args.alpha = 0.5f;
-          args.upstream = 1.0f;
+          args.upstream = args.weight = 1.0f;
+          args.scale = relative ? 0.5f : 1.0f;
+          args.relative = relative;
           args.stream = stream;
           args.stats = stats.floats();
           args.partial = partial.data();
@@ -137,9 +139,29 @@ void divergences(int64_t rows, int64_t width) {
           args.dx = dx.data();
           args.dt = dt.data();
           cpu::kernels().divergence_forward(args, 0, chunks, scratch.memory);
-          for (const double each : partial) check(each >= 0, "divergence", width);
+          double sum = 0;
+          for (const double each : partial) {
+            check(each >= 0, "divergence", width);
+            sum += each;
+          }
           args.partial = nullptr;
           cpu::kernels().divergence_backward(args, 0, chunks, scratch.memory);
+          Tensor factors(rows, x_dtype, 5);
+          args.grad = {factors.data(), x_dtype, 1, 0, 0, 0};
+          cpu::kernels().divergence_backward(args, 0, chunks, scratch.memory);
+          args.grad = {};
+          std::vector<float> losses(size_t(rows), -1);
+          args.losses = losses.data();
+          cpu::kernels().divergence_finish(args, 0, chunks, scratch.memory);
+          double finished = 0;
+          for (const float each : losses) finished += each;
+          check(std::abs(finished - sum) <= 1e-5 * sum, "finished", width);
+          args.losses = nullptr;
+          Tensor parts(rows * statistics, Dtype::fp32);
+          float* const kept = args.stats;
+          args.stats = parts.floats();
+          cpu::kernels().divergence_measure(args, 0, chunks, scratch.memory);
+          args.stats = kept;
           args.dx = args.dt = nullptr;
           args.terms = terms.data();
           args.terms_dtype = x_dtype;
@@ -158,12 +180,12 @@ void divergences(int64_t rows, int64_t width) {
 void pool() {
   Pool pool;
   std::vector<Pool::Block*> blocks;
-  for (int i = 0; i < 40; ++i) blocks.push_back(pool.take(Pool::smallest + size_t(i) * 4096));
+  for (int i = 0; i < 100; ++i) blocks.push_back(pool.take(Pool::smallest + size_t(i) * 4096));
   for (Pool::Block* block : blocks) std::memset(block->data, 1, block->size);
   for (Pool::Block* block : blocks) pool.give_back(block);
   check(pool.bytes() <= Pool::most_bytes, "bytes kept", 0);
-  check(pool.bytes() <= Pool::most_blocks * (Pool::smallest + 40 * 4096), "blocks kept", 0);
-  pool.give_back(pool.take(Pool::smallest + 39 * 4096));
+  check(pool.bytes() <= Pool::most_blocks * (Pool::smallest + 100 * 4096), "blocks kept", 0);
+  pool.give_back(pool.take(Pool::smallest + 99 * 4096));
   check(pool.clear() > 0 && pool.bytes() == 0, "cleared", 0);
 }
 
