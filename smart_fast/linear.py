@@ -57,9 +57,9 @@ def linear_kl_loss(
             MiB, 256 MiB on a GPU, but between 256 and 4096 tokens.
         backend: as in `kl_loss`. The GEMMs are always torch's.
         process_group: the `torch.distributed` group over which ``weight`` and ``bias`` are sharded: each process
-            passes its rows ``[V_local, H]``, the same hidden states, and gets the loss of the whole. Gradients to
-            hidden states are summed over the group in the backward pass, in which every process must take part with
-            the same upstream gradient; those to weight and bias are local.
+            passes its rows ``[V_local, H]``, the same hidden states and mask, and gets the loss of the whole. Gradients
+            to hidden states are summed over the group in the backward pass, in which every process must take part
+            with the same upstream gradient; those to weight and bias are local.
 
     Returns:
         A scalar, or the losses of the tokens, fp32 (float64 for float64).
@@ -190,7 +190,8 @@ def _linear(
     count = math.prod(tokens)
     widths = [weight.shape[0]]
     if group is not None:
-        widths = parallel.agree("the shape of input", tuple(input.shape), weight.shape[0], group, input.device)
+        same = count, input.shape[-1], chunk_bytes or 0
+        widths = parallel.agree("(tokens, H, chunk_bytes)", same, weight.shape[0], group, input.device)
     plan = Plan(
         select(backend, input, target, weight) or log_ratio, kind, alpha, 1.0 / temperature, dtype,
         chunk_tokens(count, max(widths), dtype.itemsize, chunk_bytes, input.device), group,
@@ -217,6 +218,10 @@ def _check_tensors(input: Any, target: Any, weight: Any, bias: Any) -> torch.dty
     for name, tensor in tensors.items():
         if check_tensor(name, tensor).is_complex():
             raise TypeError(f"{name} must be real, got {tensor.dtype}")
+        if parallel.is_dtensor(tensor):  # sharded for data or over the vocabulary? Only the caller knows
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor: pass its local part and process_group, or all"
+            )
         check_same_device(name, tensor.device, "input", input.device)
     if input.dim() == 0 or input.shape != target.shape:
         raise ValueError(

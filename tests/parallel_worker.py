@@ -211,7 +211,7 @@ def linear_losses(rank, world):
 @check
 def linear_losses_of_different_tokens(rank, world):
     hidden = torch.ones(2 + (rank == 1), HIDDEN)
-    with pytest.raises(ValueError, match="the shape of input must be the same in every process"):
+    with pytest.raises(ValueError, match=r"\(tokens, H, chunk_bytes\) must be the same in every process"):
         smart_fast.linear_kl_loss(hidden, hidden, torch.ones(3, HIDDEN), process_group=dist.group.WORLD)
 
 
@@ -261,6 +261,8 @@ def dtensors_placed_otherwise(rank, world):
         smart_fast.kl_loss(sharded, x)
     with pytest.raises(ValueError, match="process_group must be None for DTensor logits"):
         smart_fast.kl_loss(sharded, sharded, process_group=dist.group.WORLD)
+    with pytest.raises(TypeError, match="weight must be a plain tensor, got a DTensor"):
+        smart_fast.linear_kl_loss(x, x, sharded[0])
 
 
 @check

@@ -145,7 +145,7 @@ def test_half_precision_in_kernels(
     kind: str, dtype: torch.dtype, fused: ModuleType, device: torch.device, poison: None
 ) -> None:
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype] * (4 if kind == "kl" else 1)
-    agree(kind, "mean", True, dtype, tolerance, str(device))
+    agree(kind, "batchmean", True, dtype, tolerance, str(device))
 
 
 @in_pytorch
