@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import smart_fast
-from smart_fast import LinearDivergence, SMARTLoss, linear_js_loss, linear_kl_loss, linear_sym_kl_loss, sym_kl_loss
+from smart_fast import (
+    LinearDivergence,
+    SMARTLoss,
+    linear_js_loss,
+    linear_kl_loss,
+    linear_sym_kl_loss,
+    projection,
+    sym_kl_loss,
+)
 from smart_fast.projection import chunk_tokens
 from tests import oracle
 
@@ -222,9 +230,14 @@ def test_gradcheck(masked: bool) -> None:
 
 
 @in_pytorch
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @every_kind
-def test_masked_tokens_may_hold_anything(kind: str, reduction: str) -> None:
+def test_masked_tokens_may_hold_anything(
+    kind: str, reduction: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on_gpu:  # where masked tokens keep their places
+        monkeypatch.setattr(projection, "_kept", lambda mask: (None, mask))
     given, mask = tensors(), some_tokens((3, 5))
     want = run(kind, given, reduction, mask=mask)
     dirty = [each.detach().clone() for each in given]
