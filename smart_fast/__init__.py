@@ -8,6 +8,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "philox.py")
     __path__.append(str(_here.parent))
 
 from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
+from .linear import LinearDivergence, linear_js_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
 from .loss import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
 from .norms import inf_norm, l1_norm, l2_norm, sentence_norm  # noqa: E402
 from .smart import SMARTLoss  # noqa: E402
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendFallbackWarning",
+    "LinearDivergence",
     "SMARTLoss",
     "available_backends",
     "empty_cache",
@@ -25,6 +27,9 @@ __all__ = [
     "kl_loss",
     "l1_norm",
     "l2_norm",
+    "linear_js_loss",
+    "linear_kl_loss",
+    "linear_sym_kl_loss",
     "sentence_norm",
     "set_default_backend",
     "stable_sym_kl_loss",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import torch_backend
+from . import parallel, projection
+from .backends import log_ratio, torch_backend
 from .backends.base import DivergenceSpec, FusedBackend, Step
 from .noise import draw_normal, draw_seed
 
@@ -163,4 +164,125 @@ def _differentiable_divergence(
     if _has_nodes(backend):
         return backend.divergence(input, target, spec, mask)
     loss: Tensor = _Divergence.apply(input, target, mask, backend, spec)
+    return loss
+
+
+class _ParallelDivergence(torch.autograd.Function):
+    """Rows or terms of logits of which this process holds a slice of the vocabulary, and the vocabulary's width.
+
+    The gradient of rows needs no communication. That of terms sums over the row under any upstream gradient, so there
+    the slices have to meet once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: Any, spec: DivergenceSpec, group: Any
+    ) -> tuple[Tensor, Tensor]:
+        if spec.output == "terms":
+            stats, width = parallel.statistics(backend, input, target, spec, mask, group)
+            loss = log_ratio.terms(input, target, stats, spec, mask)
+        else:
+            rows, stats, width = parallel.rows(backend, input, target, spec, mask, group)
+            loss = rows.view(input.shape[:-1])
+        ctx.save_for_backward(input, target, mask, stats)
+        ctx.options = backend, spec, group
+        ctx.mark_non_differentiable(width)
+        return loss, width
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, mask, stats = ctx.saved_tensors
+        backend, spec, group = ctx.options
+        want_input, want_target = ctx.needs_input_grad[:2]
+        if spec.output == "terms":
+            gradients = log_ratio.divergence_backward(
+                grad, input, target, stats, spec, mask, want_input, want_target,
+                reduce=lambda sums: parallel.all_reduce(sums, group),
+            )  # fmt: skip
+        else:
+            gradients = backend.divergence_backward(grad, input, target, stats, spec, mask, want_input, want_target)
+        return *gradients, None, None, None, None
+
+
+def parallel_divergence(
+    backend: FusedBackend | None, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float,
+    mask: Tensor | None, temperature: float, group: Any,
+) -> Tensor:  # fmt: skip
+    """`divergence` of logits sharded over the vocabulary: local logits ``[..., V_local]``, the same loss everywhere."""
+    output = "terms" if reduction == "none" else "rows"
+    spec = DivergenceSpec(kind, output, float(alpha), scale=1.0 / temperature)
+    loss, width = _ParallelDivergence.apply(input, target, mask, backend or log_ratio, spec, group)
+    if temperature != 1.0:
+        loss = loss * temperature**2
+    if reduction == "none":
+        terms: Tensor = loss
+        return terms
+    total: Tensor = loss.sum()
+    if reduction == "batchmean":
+        return total / (input.size(0) if input.dim() > 1 else width)
+    if reduction == "mean":
+        count = loss.numel() if mask is None else mask.sum().clamp(min=1)
+        return total / (count * width)
+    return total
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """The losses of projected hidden states: their sum (``total``), or one for each token.
+
+    The gradients of a sum are known but for a factor, so they come with the forward pass, while its logits are there.
+    Those of single losses wait for their upstream gradients and compute the logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
+        plan: projection.Plan, total: bool,
+    ) -> Tensor:  # fmt: skip
+        wanted = projection.Wanted(*ctx.needs_input_grad[:4])
+        tensors = input, target, weight, bias, mask
+        with torch.autocast(input.device.type, enabled=False):
+            loss, stats, ctx.gradients = projection.losses(
+                plan, *tensors, keep=any(wanted), now=wanted if total and any(wanted) else None
+            )
+        if any(wanted):
+            ctx.save_for_backward(*tensors, stats)
+            ctx.plan, ctx.total = plan, total
+        return loss.sum() if total else loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight, bias, mask, stats = ctx.saved_tensors
+        wanted = projection.Wanted(*ctx.needs_input_grad[:4])
+        # Used up: a second backward pass computes its own.
+        sums, ctx.gradients = ctx.gradients, None
+        common = grad
+        with torch.autocast(input.device.type, enabled=False):
+            if sums is None:
+                rows = grad.expand(input.shape[:1])
+                if mask is not None:
+                    rows = torch.where(mask, rows, 0.0)
+                # In half precision products of upstream gradients and hidden states could overflow or vanish.
+                common = rows.abs().amax()
+                common = torch.where(common == 0, 1.0, common)
+                sums = projection.gradients(ctx.plan, input, target, weight, bias, mask, stats, rows / common, wanted)
+                grad = grad if ctx.total else rows
+            dtypes = input.dtype, target.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+            found = projection.finished(ctx.plan, sums, wanted, grad, common, dtypes)
+        return *found, None, None, None
+
+
+def linear_divergence(
+    plan: projection.Plan, input: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
+    total: bool,
+) -> Tensor:  # fmt: skip
+    """The divergence of ``input @ weight.T + bias`` from ``target @ weight.T + bias``, summed or for each of N tokens.
+
+    ``input`` and ``target`` ``[N, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]``, ``mask`` ``[N]``.
+    """
+    tensors: tuple[Tensor | None, ...] = input, target, weight, bias
+    if not torch.is_grad_enabled():  # inside the Function that is not to be seen, and gradients come with the loss
+        tensors = tuple(None if each is None else each.detach() for each in tensors)
+    loss: Tensor = _LinearDivergence.apply(*tensors, mask, plan, total)
     return loss

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd
+from . import autograd, parallel
 from ._checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
 from .backends import backend_of_caller, check_name, select
 from .backends.base import REDUCTIONS
@@ -29,6 +29,7 @@ def kl_loss(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     backend: str | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """KL(softmax(target) || softmax(input)), differentiable in both.
 
@@ -42,16 +43,22 @@ def kl_loss(
             their size (Hinton et al., "Distilling the knowledge in a neural network", 2015).
         backend: ``"torch"``, ``"triton"``, ``"native"`` or ``"auto"``. None: the backend of the `SMARTLoss` that calls
             this function, else ``"auto"``.
+        process_group: the `torch.distributed` group over which the vocabulary is sharded. Each process passes its
+            slice ``[..., V_local]`` (of any width, the same of both sides) and gets the loss of the whole; gradients
+            are those of its slice, provided that every process goes backward with the same upstream gradient.
+            ``"none"`` gives the terms of the slice. DTensors that are ``Shard(-1)`` on a mesh of one dimension need
+            no ``process_group``; their gradients, and the terms, are DTensors.
 
     Returns:
         A scalar, or the terms for ``reduction="none"``.
 
     Raises:
-        TypeError: not a tensor, not floating point, a mask that is not bool, a reduction that is not a string.
+        TypeError: not a tensor, not floating point, a mask that is not bool, a reduction that is not a string, a
+            ``process_group`` that is none.
         ValueError: shapes that do not match, an empty last dimension, two devices, an unknown reduction or backend, a
-            temperature that is not positive and finite.
+            temperature that is not positive and finite, DTensors with other placements.
     """
-    return _divergence("kl", input, target, reduction, 1.0, mask, temperature, backend)
+    return _divergence("kl", input, target, reduction, 1.0, mask, temperature, backend, process_group)
 
 
 def sym_kl_loss(
@@ -63,13 +70,14 @@ def sym_kl_loss(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     backend: str | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """alpha * KL(softmax(target) || softmax(input)) + KL(softmax(input) || softmax(target)).
 
     Each term holds its first distribution constant (detached), as in smart-pytorch and mt-dnn. Shapes, ``mask``,
-    ``temperature``, ``backend`` and errors as in `kl_loss`; ``alpha`` must be finite.
+    ``temperature``, ``backend``, ``process_group`` and errors as in `kl_loss`; ``alpha`` must be finite.
     """
-    return _divergence("sym_kl", input, target, reduction, alpha, mask, temperature, backend)
+    return _divergence("sym_kl", input, target, reduction, alpha, mask, temperature, backend, process_group)
 
 
 def js_loss(
@@ -81,13 +89,14 @@ def js_loss(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     backend: str | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """alpha * (KL(m || softmax(input)) + KL(m || softmax(target))), m their detached mean.
 
     smart-pytorch's and mt-dnn's Jensen-Shannon loss (with the mean as first argument, it is unbounded). Shapes,
-    ``mask``, ``temperature``, ``backend`` and errors as in `kl_loss`; ``alpha`` must be finite.
+    ``mask``, ``temperature``, ``backend``, ``process_group`` and errors as in `kl_loss`; ``alpha`` must be finite.
     """
-    return _divergence("js", input, target, reduction, alpha, mask, temperature, backend)
+    return _divergence("js", input, target, reduction, alpha, mask, temperature, backend, process_group)
 
 
 def hellinger_loss(
@@ -147,17 +156,30 @@ def _divergence(
     mask: Tensor | None,
     temperature: float,
     backend: str | None,
+    group: Any,
 ) -> Tensor:
     check_choice("reduction", reduction, REDUCTIONS)
     backend = _backend(backend)
+    if parallel.is_dtensor(input) or parallel.is_dtensor(target):
+        input, target, mask, group, rewrap = parallel.local(input, target, mask, group)
+        loss = _divergence(kind, input, target, reduction, alpha, mask, temperature, backend, group)
+        return rewrap(loss) if reduction == "none" else loss
     _check_pair(input, target, mask)
     check_number("alpha", alpha)
     if temperature != 1.0:
         check_positive("temperature", temperature)
+    if group is not None:
+        parallel.check_group(group)
+        if input.shape != target.shape:
+            raise ValueError(
+                f"input and target must have the same shape, got {tuple(input.shape)} and {tuple(target.shape)}"
+            )
     if input.numel() == 0 or target.numel() == 0:
         return _nothing(input, target, reduction)
     # smart-pytorch lets leading dimensions broadcast; so does the path that is bit for bit the same.
     fused = select(backend, input, target, numbers=(alpha,)) if input.shape == target.shape else None
+    if group is not None:
+        return autograd.parallel_divergence(fused, input, target, kind, reduction, alpha, mask, temperature, group)
     return autograd.divergence(fused, input, target, kind, reduction, alpha, mask, temperature)
 
 

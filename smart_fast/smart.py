@@ -214,7 +214,7 @@ class SMARTLoss(nn.Module):
             return self._input_gradients(loss_of, [autograd.track(each) for each in perturbed])
 
     def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:
-        with calling(self.backend):
+        with calling(self.backend, ascent=name == "loss_fn"):
             loss: Tensor = states.compare(name, loss_fn, perturbed, state)
         return loss
 

@@ -28,6 +28,7 @@ class BackendFallbackWarning(UserWarning):
 class _Caller(threading.local):
     def __init__(self) -> None:  # in every thread; torch.compile cannot guard a default of the class
         self.backend: str | None = None
+        self.ascending = False
 
 
 _caller = _Caller()
@@ -167,24 +168,32 @@ def default_backend() -> str:
 
 
 class calling(contextlib.AbstractContextManager[None]):
-    """Within, losses that name no backend use this one: that of the `SMARTLoss` that calls them."""
+    """Within, losses that name no backend use this one: that of the `SMARTLoss` that calls them.
 
-    __slots__ = ("_backend", "_before")
+    ``ascent``: it will ask for gradients to the perturbed embedding only.
+    """
 
-    def __init__(self, backend: str) -> None:
-        self._backend = backend
+    __slots__ = ("_before", "_within")
+
+    def __init__(self, backend: str, ascent: bool = False) -> None:
+        self._within = backend, ascent
 
     def __enter__(self) -> None:
-        self._before = _caller.backend
-        _caller.backend = self._backend
+        self._before = _caller.backend, _caller.ascending
+        _caller.backend, _caller.ascending = self._within
 
     def __exit__(self, *error: object) -> None:
-        _caller.backend = self._before
+        _caller.backend, _caller.ascending = self._before
 
 
 def backend_of_caller() -> str:
     """The backend of the `SMARTLoss` that is calling on this thread, else "auto"."""
     return _caller.backend or "auto"
+
+
+def ascending() -> bool:
+    """Whether a `SMARTLoss` is calling on this thread that wants no gradients to the parameters of its loss."""
+    return _caller.ascending
 
 
 def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any:
