@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import torch_backend
-from .backends.base import FusedBackend, Step
+from .backends.base import DivergenceSpec, FusedBackend, Step
 from .noise import draw_normal, draw_seed
 
 
@@ -98,43 +98,26 @@ def _shift(embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """Row statistics are saved and probabilities recomputed, unless the backend gives the gradients with the loss."""
+    """Row statistics are saved, probabilities recomputed."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: FusedBackend, kind: str,
-        elementwise: bool, alpha: float, weight: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: FusedBackend, spec: DivergenceSpec
+    ) -> Tensor:
         want_input, want_target = ctx.needs_input_grad[:2]
-        loss, stats, ctx.gradients = backend.divergence_forward(
-            input, target, kind, elementwise, alpha, weight, mask, want_input, want_target
-        )
+        loss, stats = backend.divergence_forward(input, target, spec, mask, want_input, want_target)
         if want_input or want_target:
             ctx.save_for_backward(input, target, mask, stats)
-            ctx.options = backend, kind, elementwise, alpha, weight
+            ctx.options = backend, spec
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, target, mask, stats = ctx.saved_tensors
-        backend, kind, elementwise, alpha, weight = ctx.options
-        want_input, want_target = ctx.needs_input_grad[:2]
-        if stats is not None:
-            gradients = backend.divergence_backward(
-                grad, input, target, stats, kind, elementwise, alpha, weight, mask, want_input, want_target
-            )
-            return *gradients, None, None, None, None, None, None
-        # Handed over, not lent: the receiver may write to them. A second backward pass computes its own.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            _, _, gradients = backend.divergence_forward(
-                input, target, kind, elementwise, alpha, weight, mask, want_input, want_target
-            )
-        upstream = grad.item()
-        if upstream != 1.0:
-            gradients = tuple(None if each is None else each.mul_(upstream) for each in gradients)
-        return *gradients, None, None, None, None, None, None
+        backend, spec = ctx.options
+        gradients = backend.divergence_backward(grad, input, target, stats, spec, mask, *ctx.needs_input_grad[:2])
+        return *gradients, None, None, None
 
 
 def divergence(
@@ -149,7 +132,8 @@ def divergence(
         weight = 1.0 / input.size(0)
     elif reduction == "mean" and mask is None:
         weight = 1.0 / input.numel()
-    loss: Tensor = _Divergence.apply(input, target, mask, backend, kind, reduction == "none", float(alpha), weight)
+    spec = DivergenceSpec(kind, "terms" if reduction == "none" else "sum", float(alpha), weight)
+    loss: Tensor = _Divergence.apply(input, target, mask, backend, spec)
     if reduction == "mean" and mask is not None:
         loss = loss / (mask.sum() * input.size(-1)).clamp(min=1)
     return loss

@@ -10,7 +10,10 @@ import torch
 from smart_fast import SMARTLoss, js_loss, kl_loss, sym_kl_loss
 
 STEP = ("inf", 1e-5, 1e-3, "smart-pytorch")
-NAMES = ["perturb", "ascend_measure", "ascend", "divergence_forward", "divergence_backward"]
+NAMES = [
+    "perturb", "ascend_measure", "ascend", "divergence_forward", "divergence_backward", "divergence_measure",
+    "divergence_finish",
+]  # fmt: skip
 
 
 def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]:
@@ -27,20 +30,20 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
             (x, t, seed, None, mask, "l2", "row", 1e-5, 1e-3, "sift", 1e-6, False),
         ],
         "divergence_forward": [
-            (x, t, None, "kl", False, 1.0, 1.0, True),
-            (x, t, mask, "js", True, 0.5, 1.0, True),
-            (x, t, None, "sym_kl", False, 0.5, 1.0, False),
+            (x, t, None, "kl", "sum", 1.0, 1.0, 1.0, False, True),
+            (x, t, mask, "js", "terms", 0.5, 1.0, 0.5, False, True),
+            (x, t, None, "sym_kl", "rows", 0.5, 1.0, 1.0, True, False),
         ],
         "divergence_backward": [
-            (one, x, t, stats, mask, "kl", False, 1.0, 1.0, True, True),
-            (x, x, t, stats, mask, "sym_kl", True, 1.0, 1.0, True, False),
+            (one, x, t, stats, mask, "kl", "sum", 1.0, 1.0, 1.0, False, True, True),
+            (x, x, t, stats, mask, "sym_kl", "terms", 1.0, 1.0, 0.5, True, True, False),
+            (x[..., 0], x, t, stats, None, "js", "rows", 1.0, 1.0, 1.0, False, True, True),
         ],
+        "divergence_measure": [(x, t, mask, "kl", "rows", 1.0, 1.0, 1.0, False)],
+        "divergence_finish": [(x, t, stats, mask, "js", "rows", 1.0, 1.0, 0.5, True)],
     }
-    if backend.name == "native":  # whether to keep the noise, which gradients to give with the loss
+    if backend.name == "native":  # whether to keep the noise
         found["perturb"] = [(*each, keep) for each in found["perturb"] for keep in (False, True)]
-        forward = found["divergence_forward"]
-        found["divergence_forward"] = [(*each, False, False) for each in forward]
-        found["divergence_forward"] += [(*forward[0], True, True), (*forward[2], False, True)]
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 UPDATES = ("smart-pytorch", "sift")
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: fp32 numbers that a divergence keeps of each row for its backward pass.
+#: fp32 numbers that a divergence keeps of each row for its backward pass, and of a slice of a row to be merged.
 STATISTICS = 6
 
 
@@ -34,6 +34,23 @@ class Step:
     step_size: float | Tensor
     epsilon: float | Tensor
     update: str
+
+
+class DivergenceSpec(NamedTuple):
+    """Which divergence, in which form. Operators take these fields one by one, in this order."""
+
+    kind: str
+    """One of `DIVERGENCES`."""
+    output: str
+    """ "terms": elementwise ``[..., V]`` in the promoted dtype of the logits; "rows": fp32 ``[...]``, one loss a row;
+    "sum": fp32 scalar. Rows and sums are multiplied by ``weight``, terms are not."""
+    alpha: float = 1.0
+    weight: float = 1.0
+    scale: float = 1.0
+    """Both logits are multiplied by it (1 / temperature) and gradients follow the chain rule. No more than that."""
+    relative: bool = False
+    """``input`` holds x - t, the difference of the unscaled logits, in place of x. A class whose t is -inf is masked on
+    both sides. Gradients are those to the logits x (in input's dtype) and t, as functions of (x, t)."""
 
 
 class FusedBackend(Protocol):
@@ -65,22 +82,39 @@ class FusedBackend(Protocol):
         ...
 
     def divergence_forward(
-        self, input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float,
-        mask: Tensor | None, want_input: bool, want_target: bool,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None] | None]:  # fmt: skip
-        """``(loss, statistics for the backward pass, gradients)``.
+        self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool,
+        want_target: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """``(loss over the unmasked rows, statistics for the backward pass)``; None where no gradient is wanted.
 
-        The loss is ``weight`` times the sum over unmasked rows (fp32 scalar), or the elementwise terms ``[..., V]`` in
-        the promoted dtype of the logits. Where a gradient is wanted, either the statistics are given, or the
-        gradients themselves, for an upstream gradient of one (of a scalar loss); the other is None.
+        Statistics: fp32 ``[rows, 6]``, of the scaled logits: max t, 1 / sum exp(t - max t), max x,
+        1 / sum exp(x - max x), D = logsumexp(x) - logsumexp(t), and the loss of the row before ``weight``.
         """
         ...
 
     def divergence_backward(
-        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, kind: str, elementwise: bool, alpha: float,
-        weight: float, mask: Tensor | None, want_input: bool, want_target: bool,
+        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
+        want_input: bool, want_target: bool,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Gradients to ``input`` and ``target``, each in its tensor's dtype, contiguous; None where not wanted."""
+        """Gradients to ``input`` and ``target``, each in its tensor's dtype, contiguous; None where not wanted.
+
+        ``grad``: ``[..., V]`` for "terms", ``[...]`` for "rows", a scalar for "sum"; any strides, 0 included. With
+        the statistics of a whole vocabulary and a slice of its columns: that slice of the gradients of "rows" or "sum".
+        """
+        ...
+
+    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        """Partial statistics of a slice of the vocabulary, fp32 ``[rows, 6]``, of the scaled logits: max x,
+        sum exp(x - max x), max t, sum exp(t - max t), max abs(d), and sum exp(t - max t) expm1(d), which means
+        something where max abs(d) <= 1. Without finite logits: maximum -inf, sum 0. Masked rows: anything finite.
+        """
+        ...
+
+    def divergence_finish(
+        self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
+    ) -> Tensor:
+        """fp32 ``[rows]``: the sum over the given columns of the terms of the row's loss, not weighted, from
+        statistics as `divergence_forward` gives them (the last column is not read). Masked rows: 0."""
         ...
 
 

@@ -83,20 +83,34 @@ def fake_ascend(
 
 
 def fake_divergence_forward(
-    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, elementwise: bool, alpha: float, weight: float,
-    keep: bool,
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
+    scale: float, relative: bool, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     stats = (input.numel() // input.shape[-1], STATISTICS) if keep else (0,)
-    dtype = torch.promote_types(input.dtype, target.dtype) if elementwise else torch.float32
-    loss = new_output(input.shape if elementwise else (), dtype, input.device)
-    return loss, new_output(stats, torch.float32, input.device)
+    shape = {"terms": input.shape, "rows": input.shape[:-1], "sum": ()}[output]
+    dtype = torch.promote_types(input.dtype, target.dtype) if output == "terms" else torch.float32
+    return new_output(shape, dtype, input.device), new_output(stats, torch.float32, input.device)
 
 
 def fake_divergence_backward(
-    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, elementwise: bool,
-    alpha: float, weight: float, want_input: bool, want_target: bool,
+    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str,
+    alpha: float, weight: float, scale: float, relative: bool, want_input: bool, want_target: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
         new_output(input.shape if want_input else (0,), input.dtype, input.device),
         new_output(target.shape if want_target else (0,), target.dtype, target.device),
     )
+
+
+def fake_divergence_measure(
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
+    scale: float, relative: bool,
+) -> Tensor:  # fmt: skip
+    return new_output((input.numel() // input.shape[-1], STATISTICS), torch.float32, input.device)
+
+
+def fake_divergence_finish(
+    input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float,
+    weight: float, scale: float, relative: bool,
+) -> Tensor:  # fmt: skip
+    return new_output((input.numel() // input.shape[-1],), torch.float32, input.device)
