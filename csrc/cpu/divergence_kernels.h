@@ -145,9 +145,10 @@ struct Wide {
     return open_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), buffer,
                       given->stream);
   }
-  void write_out(void* data, Dtype dtype, int64_t block, float* values) {
+  void write_out(void* data, Dtype dtype, int64_t block, float* values, void* negated = nullptr) {
     if (data == nullptr) return;
-    write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values, given->stream);
+    if (negated != nullptr) negated = advance(negated, dtype, row * width + block * BLOCK);
+    write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values, given->stream, negated);
   }
   void zero_out(void* data, Dtype dtype) {
     if (data != nullptr) write_zeros(advance(data, dtype, row * width), dtype, width);
@@ -265,19 +266,20 @@ struct Narrow {
   double total_of(F per_row) const { return total(keep_real(per_row)); }
 
   float* open_out(void*, Dtype, int64_t, float* buffer) { return buffer; }
-  void write_out(void* data, Dtype dtype, int64_t, float* values) {
+  void write_out(void* data, Dtype dtype, int64_t, float* values, void* negated = nullptr) {
     if (data == nullptr) return;
+    if (negated != nullptr) negated = advance(negated, dtype, first * width);
     if (!all_real)
       for (int64_t j = 0; j < width; ++j) store(values + j * LANES, keep_real(load(values + j * LANES)));
     void* const target = advance(data, dtype, first * width);
     if (width <= 8) {
       float* const dense = valid == LANES ? open_block(target, dtype, LANES * width, lines, given->stream) : lines;
       columns_to_dense(values, width, dense);
-      return write_block(target, dtype, valid * width, dense, given->stream);
+      return write_block(target, dtype, valid * width, dense, given->stream, negated);
     }
     for (int64_t j = 0; j < pitch; j += LANES) transpose(values + j * LANES, LANES, lines + j, pitch);
     for (int64_t lane = 1; lane < valid; ++lane) copy_vectors(lines + lane * width, lines + lane * pitch, width);
-    write_block(target, dtype, valid * width, lines, given->stream);
+    write_block(target, dtype, valid * width, lines, given->stream, negated);
   }
   void zero_out(void* data, Dtype dtype) {
     if (data != nullptr) write_zeros(advance(data, dtype, first * width), dtype, valid * width);
@@ -452,6 +454,9 @@ __attribute__((noinline)) F sum_rows(Tile& tile, const RowStatistics& row) {
   const cpu::Divergence& args = *tile.given;
   const float alpha = args.alpha;
   const F scale = Simd::splat(KIND == Kind::js ? 0.5f * args.upstream * alpha : args.upstream);
+  // Opposite gradients of 16 bits are rounded once.
+  const bool opposite = (KIND == Kind::js || (KIND == Kind::sym_kl && alpha == 1.0f)) && args.dx != nullptr &&
+                        args.dt != nullptr && args.x.dtype == args.t.dtype && args.x.dtype != Dtype::fp32;
   typename Tile::Sum loss;
   for (int64_t b = 0; b < tile.blocks(); ++b) {
     const Block block = tile.load_block(b);
@@ -466,13 +471,13 @@ __attribute__((noinline)) F sum_rows(Tile& tile, const RowStatistics& row) {
       if (GRADIENTS) {
         D::template row_gradients<KIND, NEAR>(p, q, r, alpha, scale, row.kl, to_x, to_t);
         store(dx + i * LANES, to_x);
-        store(dt + i * LANES, to_t);
+        if (!opposite) store(dt + i * LANES, to_t);
       }
     }
     loss.add(part);
     if (GRADIENTS) {
-      tile.write_out(args.dx, args.x.dtype, b, dx);
-      tile.write_out(args.dt, args.t.dtype, b, dt);
+      tile.write_out(args.dx, args.x.dtype, b, dx, opposite ? args.dt : nullptr);
+      if (!opposite) tile.write_out(args.dt, args.t.dtype, b, dt);
     }
   }
   return KIND == Kind::js ? alpha * loss.get() : loss.get();
