@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "group",
         nargs="?",
         default="all",
-        choices=("all", "ops", "regulariser", "overhead", "accuracy", "report"),
+        choices=("all", "ops", "lm", "regulariser", "overhead", "accuracy", "report"),
         help="what to measure; accuracy: how exact the divergences of nearly equal logits are; report: nothing, "
         "write README.md's tables from bench/results",
     )
@@ -158,7 +158,7 @@ def _measure(
 ) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .measure import busy_share, copy_bandwidth
+    from .measure import busy_share, copy_bandwidth, gemm_rate
     from .peers import contestants
     from .plots import save_plots
     from .report import Report, environment, save_json, show
@@ -189,7 +189,7 @@ def _measure(
 
             entrants = functools.partial(contestants, compiling=elapsed < limit)
             report.rows += run_case(waiting[0], device, backends, seconds=seconds, say=say, entrants=entrants)
-            waiting.pop(0)
+            report.compare_with_gemms(waiting.pop(0), functools.partial(gemm_rate, device))
             report.compare_with_copies(copies)
             save_json(report, json_path)  # after every case: a run that is killed keeps what it measured
             progress.advance(bar)

@@ -15,18 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .language_model import LinearDivergence
 from .operations import Ascend, Divergence, Perturb
 from .regularizer import Regularizer, classifier, masked_lm, pooled_head
 from .task import Task
 
 FP32, BF16 = torch.float32, torch.bfloat16
-GROUPS = ("ops", "regulariser", "overhead")
+GROUPS = ("ops", "lm", "regulariser", "overhead")
 DTYPES = {FP32: "fp32", BF16: "bf16"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. ``where``: "quick" and "cpu" for runs without a GPU, "cuda" for runs with one."""
+    """One row of the table. ``where``: "quick" and "cpu" for runs without a GPU, "cuda" for runs with one.
+
+    ``flops``: of the GEMMs of one call, where those are the floor.
+    """
 
     name: str
     group: str
@@ -36,6 +40,7 @@ class Case:
     where: tuple[str, ...]
     build: Callable[[torch.device], Task]
     needs: str | None = None  # a package beyond those of every case
+    flops: int | None = None
 
 
 def _operation(kind: str, shape: tuple[int, ...], dtype: torch.dtype, tensors: int, where: str, build: type, *args):
@@ -63,6 +68,27 @@ def ascend(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
 def divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
     """Forward reads both logits; backward reads them again and writes both gradients."""
     return _operation(f"{kind} fwd+bwd", shape, dtype, 6, where, Divergence, kind, shape, dtype)
+
+
+def lm_divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
+    """`divergence` at the width of a language model's vocabulary."""
+    case = divergence(kind, shape, dtype, where)
+    return dataclasses.replace(case, group="lm", name=f"lm-divergence {case.name}")
+
+
+def lm_linear(kind: str, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, where: str) -> Case:
+    """Two GEMMs of logits, then, kl apart, one for the gradients to hidden states and one for that to the weight."""
+    shape = tokens, hidden, vocabulary
+    return Case(
+        name=f"lm-linear {kind} [{tokens}, {hidden}] x [{hidden}, {vocabulary}] {DTYPES[dtype]}",
+        group="lm",
+        shape=shape,
+        dtype=dtype,
+        bytes=None,
+        where=tuple(where.split()),
+        build=functools.partial(LinearDivergence, kind, shape, dtype),
+        flops=(6 if kind == "kl" else 4) * 2 * math.prod(shape),
+    )
 
 
 def regularizer(
@@ -140,6 +166,15 @@ TABLE: tuple[Case, ...] = (
     divergence("js", (512, 128256), FP32, "cpu"),
     divergence("js", (512, 128256), BF16, "cpu"),
     divergence("js", (8192, 32000), BF16, "cuda"),
+    lm_linear("sym_kl", 256, 128, 4096, FP32, "quick"),
+    lm_divergence("sym_kl", (512, 151936), FP32, "cpu"),
+    lm_divergence("sym_kl", (512, 151936), BF16, "cpu"),
+    lm_linear("sym_kl", 2048, 512, 32000, FP32, "cpu"),
+    lm_divergence("sym_kl", (4096, 151936), FP32, "cuda"),
+    lm_divergence("sym_kl", (4096, 151936), BF16, "cuda"),
+    lm_divergence("js", (8192, 128256), BF16, "cuda"),
+    lm_divergence("sym_kl", (16, 151936), BF16, "cuda"),
+    *(lm_linear(kind, 8192, 4096, 128256, BF16, "cuda") for kind in ("sym_kl", "kl", "js")),
     regularizer("pooled head 768 to 3", (32, 768), "quick cpu cuda", HEAD, needs=None),
     regularizer("masked LM 1x128, V=30522", (4, 32, 128), "quick", TINIER_LM),
     regularizer("masked LM 2x128, V=30522", (8, 64, 128), "cpu cuda", TINY_LM),

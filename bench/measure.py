@@ -139,6 +139,16 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / statistics.median(_sample(torch.Tensor.copy_, turn, 1, device) for _ in range(9))
 
 
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a large `torch.mm`: the median of five."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    turn = itertools.cycle([(a, b), (b, a)])
+    for _ in range(2):
+        torch.mm(*next(turn))
+    return 2 * size**3 / statistics.median(_sample(torch.mm, turn, 1, device) for _ in range(5))
+
+
 def peak_memory(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> int:
     """The most memory that one call holds at a time beyond what was allocated before it, results included.
 

@@ -13,6 +13,7 @@ import torch
 
 import smart_fast
 
+from . import liger
 from .task import Task
 
 EAGER = "smart-pytorch eager"
@@ -23,13 +24,15 @@ OURS = "smart-fast "
 
 @dataclass(frozen=True)
 class Contestant:
-    """``role`` is "rival", "ours", or "part" for a piece of the work that competes with nobody."""
+    """``role`` is "rival", "ours", or for those that compete with nobody "part", a piece of the work, or "other", other
+    work, which brings its own ``check(run, inputs)``."""
 
     name: str
     role: str
     run: Callable[..., Any] | None
     backend: str | None = None
     skipped: str | None = None
+    check: Callable[..., Any] | None = None
 
 
 def contestants(
@@ -45,6 +48,10 @@ def contestants(
         reason = why_not(name, device)
         run = None if reason else task.call(task.ours(name))
         yield Contestant(OURS + name, "ours", run, backend=name, skipped=reason)
+        if hasattr(task, "whole") and not reason:
+            yield Contestant(f"{OURS}{name}, whole logits", "ours", task.call(task.whole(name)), backend=name)
+    for name, run, check in liger.contestants(task, device):
+        yield Contestant(name, "other", run, skipped=liger.why_not(device), check=check)
     if hasattr(task, "model_only"):
         yield Contestant(MODEL_ONLY, "part", task.model_only())
 

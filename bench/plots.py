@@ -21,7 +21,7 @@ def save_plots(report: Report, path: pathlib.Path) -> list[pathlib.Path]:
         (path, lambda row: row.speed, "speed relative to the fastest rival (higher is better)", "fastest rival"),
         (bandwidth, lambda row: row.copy_share, "bytes that must move / time, relative to a plain copy", "copy"),
     ):
-        rows = [row for row in report.rows if row.role != "part" and value(row) is not None]
+        rows = [row for row in report.rows if row.role in ("rival", "ours") and value(row) is not None]
         if rows:
             _bars(report, rows, value, label, line, target)
             written.append(target)

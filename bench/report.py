@@ -12,7 +12,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from rich.table import Table
 
 import smart_fast
 
+from .cases import Case
 from .measure import Timing
 from .run import Row
 
@@ -32,14 +33,16 @@ BUSY = 0.1  # others' share of the processors above which the table says that th
 
 @dataclass
 class Report:
-    """``environment``: versions, device, threads, commit, date. ``copy_rate`` in bytes per second. ``busy``: the share
-    of the processors that other programs took just before or just after the run, whichever is larger."""
+    """``environment``: versions, device, threads, commit, date. ``copy_rate`` in bytes per second, ``gemm_rates`` in
+    FLOP per second by the name of a dtype. ``busy``: the share of the processors that other programs took just before
+    or just after the run, whichever is larger."""
 
     environment: dict[str, Any]
     copy_rate: float | None = None
     busy: float | None = None
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    gemm_rates: dict[str, float] = field(default_factory=dict)
 
     def compare_with_copies(self, rates: Sequence[float]) -> None:
         """Relate every bandwidth to the fastest copy: before and after the run, since other work may slow one down."""
@@ -47,6 +50,17 @@ class Report:
         for row in self.rows:
             if row.bandwidth is not None:
                 row.copy_share = row.bandwidth / self.copy_rate
+
+    def compare_with_gemms(self, case: Case, rate: Callable[[torch.dtype], float]) -> None:
+        """Relate the FLOP per second of a case's rows to those of a large GEMM, measured once a dtype."""
+        if case.flops is None:
+            return
+        name = str(case.dtype).removeprefix("torch.")
+        if name not in self.gemm_rates:
+            self.gemm_rates[name] = rate(case.dtype)
+        for row in self.rows:
+            if row.case == case.name and row.flops is not None and row.timing is not None:
+                row.gemm_share = row.flops / row.timing.median / self.gemm_rates[name]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -127,7 +141,10 @@ def load_json(path: pathlib.Path) -> Report:
     for fields in content["rows"]:
         timing = fields.pop("timing")
         rows.append(Row(**fields, timing=None if timing is None else Timing(**timing)))
-    return Report(content["environment"], content["copy_rate"], content["busy"], rows, content["left_out"])
+    return Report(
+        content["environment"], content["copy_rate"], content["busy"], rows, content["left_out"],
+        content.get("gemm_rates", {}),
+    )  # fmt: skip
 
 
 def show(report: Report, console: Console) -> None:
@@ -205,12 +222,20 @@ def _cells(row: Row) -> list[str]:
         duration(timing.median),
         f"{timing.spread:.0%}",
         f"[bold green]{speed}[/]" if row.role == "ours" and row.speed and row.speed > 1 else speed,
-        "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.2f}",
-        "" if row.copy_share is None else f"{row.copy_share:.0%}",
+        *_rates(row),
         "" if row.peak is None else f"{row.peak / 2**20:.2f}" if row.peak < 2**27 else f"{row.peak / 2**20:.0f}",
         "" if row.beside_model is None else f"{row.beside_model:.0%}",
         error,
     ]
+
+
+def _rates(row: Row) -> tuple[str, str]:
+    """GB/s and their share of a copy's; or GFLOP/s and their share of a GEMM's."""
+    if row.flops is not None and row.timing is not None:
+        share = "" if row.gemm_share is None else f"{row.gemm_share:.0%} mm"
+        return f"{row.flops / row.timing.median / 1e9:.0f} GF", share
+    bandwidth = "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.2f}"
+    return bandwidth, "" if row.copy_share is None else f"{row.copy_share:.0%}"
 
 
 def duration(seconds: float) -> str:

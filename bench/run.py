@@ -25,7 +25,7 @@ class Row:
 
     ``speed`` is the median of the fastest right rival divided by this one's: above one is faster than every rival.
     ``beside_model`` is the share of the time that is not the model's own passes. ``error`` is the largest deviation
-    found, relative where the reference is not zero. ``copy_share`` is filled in by the report.
+    found, relative where the reference is not zero. ``copy_share`` and ``gemm_share`` are filled in by the report.
     """
 
     case: str
@@ -37,6 +37,8 @@ class Row:
     wrong: str | None = None
     skipped: str | None = None
     bytes: int | None = None
+    flops: int | None = None
+    gemm_share: float | None = None
     bandwidth: float | None = None
     copy_share: float | None = None
     speed: float | None = None
@@ -94,7 +96,10 @@ def _checked(
     try:
         # Compiled randomness must be the eager one, or smart-pytorch's noise could not be told in advance.
         with torch._inductor.config.patch(fallback_random=case.bytes is None):
-            findings = task.check(contestant.run, inputs, contestant.backend)
+            if contestant.check is not None:
+                findings = contestant.check(contestant.run, inputs)
+            else:
+                findings = task.check(contestant.run, inputs, contestant.backend)
         synchronize(device)
     except Exception as error:
         row.skipped = f"failed: {plain_error(error)}"
@@ -126,10 +131,12 @@ def _derive(rows: list[Row], case: Case) -> None:
     for row in rows:
         if row.timing is None:
             continue
-        if rivals and row.role != "part":
+        if rivals and row.role in ("rival", "ours"):
             row.speed = min(rivals) / row.timing.median
-        if case.bytes is not None:
+        if row.role in ("rival", "ours"):
+            row.flops = case.flops
+        if case.bytes is not None and row.role in ("rival", "ours"):
             row.bytes, row.bandwidth = case.bytes, case.bytes / row.timing.median
         # The model's passes were timed eagerly: they say nothing about a compiled model's.
-        if model is not None and row.role != "part" and row.contestant != COMPILED:
+        if model is not None and row.role in ("rival", "ours") and row.contestant != COMPILED:
             row.beside_model = 1 - model / row.timing.median

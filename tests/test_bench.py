@@ -16,7 +16,8 @@ for package in ("smart_pytorch", "rich"):
 if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
     sys.path.insert(0, str(ROOT))
 
-from bench import accuracy, cases, measure, peers, readme, regularizer, report  # noqa: E402
+from bench import accuracy, cases, liger, measure, peers, readme, regularizer, report  # noqa: E402
+from bench.language_model import LinearDivergence  # noqa: E402
 from bench.run import Row, plain_error, run_case  # noqa: E402
 from smart_fast.backends import select  # noqa: E402
 
@@ -46,7 +47,8 @@ def test_table_is_well_formed():
     for case in cases.TABLE:
         assert case.group in cases.GROUPS
         assert set(case.where) <= {"quick", "cpu", "cuda"}
-        assert (case.bytes is None) == (case.build.func is regularizer.Regularizer)
+        assert (case.bytes is None) == (case.build.func in (regularizer.Regularizer, LinearDivergence))
+        assert (case.flops is None) == (case.build.func is not LinearDivergence)
     for device, quick in ((CPU, True), (CPU, False), (torch.device("cuda"), True), (torch.device("cuda"), False)):
         chosen = cases.select(device, quick=quick)
         assert {case.group for case in chosen} == set(cases.GROUPS)
@@ -74,6 +76,8 @@ every_kind = pytest.mark.parametrize(
         cases.ascend((16, 33), torch.bfloat16, "cpu"),
         *(cases.divergence(kind, (8, 5), torch.float32, "cpu") for kind in ("kl", "sym_kl", "js")),
         cases.divergence("js", (8, 500), torch.bfloat16, "cpu"),
+        cases.lm_linear("sym_kl", 8, 4, 50, torch.float32, "cpu"),
+        cases.lm_linear("kl", 8, 4, 50, torch.bfloat16, "cpu"),
         cases.regularizer("head", (4, 16), "cpu", lambda: torch.nn.Linear(16, 3), needs=None),
     ],
     ids=lambda case: case.name,
@@ -108,6 +112,55 @@ def test_right_results_are_timed(case):
         summary.compare_with_copies([1e9, 1e10])
         assert summary.copy_rate == 1e10
         assert ours.copy_share == pytest.approx(case.bytes / ours.timing.median / 1e10)
+
+
+def test_floors_of_gemms():
+    """Two GEMMs of logits and, for gradients, two (kl: four) more; related to a GEMM of the same run."""
+    case = cases.lm_linear("sym_kl", 8, 4, 50, torch.float32, "cpu")
+    assert case.flops == 4 * 2 * 8 * 4 * 50
+    assert cases.lm_linear("kl", 8, 4, 50, torch.float32, "cpu").flops == 6 * 2 * 8 * 4 * 50
+    summary = report.Report(
+        report.environment(CPU), rows=list(run_small(("smart-fast torch", lambda run: run), case=case).values())
+    )
+    summary.compare_with_gemms(case, lambda dtype: 1e12)
+    assert summary.gemm_rates == {"float32": 1e12}
+    for row in summary.rows:
+        assert row.gemm_share == pytest.approx(case.flops / row.timing.median / 1e12)
+    assert measure.gemm_rate(CPU, torch.float32) > 1e9
+
+
+def test_other_work_is_checked_by_itself_and_nobodys_rival():
+    task = SMALL.build(CPU)
+    double = liger._check(lambda x, t: ((x + t).sum().detach(), torch.ones_like(x), torch.ones_like(t)))
+
+    def entrants(task, device, backends):
+        yield peers.Contestant(peers.EAGER, "rival", task.call(task.smart_pytorch()))
+        run = task.call(lambda x, t: (x + t).sum())
+        yield peers.Contestant("other", "other", run, check=double)
+        yield peers.Contestant("wrong", "other", off_by_one_percent(run), check=double)
+
+    rows = {row.contestant: row for row in run_case(SMALL, CPU, [], seconds=0.01, entrants=entrants)}
+    assert rows["other"].timing.median > 0
+    assert rows["other"].speed is None
+    assert rows["wrong"].timing is None
+    assert rows["wrong"].wrong
+    assert rows[peers.EAGER].speed == 1
+    names = [
+        name for name, _, _ in liger.contestants(cases.divergence("kl", (8, 5), torch.float32, "cpu").build(CPU), CPU)
+    ]
+    assert names == ["Liger-Kernel KLDiv (gradient to input only)"]
+    assert not list(liger.contestants(task, CPU))
+    assert liger.why_not(CPU)
+
+
+@pytest.mark.parametrize("exact", [liger._exact_kl, liger._exact_jsd])
+def test_what_others_compute(exact):
+    """Non-negative, zero for equal logits, and differentiable in the input alone."""
+    x, t = (torch.randn(4, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss, gradient = exact(x, t)
+    assert loss > 0
+    assert gradient.shape == x.shape
+    assert exact(x, x.detach())[0].abs() < 1e-12
 
 
 def off_by_one_percent(run):
