@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch and rich are imported once the arguments are known to
 START = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
 QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
-GROUPS = ("all", "ops", "regulariser", "overhead", "lm")
+GROUPS = ("all", "ops", "lm", "regulariser", "overhead")
 ALONE = ("accuracy", "report")  # what goes with no other group
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 

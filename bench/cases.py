@@ -22,7 +22,7 @@ from .regularizer import Regularizer, classifier, masked_lm, pooled_head
 from .task import Task
 
 FP32, BF16 = torch.float32, torch.bfloat16
-GROUPS = ("ops", "regulariser", "overhead", "lm")
+GROUPS = ("ops", "lm", "regulariser", "overhead")
 DTYPES = {FP32: "fp32", BF16: "bf16"}
 
 
@@ -190,6 +190,8 @@ TABLE: tuple[Case, ...] = (
     lm_divergence("js", (8192, 32000), BF16, "cuda"),
     lm_linear("kl", 8192, 4096, 128256, BF16, "cuda"),
     lm_linear("js", 8192, 4096, 128256, BF16, "cuda"),
+    lm_divergence("sym_kl", (16, 151936), BF16, "cuda"),
+    lm_divergence("js", (8192, 128256), BF16, "cuda"),
     lm_divergence("sym_kl", (8192, 32000), FP32, "cuda"),
     lm_divergence("sym_kl", (4096, 151936), FP32, "cuda"),
     lm_divergence("sym_kl", (8192, 128256), FP32, "cuda"),

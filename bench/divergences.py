@@ -90,7 +90,8 @@ class Divergence(_Task):
 class LinearDivergence(_Task):
     """A divergence of ``input @ weight.T`` from ``target @ weight.T``: forward, gradients to all three.
 
-    Hidden states are ``[N, H]``, the weight is ``[V, H]``. Ours runs in two variants: on whole logits, and linear.
+    Hidden states are ``[N, H]``, the weight is ``[V, H]``. smart-pytorch is given whole logits; ours never makes them,
+    or does for comparison (`whole`).
     """
 
     def __init__(self, kind: str, rows: int, hidden: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -112,16 +113,14 @@ class LinearDivergence(_Task):
     def _on_whole_logits(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         return lambda input, target, weight: loss(F.linear(input, weight), F.linear(target, weight))
 
-    def variants(self, backend: str) -> tuple[str, ...]:
-        # On whole logits the torch backend is smart-pytorch's own operations, which are timed already.
-        return ("linear",) if backend == "torch" else ("whole logits", "linear")
+    def ours(self, backend: str) -> Callable[..., Any]:
+        loss = getattr(smart_fast, f"linear_{self.kind}_loss")
+        return lambda input, target, weight: loss(input, target, weight, backend=backend)
 
-    def ours(self, backend: str, variant: str = "linear") -> Callable[..., Any]:
-        if variant == "whole logits":
-            loss = getattr(smart_fast, f"{self.kind}_loss")
-            return self._on_whole_logits(lambda x, t: loss(x, t, backend=backend))
-        linear = getattr(smart_fast, f"linear_{self.kind}_loss")
-        return lambda input, target, weight: linear(input, target, weight, backend=backend)
+    def whole(self, backend: str) -> Callable[..., Any]:
+        """Our loss of whole logits."""
+        loss = getattr(smart_fast, f"{self.kind}_loss")
+        return self._on_whole_logits(lambda x, t: loss(x, t, backend=backend))
 
     def call(self, function: Callable[..., Any], sides: int = 2) -> Callable[..., Any]:
         """Gradients to the first ``sides`` of input and target, and to the weight."""

@@ -39,13 +39,10 @@ def contestants(
 
 def _ours(task: Task, device: torch.device, backend: str) -> Iterator[Contestant]:
     reason = why_not(backend, device)
-    if not hasattr(task, "variants"):
-        run = None if reason else task.call(task.ours(backend))
-        yield Contestant(OURS + backend, "ours", run, backend, reason)
-        return
-    for variant in task.variants(backend):
-        run = None if reason else task.call(task.ours(backend, variant))
-        yield Contestant(f"{OURS}{variant} {backend}", "ours", run, backend, reason)
+    yield Contestant(OURS + backend, "ours", None if reason else task.call(task.ours(backend)), backend, reason)
+    # On whole logits the torch backend is smart-pytorch's own operations, which are timed already.
+    if hasattr(task, "whole") and not reason and backend != "torch":
+        yield Contestant(f"{OURS}{backend}, whole logits", "ours", task.call(task.whole(backend)), backend)
 
 
 def compiled(task: Task) -> Callable[..., Any]:

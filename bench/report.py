@@ -23,7 +23,7 @@ from rich.table import Table
 
 import smart_fast
 
-from .cases import DTYPES, Case
+from .cases import Case
 from .liger import LIGER
 from .measure import Timing, copy_bandwidth, gemm_rate
 from .peers import OURS
@@ -53,7 +53,7 @@ class Report:
         size = 1 << 30 if device.type == "cuda" else 1 << 28
         self.copy_rate = max(self.copy_rate or 0.0, copy_bandwidth(device, size))
         for dtype in dict.fromkeys(case.dtype for case in cases if case.flops is not None):
-            name = DTYPES[dtype]
+            name = str(dtype).removeprefix("torch.")
             self.gemm_rates[name] = max(self.gemm_rates.get(name, 0.0), gemm_rate(device, dtype))
 
     def compare_with_limits(self) -> None:
@@ -61,8 +61,8 @@ class Report:
         for row in self.rows:
             if row.bandwidth is not None and self.copy_rate is not None:
                 row.copy_share = row.bandwidth / self.copy_rate
-            if row.flop_rate is not None and row.dtype in self.gemm_rates:
-                row.gemm_share = row.flop_rate / self.gemm_rates[row.dtype]
+            if row.flops is not None and row.timing is not None and row.dtype in self.gemm_rates:
+                row.gemm_share = row.flops / row.timing.median / self.gemm_rates[row.dtype]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -244,8 +244,8 @@ def _cells(row: Row) -> list[str]:
 
 def rate(row: Row) -> str:
     """Achieved rate of the case's floor, in the unit that fits."""
-    if row.flop_rate is not None:
-        return flop_rate(row.flop_rate)
+    if row.flops is not None and row.timing is not None:
+        return flop_rate(row.flops / row.timing.median)
     return "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.2f} GB/s"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .cases import DTYPES, Case
+from .cases import Case
 from .measure import Timing, input_sets, interleaved, peak_memory, synchronize
 from .peers import COMPILED, MODEL_ONLY, contestants
 from .task import Contestant, Finding, Task
@@ -46,7 +46,6 @@ class Row:
     beside_model: float | None = None
     dtype: str | None = None
     flops: int | None = None
-    flop_rate: float | None = None
     gemm_share: float | None = None
     note: str | None = None
 
@@ -104,7 +103,7 @@ def _checked(
         contestant.name,
         contestant.role,
         skipped=contestant.skipped,
-        dtype=DTYPES[case.dtype],
+        dtype=str(case.dtype).removeprefix("torch."),
         note=contestant.note,
     )
     if contestant.run is None or contestant.role == "part":
@@ -152,8 +151,7 @@ def _derive(rows: list[Row], case: Case) -> None:
             row.speed = min(rivals) / row.timing.median
         if case.bytes is not None:
             row.bytes, row.bandwidth = case.bytes, case.bytes / row.timing.median
-        if case.flops is not None:
-            row.flops, row.flop_rate = case.flops, case.flops / row.timing.median
+        row.flops = case.flops
         # The model's passes were timed eagerly: they say nothing about a compiled model's.
         if model is not None and row.contestant != COMPILED:
             row.beside_model = 1 - model / row.timing.median

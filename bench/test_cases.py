@@ -17,7 +17,7 @@ from .measure import input_sets, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases.select(DEVICE, quick=True)
-OURS = [f"{peers.OURS}{way}{name}" for name in peers.default_backends() for way in ("", "whole logits ", "linear ")]
+OURS = [f"{peers.OURS}{name}{way}" for name in peers.default_backends() for way in ("", ", whole logits")]
 CONTESTANTS = [peers.EAGER, peers.COMPILED, *OURS]
 
 

@@ -2,7 +2,7 @@
 
 Sizes are powers of two. Rows up to `MAX_BLOCK` stay on chip and are read once; longer ones are walked in blocks of
 `LOOP_BLOCK`, since larger register blocks spill. The number of blocks is a compile-time constant (one binary per
-vocabulary, not per batch).
+vocabulary, not per batch; a power of two where programs share a row, so that batches give few).
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 MAX_BLOCK = 8192
 LOOP_BLOCK = 4096
 TILE = 256  # elements a program handles when rows are short
+MERGED = 2048  # numbers one program merges: of every row, where rows are few enough to be shared
 
 
 class Tile(NamedTuple):
@@ -32,12 +33,34 @@ def _warps(elements: int) -> int:
 
 
 def row_tile(width: int) -> Tile:
-    """For kernels that need whole rows: `ascend`, `divergence` forward, elementwise backward."""
+    """For kernels that need whole rows: `ascend`, `divergence` forward of many rows, elementwise backward."""
     if width > MAX_BLOCK:
         return Tile(1, LOOP_BLOCK, -(-width // LOOP_BLOCK), 16)
     block = max(4, next_power_of_two(width))
     rows = max(1, TILE // block)
     return Tile(rows, block, 1, _warps(rows * block))
+
+
+def split_tile(rows: int, width: int, processors: int) -> Tile:
+    """For divergences: where there are fewer long rows than multiprocessors, ``blocks`` covers a part of a row only,
+    so that about two programs a multiprocessor share the work. Otherwise `row_tile`."""
+    tile = row_tile(width)
+    if tile.blocks == 1 or rows >= processors:
+        return tile
+    sharing = 2 * processors // int(rows)
+    blocks = next_power_of_two(-(-tile.blocks // sharing))
+    return tile._replace(blocks=blocks) if blocks < tile.blocks else tile
+
+
+def splits(tile: Tile, width: int) -> int:
+    """Number of programs that share a row."""
+    return -(-width // (tile.block * tile.blocks))
+
+
+def merge_tile(count: int) -> Tile:
+    """For kernels that merge what the ``count`` programs of a row found."""
+    block = next_power_of_two(count)
+    return Tile(max(1, MERGED // block), block, 1, 4)
 
 
 def flat_tile(width: int) -> Tile:

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 import triton
+from smart_fast.kernels.launch import MAX_BLOCK
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from smart_fast.backends import triton_ops as ops
+from smart_fast.backends.base import STATISTICS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,7 +62,7 @@ class Recorder:
 def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Every (kernel, arguments), once per specialization.
 
-    ``full`` crosses every width, dtype and option. Otherwise every option is crossed in fp32 at one width, and the
+    ``full`` crosses every width, dtype and option. Otherwise every option appears in fp32 at one width, and the
     options that need the most registers go through every width and dtype.
     """
     recorded: list[tuple[Any, dict[str, Any]]] = []
@@ -74,7 +76,7 @@ def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
         every = full or (dtype is torch.float32 and width == 768)
         for masked in (False, True) if every else (True,):
             _record_ascent(dtype, width, masked, every, wrap)
-            _record_divergence(dtype, width, masked, every, wrap)
+            _record_divergence(dtype, width, masked, every, full, wrap)
 
     seen = set()
     for kernel, arguments in recorded:
@@ -105,20 +107,35 @@ def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wr
             ops.ascend(strided, x, noise, norm, mask, "inf", "given", *step, 1e-6, keep, wrap=wrap)
 
 
-def _record_divergence(dtype: torch.dtype, width: int, masked: bool, every: bool, wrap: Any) -> None:
+def _record_divergence(dtype: torch.dtype, width: int, masked: bool, every: bool, full: bool, wrap: Any) -> None:
     x = torch.empty(2, 3, width, dtype=dtype, device="meta")
     strided = torch.empty(3, 2, width, dtype=dtype, device="meta").transpose(0, 1)
     many = torch.empty(4096, width, dtype=dtype, device="meta")
     mask = torch.empty(2, 3, dtype=torch.bool, device="meta") if masked else None
     many_mask = torch.empty(4096, dtype=torch.bool, device="meta") if masked else None
-    stats = torch.empty(6, ops.STATS.value, device="meta")
-    for kind, elementwise in itertools.product(("kl", "sym_kl", "js"), (False, True)):
-        for keep in (False, True) if every else (True,):
-            ops.divergence_forward(x, strided, mask, kind, elementwise, 1.0, 1.0, keep, wrap=wrap)
-            ops.divergence_forward(many, many, many_mask, kind, elementwise, 1.0, 1.0, keep, wrap=wrap)
-        for want in ((True, True), (True, False), (False, True)) if every else ((True, True),):
-            grad = x if elementwise else torch.empty((), device="meta")
-            ops.divergence_backward(grad, x, strided, stats, mask, kind, elementwise, 1.0, 1.0, *want, wrap=wrap)
+    stats = torch.empty(6, STATISTICS, device="meta")
+    grads = {"terms": x, "rows": torch.empty(3, 2, device="meta").T, "sum": torch.empty((), device="meta")}
+    for kind, output, scale, relative in itertools.product(
+        ("kl", "sym_kl", "js"), ("terms", "rows", "sum"), (1.0, 0.5), (False, True)
+    ):
+        plain = scale == 1.0 and not relative
+        if output == "rows":  # sums of many rows are rows too, so that plain ones are there
+            wanted = kind == "sym_kl" and (every or (scale != 1.0 and relative))
+        else:
+            wanted = plain or (kind == "sym_kl" and output == "terms" and scale != 1.0 and relative)
+        if not (wanted or full):
+            continue
+        spec = (kind, output, 1.0, 1.0, scale, relative)
+        crossed = every and (plain or full)
+        for keep in (False, True) if crossed else (True,):
+            ops.divergence_forward(x, strided, mask, *spec, keep, wrap=wrap)
+            if output == "sum" or width > MAX_BLOCK:  # rows and terms do not depend on how many rows stay on chip
+                ops.divergence_forward(many, many, many_mask, *spec, keep, wrap=wrap)
+        for want in ((True, True), (True, False), (False, True)) if crossed else ((True, True),):
+            ops.divergence_backward(grads[output], x, strided, stats, mask, *spec, *want, wrap=wrap)
+        if output == "rows":
+            ops.divergence_measure(x, strided, mask, *spec, wrap=wrap)
+            ops.divergence_finish(x, strided, stats, mask, *spec, wrap=wrap)
 
 
 def _specialize(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:

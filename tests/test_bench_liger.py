@@ -107,7 +107,7 @@ def test_checked_against_what_they_compute(kind, linear, stand_ins):
         assert row.note == liger.NOTES[name]
         assert row.timing.median > 0
         # What computes something else is compared with nobody, and its time is nobody's rival.
-        assert (row.speed is None) == (row.role == "other") == (row.bandwidth is None and row.flop_rate is None)
+        assert (row.speed is None) == (row.role == "other") == (row.bandwidth is None and row.flops is None)
     if all(row.role == "other" for row in rows.values()):
         assert rival.speed == 1.0
 

@@ -30,6 +30,37 @@ def test_rows_stay_on_chip_where_they_can(width: int) -> None:
     assert (launch.row_tile(width).blocks == 1) == (width <= launch.MAX_BLOCK)
 
 
+@pytest.mark.parametrize("processors", [1, 108, 132, 304])
+@pytest.mark.parametrize("rows", [1, 2, 7, 131, 132, 8192])
+def test_few_long_rows_are_shared(rows: int, processors: int) -> None:
+    for width in WIDTHS:
+        check_sharing(rows, width, processors)
+
+
+def check_sharing(rows: int, width: int, processors: int) -> None:
+    tile = launch.split_tile(rows, width, processors)
+    splits = launch.splits(tile, width)
+    whole = launch.row_tile(width)
+    if width <= launch.MAX_BLOCK or rows >= processors:
+        assert tile == whole
+        assert splits == 1
+        return
+    # Every program has something to read; there are at most two a multiprocessor; with half the blocks each, more.
+    assert tile._replace(blocks=whole.blocks) == whole
+    assert tile.block * tile.blocks * (splits - 1) < width <= tile.block * tile.blocks * splits
+    assert rows * splits <= 2 * processors
+    finer = tile._replace(blocks=max(1, tile.blocks // 2))
+    assert tile.blocks == 1 or -(-whole.blocks // finer.blocks) > 2 * processors // rows
+    merge = launch.merge_tile(splits)
+    assert merge.block >= splits
+    assert merge.rows * merge.block == launch.MERGED
+
+
+def test_shared_rows_take_few_binaries() -> None:
+    found = {launch.split_tile(rows, 128256, 132).blocks for rows in range(1, 4096)}
+    assert found == {1, 2, 4, 8, 16, 32}
+
+
 def test_grid() -> None:
     tile = launch.Tile(rows=4, block=8, blocks=3, warps=1)
     assert launch.grid(tile, 9, whole_rows=True) == 3

@@ -103,10 +103,11 @@ struct Wide {
     const int64_t rest = width - block * BLOCK;
     return rest < BLOCK ? rest : BLOCK;
   }
+  int64_t vectors(int64_t block) const { return (part(block) + LANES - 1) / LANES; }
 
   // Padding of minus infinity on both sides contributes nothing anywhere.
   Block load_block(int64_t block) {
-    const int64_t first = block * BLOCK, count = part(block), vectors = (count + LANES - 1) / LANES;
+    const int64_t first = block * BLOCK, count = part(block), vectors = this->vectors(block);
     const float padding = given->relative ? 0.0f : -Simd::infinity;
     const float* input = read_block(advance(x, given->x.dtype, first), given->x.dtype, count, block_x, padding);
     const float* target = read_block(advance(t, given->t.dtype, first), given->t.dtype, count, block_t, -Simd::infinity);
@@ -145,9 +146,10 @@ struct Wide {
     return open_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), buffer,
                       given->stream);
   }
-  void write_out(void* data, Dtype dtype, int64_t block, float* values) {
+  void write_out(void* data, Dtype dtype, int64_t block, float* values, void* negated = nullptr) {
     if (data == nullptr) return;
-    write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values, given->stream);
+    if (negated != nullptr) negated = advance(negated, dtype, row * width + block * BLOCK);
+    write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values, given->stream, negated);
   }
   void zero_out(void* data, Dtype dtype) {
     if (data != nullptr) write_zeros(advance(data, dtype, row * width), dtype, width);
@@ -254,6 +256,7 @@ struct Narrow {
   }
 
   int64_t blocks() const { return 1; }
+  int64_t vectors(int64_t) const { return width; }
   Block load_block(int64_t) { return {block_x, block_t, given->relative ? block_d : nullptr, width}; }
   void prefetch(int64_t, int64_t) const {}
   const float* load_upstream(int64_t) { return block_g; }
@@ -265,19 +268,20 @@ struct Narrow {
   double total_of(F per_row) const { return total(keep_real(per_row)); }
 
   float* open_out(void*, Dtype, int64_t, float* buffer) { return buffer; }
-  void write_out(void* data, Dtype dtype, int64_t, float* values) {
+  void write_out(void* data, Dtype dtype, int64_t, float* values, void* negated = nullptr) {
     if (data == nullptr) return;
+    if (negated != nullptr) negated = advance(negated, dtype, first * width);
     if (!all_real)
       for (int64_t j = 0; j < width; ++j) store(values + j * LANES, keep_real(load(values + j * LANES)));
     void* const target = advance(data, dtype, first * width);
     if (width <= 8) {
       float* const dense = valid == LANES ? open_block(target, dtype, LANES * width, lines, given->stream) : lines;
       columns_to_dense(values, width, dense);
-      return write_block(target, dtype, valid * width, dense, given->stream);
+      return write_block(target, dtype, valid * width, dense, given->stream, negated);
     }
     for (int64_t j = 0; j < pitch; j += LANES) transpose(values + j * LANES, LANES, lines + j, pitch);
     for (int64_t lane = 1; lane < valid; ++lane) copy_vectors(lines + lane * width, lines + lane * pitch, width);
-    write_block(target, dtype, valid * width, lines, given->stream);
+    write_block(target, dtype, valid * width, lines, given->stream, negated);
   }
   void zero_out(void* data, Dtype dtype) {
     if (data != nullptr) write_zeros(advance(data, dtype, first * width), dtype, valid * width);
@@ -445,6 +449,19 @@ struct Probabilities {
   }
 };
 
+// Third pass of kl: its gradient to t needs the KL of the whole row. q and r lie where the exponentials were.
+template <class Tile>
+inline void gradients_to_target(Tile& tile, F scale, F kl) {
+  const cpu::Divergence& args = *tile.given;
+  for (int64_t b = 0; b < tile.blocks(); ++b) {
+    const float *q = tile.scratch.exp_t + b * BLOCK, *r = tile.scratch.exp_x + b * BLOCK;
+    float* dt = tile.open_out(args.dt, args.t.dtype, b, tile.block_dt);
+    for (int64_t i = 0; i < tile.vectors(b); ++i)
+      store(dt + i * LANES, -scale * D::times(load(q + i * LANES), load(r + i * LANES) + kl));
+    tile.write_out(args.dt, args.t.dtype, b, dt);
+  }
+}
+
 // Second pass for a loss of whole rows, GRADIENTS included; returns the divergence of each row. One copy of it, so that
 // a gradient has the same bits whatever else is wanted.
 template <Kind KIND, class Tile, bool NEAR, bool GRADIENTS>
@@ -452,12 +469,16 @@ __attribute__((noinline)) F sum_rows(Tile& tile, const RowStatistics& row) {
   const cpu::Divergence& args = *tile.given;
   const float alpha = args.alpha;
   const F scale = Simd::splat(KIND == Kind::js ? 0.5f * args.upstream * alpha : args.upstream);
+  // Opposite gradients of 16 bits are rounded once.
+  const bool opposite = (KIND == Kind::js || (KIND == Kind::sym_kl && alpha == 1.0f)) && args.dx != nullptr &&
+                        args.dt != nullptr && args.x.dtype == args.t.dtype && args.x.dtype != Dtype::fp32;
+  const bool with_dt = GRADIENTS && KIND != Kind::kl && !opposite;
   typename Tile::Sum loss;
   for (int64_t b = 0; b < tile.blocks(); ++b) {
     const Block block = tile.load_block(b);
     const Probabilities<Tile, true> probabilities(row, tile.scratch, b);
     float* dx = GRADIENTS ? tile.open_out(args.dx, args.x.dtype, b, tile.block_dx) : nullptr;
-    float* dt = GRADIENTS ? tile.open_out(args.dt, args.t.dtype, b, tile.block_dt) : nullptr;
+    float* dt = with_dt ? tile.open_out(args.dt, args.t.dtype, b, tile.block_dt) : nullptr;
     F part = {};
     for (int64_t i = 0; i < block.count; ++i) {
       F p, q, r, to_x, to_t;
@@ -466,16 +487,22 @@ __attribute__((noinline)) F sum_rows(Tile& tile, const RowStatistics& row) {
       if (GRADIENTS) {
         D::template row_gradients<KIND, NEAR>(p, q, r, alpha, scale, row.kl, to_x, to_t);
         store(dx + i * LANES, to_x);
-        store(dt + i * LANES, to_t);
+        if (with_dt) store(dt + i * LANES, to_t);
+        if (KIND == Kind::kl) {
+          store(tile.scratch.exp_t + b * BLOCK + i * LANES, q);
+          store(tile.scratch.exp_x + b * BLOCK + i * LANES, r);
+        }
       }
     }
     loss.add(part);
     if (GRADIENTS) {
-      tile.write_out(args.dx, args.x.dtype, b, dx);
-      tile.write_out(args.dt, args.t.dtype, b, dt);
+      tile.write_out(args.dx, args.x.dtype, b, dx, opposite ? args.dt : nullptr);
+      if (with_dt) tile.write_out(args.dt, args.t.dtype, b, dt);
     }
   }
-  return KIND == Kind::js ? alpha * loss.get() : loss.get();
+  const F sum = KIND == Kind::js ? alpha * loss.get() : loss.get();
+  if (GRADIENTS && KIND == Kind::kl && args.dt != nullptr) gradients_to_target(tile, scale, sum);
+  return sum;
 }
 
 // Second pass for reduction="none".
@@ -549,9 +576,6 @@ inline void forward(const cpu::Divergence& args, int64_t begin, int64_t end, flo
     const auto terms = [&](Tile& tile, RowStatistics& row) {
       if (args.terms != nullptr) {
         row.kl = row.near ? element_rows<KIND, Tile, false>(tile, row) : element_rows<KIND, Tile, true>(tile, row);
-      } else if (gradients && KIND == Kind::kl && args.dt != nullptr) {
-        row.kl = sum_rows<KIND, Tile, false>(tile, row);  // dt needs the KL of the whole row
-        sum_rows<KIND, Tile, true>(tile, row);
       } else if (gradients) {
         row.kl = sum_rows<KIND, Tile, true>(tile, row);
       } else {

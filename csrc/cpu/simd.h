@@ -473,7 +473,9 @@ inline float* open_block(void* data, Dtype dtype, int64_t count, float* buffer, 
   return dtype == Dtype::fp32 && count % LANES == 0 && !stream ? static_cast<float*>(data) : buffer;
 }
 
-inline void write_block(void* data, Dtype dtype, int64_t count, const float* values, bool stream) {
+// `negated`: of 16-bit numbers, where to write the same with the other sign, or null.
+inline void write_block(void* data, Dtype dtype, int64_t count, const float* values, bool stream,
+                        void* negated = nullptr) {
   if (values == data) return;
   if (dtype == Dtype::fp32) {
     if (stream)
@@ -493,6 +495,14 @@ inline void write_block(void* data, Dtype dtype, int64_t count, const float* val
     stream_out(data, rounded, size_t(count) * 2);
   else if (target == rounded)
     __builtin_memcpy(data, rounded, size_t(count) * 2);
+  if (negated == nullptr) return;
+  uint16_t* const other = stream || count % LANES != 0 ? rounded : static_cast<uint16_t*>(negated);
+  for (int64_t i = 0; i < count; i += LANES)
+    *reinterpret_cast<HUnaligned*>(other + i) = *reinterpret_cast<const HUnaligned*>(target + i) ^ uint16_t(0x8000);
+  if (stream)
+    stream_out(negated, rounded, size_t(count) * 2);
+  else if (other == rounded)
+    __builtin_memcpy(negated, rounded, size_t(count) * 2);
 }
 
 inline void write_zeros(void* data, Dtype dtype, int64_t count) {

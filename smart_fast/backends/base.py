@@ -21,7 +21,7 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 UPDATES = ("smart-pytorch", "sift")
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: fp32 numbers that a divergence keeps of each row for its backward pass.
+#: fp32 numbers that a divergence keeps of each row for its backward pass, and of a slice of a row to be merged.
 STATISTICS = 6
 
 
@@ -112,7 +112,8 @@ class FusedBackend(Protocol):
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
         """Gradients to ``input`` and ``target``, each in its tensor's dtype, contiguous; None where not wanted.
 
-        ``grad`` has the shape of the loss, with any strides.
+        ``grad``: ``[..., V]`` for "terms", ``[...]`` for "rows", a scalar for "sum"; any strides, 0 included. With
+        the statistics of a whole vocabulary and a slice of its columns: that slice of the gradients of "rows" or "sum".
         """
         ...
 
@@ -127,7 +128,8 @@ class FusedBackend(Protocol):
     def divergence_finish(
         self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
     ) -> Tensor:
-        """A slice's share of the divergence of each row, fp32 ``[rows]``, from the statistics of whole rows."""
+        """fp32 ``[rows]``: the sum over the given columns of the terms of the row's loss, not weighted, from
+        statistics as `divergence_forward` gives them (the last column is not read). Masked rows: 0."""
         ...
 
 

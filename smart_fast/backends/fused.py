@@ -100,3 +100,17 @@ def fake_divergence_backward(
         new_output(input.shape if want_input else (0,), input.dtype, input.device),
         new_output(target.shape if want_target else (0,), target.dtype, target.device),
     )
+
+
+def fake_divergence_measure(
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
+    scale: float, relative: bool,
+) -> Tensor:  # fmt: skip
+    return new_output((input.numel() // input.shape[-1], STATISTICS), torch.float32, input.device)
+
+
+def fake_divergence_finish(
+    input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float,
+    weight: float, scale: float, relative: bool,
+) -> Tensor:  # fmt: skip
+    return new_output((input.numel() // input.shape[-1],), torch.float32, input.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import fused
 from . import triton_ops as ops
-from .base import Step
+from .base import DivergenceSpec, Step
 
 name = "triton"
 differentiable = False
@@ -64,26 +64,40 @@ def ascend(
 
 
 def divergence_forward(
-    input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float, mask: Tensor | None,
-    want_input: bool, want_target: bool,
-) -> tuple[Tensor, Tensor | None, None]:  # fmt: skip
+    input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool, want_target: bool
+) -> tuple[Tensor, Tensor | None]:
     keep = want_input or want_target
     loss, stats = _call(
-        ops.divergence_forward, torch.ops.smart_fast.divergence_forward, input, input, target, mask, kind,
-        elementwise, alpha, weight, keep,
-    )  # fmt: skip
-    return loss, stats if keep else None, None
+        ops.divergence_forward, torch.ops.smart_fast.divergence_forward, input, input, target, mask, *spec, keep
+    )
+    return loss, stats if keep else None
 
 
 def divergence_backward(
-    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, kind: str, elementwise: bool, alpha: float,
-    weight: float, mask: Tensor | None, want_input: bool, want_target: bool,
+    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
+    want_input: bool, want_target: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     dx, dt = _call(
         ops.divergence_backward, torch.ops.smart_fast.divergence_backward, input, grad, input, target, stats, mask,
-        kind, elementwise, alpha, weight, want_input, want_target,
+        *spec, want_input, want_target,
     )  # fmt: skip
     return dx if want_input else None, dt if want_target else None
+
+
+def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    partials: Tensor = _call(
+        ops.divergence_measure, torch.ops.smart_fast.divergence_measure, input, input, target, mask, *spec
+    )
+    return partials
+
+
+def divergence_finish(
+    input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
+) -> Tensor:
+    losses: Tensor = _call(
+        ops.divergence_finish, torch.ops.smart_fast.divergence_finish, input, input, target, stats, mask, *spec
+    )
+    return losses
 
 
 def unavailable() -> str | None:

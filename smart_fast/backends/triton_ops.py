@@ -19,14 +19,26 @@ from triton.runtime.interpreter import InterpretedFunction
 from ..kernels import launch
 from ..kernels.ascend import ascend_kernel, measure_kernel
 from ..kernels.divergence import (
-    STATS,
     divergence_backward_elementwise_kernel,
     divergence_backward_kernel,
     divergence_forward_kernel,
 )
+from ..kernels.divergence_split import (
+    divergence_collect_kernel,
+    divergence_finish_kernel,
+    divergence_measure_kernel,
+    divergence_merge_kernel,
+)
 from ..kernels.perturb import perturb_kernel
-from .base import Rows, as_rows, new_output
-from .fused import fake_ascend, fake_ascend_measure, fake_divergence_backward, fake_divergence_forward
+from .base import STATISTICS, Rows, as_rows, new_output
+from .fused import (
+    fake_ascend,
+    fake_ascend_measure,
+    fake_divergence_backward,
+    fake_divergence_finish,
+    fake_divergence_forward,
+    fake_divergence_measure,
+)
 
 INTERPRETED = isinstance(perturb_kernel, InterpretedFunction)
 MAX_GROUP = 4096  # partial norms one program reduces; longer groups are reduced by torch first
@@ -46,6 +58,14 @@ def _resources(tile: launch.Tile, wrap: Wrap) -> dict[str, int]:
     if wrap is not wrap_triton and torch.version.hip is None:
         options["maxnreg"] = 128
     return options
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of an H100 where nothing is known (interpreted, compiled for elsewhere)."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 132
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -129,54 +149,147 @@ def ascend(
     return out, noise_out
 
 
+def _loads(mask: Tensor | None, scale: float, relative: bool) -> dict[str, bool]:
+    return {"MASKED": mask is not None, "RELATIVE": relative, "SCALED": scale != 1.0}
+
+
 def divergence_forward(
-    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, elementwise: bool, alpha: float, weight: float,
-    keep: bool, wrap: Wrap = _plain,
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
+    scale: float, relative: bool, keep: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `FusedBackend.divergence_forward`."""
     width = input.shape[-1]
     rows = as_rows(input, target)
-    tile = launch.row_tile(width)
-    programs = launch.grid(tile, rows.count, whole_rows=True)
-    total = programs == 1 and not elementwise
-    if elementwise:
-        out = new_output(input.shape, torch.promote_types(input.dtype, target.dtype), input.device)
+    tile = launch.split_tile(rows.count, width, _processors(input.device))
+    splits = launch.splits(tile, width)
+    merge = launch.merge_tile(splits)
+    last = launch.grid(tile if splits == 1 else merge, rows.count, whole_rows=True)
+    form = "rows" if output == "sum" and last > 1 else output  # a single program adds the rows as well
+    dtype = torch.promote_types(input.dtype, target.dtype) if output == "terms" else torch.float32
+    shape = {"terms": input.shape, "rows": input.shape[:-1], "sum": ()}
+    out = new_output((rows.count,) if form != output else shape[output], dtype, input.device)
+    stats = new_output((rows.count, STATISTICS) if keep else (0,), torch.float32, input.device)
+    if splits == 1:
+        wrap(divergence_forward_kernel)[(last,)](
+            *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
+            *rows.strides[1], alpha, weight, scale, KIND=kind, OUTPUT=form, KEEP=keep,
+            **_loads(mask, scale, relative), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
+            **_resources(tile, wrap),
+        )  # fmt: skip
     else:
-        out = new_output(() if total else (rows.count,), torch.float32, input.device)
-    stats = new_output((rows.count, STATS.value) if keep else (0,), torch.float32, input.device)
-    wrap(divergence_forward_kernel)[(programs,)](
-        *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
-        *rows.strides[1], alpha, weight, KIND=kind, ELEMENTWISE=elementwise, TOTAL=total, MASKED=mask is not None,
-        KEEP=keep, ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
+        partials = _measure(rows, mask, tile, scale, relative, wrap)
+        terms = out if output == "terms" else None
+        losses = _finish(rows, mask, tile, partials, stats, terms, kind, alpha, scale, relative, keep, wrap)
+        if keep or output != "terms":
+            wrap(divergence_collect_kernel)[(last,)](
+                losses, out, stats, rows.count, splits, weight, OUTPUT=form, KEEP=keep, SPLITS=merge.block,
+                ROWS=merge.rows, **_resources(merge, wrap),
+            )  # fmt: skip
+    return out.sum() if form != output else out, stats
+
+
+def _measure(rows: Rows, mask: Tensor | None, tile: launch.Tile, scale: float, relative: bool, wrap: Wrap) -> Tensor:
+    """Partial statistics, fp32 ``[rows, splits, 6]``."""
+    width = rows.tensors[0].shape[-1]
+    splits = launch.splits(tile, width)
+    partials = new_output((rows.count, splits, STATISTICS), torch.float32, rows.tensors[0].device)
+    wrap(divergence_measure_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
+        *rows.tensors, _bytes(mask), partials, rows.count, width, splits, rows.size1, rows.size2, *rows.strides[0],
+        *rows.strides[1], scale, **_loads(mask, scale, relative), ROWS=tile.rows, BLOCK=tile.block,
+        BLOCKS=tile.blocks, **_resources(tile, wrap),
     )  # fmt: skip
-    return out if total or elementwise else out.sum(), stats
+    return partials
+
+
+def _finish(
+    rows: Rows, mask: Tensor | None, tile: launch.Tile, partials: Tensor | None, stats: Tensor, terms: Tensor | None,
+    kind: str, alpha: float, scale: float, relative: bool, keep: bool, wrap: Wrap,
+) -> Tensor:  # fmt: skip
+    """Parts of the row losses, fp32 ``[rows, splits]``, from partial statistics or, without them, from ``stats``."""
+    width = rows.tensors[0].shape[-1]
+    splits = launch.splits(tile, width)
+    losses = new_output((rows.count, splits), torch.float32, rows.tensors[0].device)
+    wrap(divergence_finish_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
+        *rows.tensors, _bytes(mask), partials, stats, terms, losses, rows.count, width, splits, rows.size1,
+        rows.size2, *rows.strides[0], *rows.strides[1], alpha, scale, KIND=kind,
+        OUTPUT="rows" if terms is None else "terms", **_loads(mask, scale, relative), MERGE=partials is not None,
+        KEEP=keep, SPLITS=1 if partials is None else launch.next_power_of_two(splits),
+        ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
+    )  # fmt: skip
+    return losses
+
+
+def divergence_measure(
+    input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
+    scale: float, relative: bool, wrap: Wrap = _plain,
+) -> Tensor:  # fmt: skip
+    """See `FusedBackend.divergence_measure`."""
+    width = input.shape[-1]
+    rows = as_rows(input, target)
+    tile = launch.split_tile(rows.count, width, _processors(input.device))
+    splits = launch.splits(tile, width)
+    partials = _measure(rows, mask, tile, scale, relative, wrap)
+    if splits == 1:
+        return partials.view(rows.count, STATISTICS)
+    merged = new_output((rows.count, STATISTICS), torch.float32, input.device)
+    merge = launch.merge_tile(splits)
+    wrap(divergence_merge_kernel)[(launch.grid(merge, rows.count, whole_rows=True),)](
+        partials, merged, rows.count, splits, SPLITS=merge.block, ROWS=merge.rows, **_resources(merge, wrap)
+    )
+    return merged
+
+
+def divergence_finish(
+    input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float,
+    weight: float, scale: float, relative: bool, wrap: Wrap = _plain,
+) -> Tensor:  # fmt: skip
+    """See `FusedBackend.divergence_finish`."""
+    width = input.shape[-1]
+    rows = as_rows(input, target)
+    tile = launch.split_tile(rows.count, width, _processors(input.device))
+    splits = launch.splits(tile, width)
+    losses = _finish(rows, mask, tile, None, stats.contiguous(), None, kind, alpha, scale, relative, False, wrap)
+    if splits == 1:
+        return losses.view(rows.count)
+    out = new_output((rows.count,), torch.float32, input.device)
+    merge = launch.merge_tile(splits)
+    wrap(divergence_collect_kernel)[(launch.grid(merge, rows.count, whole_rows=True),)](
+        losses, out, out, rows.count, splits, 1.0, OUTPUT="rows", KEEP=False, SPLITS=merge.block, ROWS=merge.rows,
+        **_resources(merge, wrap),
+    )  # fmt: skip
+    return out
 
 
 def divergence_backward(
-    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, elementwise: bool,
-    alpha: float, weight: float, want_input: bool, want_target: bool, wrap: Wrap = _plain,
+    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str,
+    alpha: float, weight: float, scale: float, relative: bool, want_input: bool, want_target: bool,
+    wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `FusedBackend.divergence_backward`."""
-    width = input.shape[-1]
+    width, stats = input.shape[-1], stats.contiguous()
     dx = new_output(input.shape if want_input else (0,), input.dtype, input.device)
     dt = new_output(target.shape if want_target else (0,), target.dtype, target.device)
-    flags = {"KIND": kind, "WANT_X": want_input, "WANT_T": want_target, "MASKED": mask is not None}
-    if elementwise:
+    flags = {"KIND": kind, "WANT_X": want_input, "WANT_T": want_target, **_loads(mask, scale, relative)}
+    if output == "terms":
         rows = as_rows(input, target, free=grad)  # often expanded: any strides will do
         tile = launch.row_tile(width)
         wrap(divergence_backward_elementwise_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
             rows.tensors[2], *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
-            *rows.strides[0], *rows.strides[1], *rows.strides[2], rows.tensors[2].stride(-1), alpha, **flags,
+            *rows.strides[0], *rows.strides[1], *rows.strides[2], rows.tensors[2].stride(-1), alpha, scale, **flags,
             ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
         )  # fmt: skip
+        return dx, dt
+    if output == "rows":
+        rows = as_rows(input, target, free=grad.unsqueeze(-1).expand(input.shape))
+        grad, grad_strides = rows.tensors[2], rows.strides[2]
     else:
-        rows = as_rows(input, target)
-        tile = launch.flat_tile(width)
-        wrap(divergence_backward_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
-            grad, *rows.tensors, _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
-            *rows.strides[0], *rows.strides[1], alpha, weight, **flags, ROWS=tile.rows, BLOCK=tile.block,
-            **_resources(tile, wrap),
-        )  # fmt: skip
+        rows, grad_strides = as_rows(input, target), (0, 0, 0)
+    tile = launch.flat_tile(width)
+    wrap(divergence_backward_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
+        grad, *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
+        *rows.strides[0], *rows.strides[1], *grad_strides, alpha, weight * scale, scale, **flags, ROWS=tile.rows,
+        BLOCK=tile.block, **_resources(tile, wrap),
+    )  # fmt: skip
     return dx, dt
 
 
@@ -204,3 +317,5 @@ _register(ascend_measure, fake_ascend_measure)
 _register(ascend, fake_ascend)
 _register(divergence_forward, fake_divergence_forward)
 _register(divergence_backward, fake_divergence_backward)
+_register(divergence_measure, fake_divergence_measure)
+_register(divergence_finish, fake_divergence_finish)

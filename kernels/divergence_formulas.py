@@ -1,0 +1,286 @@
+"""Row-wise KL, symmetric KL and JS divergence of logits, with gradients, in formulas that do not cancel.
+
+Per row, with logits x (input) and t (target), p = softmax(x), q = softmax(t), d = x - t, everything follows from the
+log-ratio r = log p - log q = d - D:
+
+    D = log1p(sum q * expm1(d))       while max |d| <= 1,
+    D = logsumexp(x) - logsumexp(t)   otherwise;
+
+and from f(r) = expm1(r) - r >= 0, whose series is exact near zero. For |r| < 1 the terms are written in r, for larger
+|r| in p and q, so that neither nearly equal nor far apart distributions lose precision, and probabilities that
+underflow contribute their limit:
+
+    kl      KL(q || p)                           = sum q f(r)                 (p - q) - q r       far apart
+    sym_kl  alpha * KL(q || p) + KL(p || q)      KL(p || q) = sum p f(-r)     p r - (p - q)       far apart
+    js      alpha * (KL(m || p) + KL(m || q))    = alpha * sum (p + q) log cosh(r / 2),   m = (p + q) / 2
+
+No term of these sums is negative. The gradients of a row sum (targets detached as smart-pytorch detaches them):
+
+    kl      dx = p - q = q expm1(r)     dt = -q (r + KL)
+    sym_kl  dx = alpha (p - q)          dt = -(p - q)
+    js      dx = alpha / 2 (p - q)      dt = -dx
+
+Logits of minus infinity on both sides (masked classes) contribute nothing. A row that is minus infinity throughout is
+NaN, as its softmax. Arithmetic is fp32 for every dtype.
+
+Logits may be scaled (by 1 / temperature) as they are read, and d may be given in place of x (RELATIVE).
+"""
+
+import triton
+import triton.language as tl
+
+NEG_INF = tl.constexpr(float("-inf"))
+
+# Row statistics kept for the backward pass, one fp32 each.
+STAT_MAX_T = tl.constexpr(0)
+STAT_INV_SUM_T = tl.constexpr(1)
+STAT_MAX_X = tl.constexpr(2)
+STAT_INV_SUM_X = tl.constexpr(3)
+STAT_D = tl.constexpr(4)
+STAT_KL = tl.constexpr(5)
+STATS = tl.constexpr(6)
+
+# Partial statistics of a slice of the columns, one fp32 each.
+PART_MAX_X = tl.constexpr(0)
+PART_SUM_X = tl.constexpr(1)
+PART_MAX_T = tl.constexpr(2)
+PART_SUM_T = tl.constexpr(3)
+PART_MAX_D = tl.constexpr(4)
+PART_EXPM1_SUM = tl.constexpr(5)  # sum exp(t - max_t) expm1(d), meaningful while max |d| <= 1
+PARTS = tl.constexpr(6)
+
+
+@triton.jit
+def _f_near(r):
+    """f(r) = expm1(r) - r for |r| <= 1: its Taylor series, relative error below 3e-8 before rounding."""
+    s = 1.0 / 3628800
+    s = s * r + 1.0 / 362880
+    s = s * r + 1.0 / 40320
+    s = s * r + 1.0 / 5040
+    s = s * r + 1.0 / 720
+    s = s * r + 1.0 / 120
+    s = s * r + 1.0 / 24
+    s = s * r + 1.0 / 6
+    s = s * r + 0.5
+    return s * r * r
+
+
+@triton.jit
+def _log1p(z):
+    """log(1 + z), z > -1, relative precision near zero by 2 artanh(z / (2 + z))."""
+    small = tl.abs(z) < 0.25
+    s = tl.where(small, z, 0.0)
+    s = s / (2.0 + s)
+    w = s * s
+    series = 2.0 * s * (1.0 + w * (1.0 / 3 + w * (1.0 / 5 + w * (1.0 / 7 + w * (1.0 / 9)))))
+    return tl.where(small, series, tl.log(tl.where(small, 1.0, 1.0 + z)))
+
+
+@triton.jit
+def _log_cosh_half(r):
+    """log cosh(r / 2): Taylor series for |r| < 1, |r|/2 - log 2 + log(1 + exp(-|r|)) beyond."""
+    y = 0.5 * tl.where(tl.abs(r) < 1.0, r, 0.0)
+    s = y * y
+    series = s * 2.5658e-4 - 691.0 / 935550
+    series = s * series + 31.0 / 14175
+    series = s * series - 17.0 / 2520
+    series = s * series + 1.0 / 45
+    series = s * series - 1.0 / 12
+    series = s * (s * series + 0.5)
+    a = tl.abs(r)
+    far = 0.5 * a - 0.6931471805599453 + tl.log(1.0 + tl.exp(-a))
+    return tl.where(a < 1.0, series, far)
+
+
+@triton.jit
+def load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE: tl.constexpr, SCALED: tl.constexpr):
+    """``(x, t, d = x - t)`` of a tile. Outside, and where both are minus infinity: minus infinity, and d zero.
+
+    RELATIVE: ``x_ptr`` holds d, and t alone tells which classes there are. Scaled last: d keeps its precision.
+    """
+    x = tl.load(x_ptr + x_base[:, None] + col[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+    t = tl.load(t_ptr + t_base[:, None] + col[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+    if RELATIVE:
+        d = tl.where(t == NEG_INF, 0.0, x)
+        x = t + d
+    else:
+        d = tl.where((x == NEG_INF) & (t == NEG_INF), 0.0, x - t)
+    if SCALED:
+        x = x * scale
+        t = t * scale
+        d = d * scale
+    return x, t, d
+
+
+@triton.jit
+def finite_max(m):
+    """A maximum that is safe to subtract: rows of minus infinity keep their entries at exp(-inf) = 0."""
+    return tl.where(m == NEG_INF, 0.0, m)
+
+
+@triton.jit
+def expm1_sum(e, d):
+    """sum e * expm1(d) over the columns, meaningful while |d| <= 1."""
+    d = tl.minimum(tl.maximum(d, -1.0), 1.0)
+    return tl.sum(e * (d + _f_near(d)), axis=1)
+
+
+@triton.jit
+def log_ratio_shift(max_x, sum_x, max_t, sum_t, expm1_sum, max_d):
+    """D = logsumexp(x) - logsumexp(t), from the expression that keeps its precision."""
+    far = (max_x - max_t) + tl.log(sum_x / sum_t)
+    z = expm1_sum / sum_t
+    return tl.where(max_d <= 1.0, _log1p(z), far)
+
+
+@triton.jit
+def times(q, r):
+    """q * r with 0 * inf = 0: an event of probability zero adds nothing."""
+    return tl.where(q == 0.0, 0.0, q * r)
+
+
+@triton.jit
+def p_minus_q(p, q, r):
+    """p - q, by q * expm1(r) where the two are close."""
+    near = tl.abs(r) < 1.0
+    s = tl.where(near, r, 0.0)
+    return tl.where(near, q * (s + _f_near(s)), p - q)
+
+
+@triton.jit
+def row_terms(p, q, r, alpha, KIND: tl.constexpr):
+    """The non-negative terms whose sum is the divergence of the row."""
+    near = tl.abs(r) < 1.0
+    s = tl.where(near, r, 0.0)
+    f = _f_near(s)
+    if KIND == "js":
+        total = p + q
+        return alpha * tl.where(total == 0.0, 0.0, total * _log_cosh_half(r))
+    forward = tl.where(near, q * f, (p - q) - times(q, r))
+    if KIND == "kl":
+        return forward
+    reverse = tl.where(near, q * (s * (s + f) - f), times(p, r) - (p - q))
+    return alpha * forward + reverse
+
+
+@triton.jit
+def elementwise_terms(p, q, r, alpha, KIND: tl.constexpr):
+    """The terms as `torch.nn.functional.kl_div(reduction="none")` defines them; single terms may be negative."""
+    if KIND == "kl":
+        return -times(q, r)
+    elif KIND == "sym_kl":
+        return times(p_minus_q(p, q, r), r) + (1.0 - alpha) * times(q, r)
+    else:
+        total = p + q
+        return alpha * tl.where(total == 0.0, 0.0, total * _log_cosh_half(r))
+
+
+@triton.jit
+def any_of(real, MASKED: tl.constexpr):
+    """Whether a program has anything to read."""
+    if MASKED:
+        return tl.max(real.to(tl.int32), axis=0) != 0
+    else:
+        return True
+
+
+@triton.jit
+def store_terms(
+    out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND: tl.constexpr, OUTPUT: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The sum over a tile's columns, per row. OUTPUT "terms" also writes the terms, zeros in masked rows."""
+    inside = real[:, None] & (col < width)[None, :]
+    if OUTPUT == "terms":
+        terms = tl.where(inside, elementwise_terms(p, q, r, alpha, KIND), 0.0)
+        if MASKED:
+            everywhere = valid[:, None] & (col < width)[None, :]
+        else:
+            everywhere = inside
+        tl.store(out_ptr + (row * width)[:, None] + col[None, :], terms.to(out_ptr.dtype.element_ty), mask=everywhere)
+    else:
+        terms = tl.where(inside, row_terms(p, q, r, alpha, KIND), 0.0)
+    return tl.sum(terms, axis=1)
+
+
+@triton.jit
+def measure_blocks(
+    x_ptr, t_ptr, x_base, t_base, real, first, width, scale,
+    MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics of BLOCKS blocks of columns from ``first`` on, in the order of PART_*, read once."""
+    max_x = tl.full([ROWS], float("-inf"), tl.float32)
+    max_t = tl.full([ROWS], float("-inf"), tl.float32)
+    max_d = tl.zeros([ROWS], tl.float32)
+    sum_x = tl.zeros([ROWS], tl.float32)
+    sum_t = tl.zeros([ROWS], tl.float32)
+    expm1 = tl.zeros([ROWS], tl.float32)
+    if any_of(real, MASKED):
+        for block in range(BLOCKS):
+            col = first + block * BLOCK + tl.arange(0, BLOCK)
+            inside = real[:, None] & (col < width)[None, :]
+            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
+            max_d = tl.maximum(max_d, tl.max(tl.abs(d), axis=1))
+            new_x = tl.maximum(max_x, tl.max(x, axis=1))
+            new_t = tl.maximum(max_t, tl.max(t, axis=1))
+            safe_x = finite_max(new_x)
+            safe_t = finite_max(new_t)
+            shrink_t = tl.exp(max_t - safe_t)
+            q = tl.exp(t - safe_t[:, None])
+            sum_x = sum_x * tl.exp(max_x - safe_x) + tl.sum(tl.exp(x - safe_x[:, None]), axis=1)
+            sum_t = sum_t * shrink_t + tl.sum(q, axis=1)
+            expm1 = expm1 * shrink_t + expm1_sum(q, d)
+            max_x = new_x
+            max_t = new_t
+    return max_x, sum_x, max_t, sum_t, max_d, expm1
+
+
+@triton.jit
+def finish_blocks(
+    x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, scale, alpha,
+    max_x, inv_x, max_t, inv_t, shift,
+    KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The sum of the terms of BLOCKS blocks of columns from ``first`` on, per row, from the row's statistics. OUTPUT
+    "terms" also writes them."""
+    loss = tl.zeros([ROWS], tl.float32)
+    if any_of(real, MASKED and OUTPUT != "terms"):
+        for block in range(BLOCKS):
+            col = first + block * BLOCK + tl.arange(0, BLOCK)
+            inside = real[:, None] & (col < width)[None, :]
+            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
+            p = tl.exp(x - max_x[:, None]) * inv_x[:, None]
+            q = tl.exp(t - max_t[:, None]) * inv_t[:, None]
+            r = d - shift[:, None]
+            loss += store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
+    return loss
+
+
+@triton.jit
+def store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, MASKED: tl.constexpr):
+    """All but the divergence of the row; zeros in masked rows."""
+    if MASKED:
+        max_x = tl.where(real, max_x, 0.0)
+        inv_x = tl.where(real, inv_x, 0.0)
+        max_t = tl.where(real, max_t, 0.0)
+        inv_t = tl.where(real, inv_t, 0.0)
+        shift = tl.where(real, shift, 0.0)
+    stats = stats_ptr + row * STATS
+    tl.store(stats + STAT_MAX_T, max_t, mask=valid)
+    tl.store(stats + STAT_INV_SUM_T, inv_t, mask=valid)
+    tl.store(stats + STAT_MAX_X, max_x, mask=valid)
+    tl.store(stats + STAT_INV_SUM_X, inv_x, mask=valid)
+    tl.store(stats + STAT_D, shift, mask=valid)
+
+
+@triton.jit
+def load_statistics(stats_ptr, row, real):
+    """``(max_x, inv_sum_x, max_t, inv_sum_t, D)`` of each row."""
+    stats = stats_ptr + row * STATS
+    max_x = tl.load(stats + STAT_MAX_X, mask=real, other=0.0)
+    inv_x = tl.load(stats + STAT_INV_SUM_X, mask=real, other=0.0)
+    max_t = tl.load(stats + STAT_MAX_T, mask=real, other=0.0)
+    inv_t = tl.load(stats + STAT_INV_SUM_T, mask=real, other=0.0)
+    return max_x, inv_x, max_t, inv_t, tl.load(stats + STAT_D, mask=real, other=0.0)

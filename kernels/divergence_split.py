@@ -1,0 +1,158 @@
+"""The divergence of rows that several programs share, in three steps: measure, finish, collect.
+
+Where rows are few and wide, and where each device holds a slice of the vocabulary. Every program measures its own
+columns; partial statistics merge as log-sum-exps do; with the merged ones every program finishes its columns; the
+parts of a row's loss are added last, in a fixed order. Formulas: divergence_formulas.py.
+"""
+
+import triton
+import triton.language as tl
+
+from .divergence_formulas import (
+    PART_EXPM1_SUM,
+    PART_MAX_D,
+    PART_MAX_T,
+    PART_MAX_X,
+    PART_SUM_T,
+    PART_SUM_X,
+    PARTS,
+    STAT_KL,
+    STATS,
+    finish_blocks,
+    finite_max,
+    load_statistics,
+    log_ratio_shift,
+    measure_blocks,
+    store_statistics,
+)
+from .indexing import as_fp32, row_offset
+
+
+@triton.jit
+def _store_partials(partials, valid, max_x, sum_x, max_t, sum_t, max_d, expm1):
+    tl.store(partials + PART_MAX_X, max_x, mask=valid)
+    tl.store(partials + PART_SUM_X, sum_x, mask=valid)
+    tl.store(partials + PART_MAX_T, max_t, mask=valid)
+    tl.store(partials + PART_SUM_T, sum_t, mask=valid)
+    tl.store(partials + PART_MAX_D, max_d, mask=valid)
+    tl.store(partials + PART_EXPM1_SUM, expm1, mask=valid)
+
+
+@triton.jit
+def _merge_partials(partials_ptr, row, real, splits, SPLITS: tl.constexpr):
+    """The partial statistics of whole rows from those of their ``splits`` <= SPLITS slices."""
+    split = tl.arange(0, SPLITS)
+    there = real[:, None] & (split < splits)[None, :]
+    at = partials_ptr + ((row * splits)[:, None] + split[None, :]) * PARTS
+    maxima_x = tl.load(at + PART_MAX_X, mask=there, other=float("-inf"))
+    maxima_t = tl.load(at + PART_MAX_T, mask=there, other=float("-inf"))
+    max_x = tl.max(maxima_x, axis=1)
+    max_t = tl.max(maxima_t, axis=1)
+    share_x = tl.exp(maxima_x - finite_max(max_x)[:, None])
+    share_t = tl.exp(maxima_t - finite_max(max_t)[:, None])
+    sum_x = tl.sum(share_x * tl.load(at + PART_SUM_X, mask=there, other=0.0), axis=1)
+    sum_t = tl.sum(share_t * tl.load(at + PART_SUM_T, mask=there, other=0.0), axis=1)
+    max_d = tl.max(tl.load(at + PART_MAX_D, mask=there, other=0.0), axis=1)
+    expm1 = tl.sum(share_t * tl.load(at + PART_EXPM1_SUM, mask=there, other=0.0), axis=1)
+    return max_x, sum_x, max_t, sum_t, max_d, expm1
+
+
+@triton.jit
+def divergence_measure_kernel(
+    x_ptr, t_ptr, mask_ptr, partials_ptr,
+    rows, width, splits, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
+    scale,
+    MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Writes the partial statistics, fp32 ``[rows, splits, PARTS]``. Masked rows: those of one class, not read."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = (pid // splits) * ROWS + tl.arange(0, ROWS)
+    split = pid % splits
+    valid = row < rows
+    real = valid
+    if MASKED:
+        real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
+    x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
+    t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
+    first = split.to(tl.int32) * (BLOCK * BLOCKS)
+    max_x, sum_x, max_t, sum_t, max_d, expm1 = measure_blocks(
+        x_ptr, t_ptr, x_base, t_base, real, first, width, as_fp32(scale), MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS
+    )
+    if MASKED:
+        max_x = tl.where(real, max_x, 0.0)
+        sum_x = tl.where(real, sum_x, 1.0)
+        max_t = tl.where(real, max_t, 0.0)
+        sum_t = tl.where(real, sum_t, 1.0)
+    _store_partials(partials_ptr + (row * splits + split) * PARTS, valid, max_x, sum_x, max_t, sum_t, max_d, expm1)
+
+
+@triton.jit
+def divergence_merge_kernel(partials_ptr, merged_ptr, rows, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr):
+    """``[rows, splits, PARTS]`` to ``[rows, PARTS]``, for those who merge further."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    max_x, sum_x, max_t, sum_t, max_d, expm1 = _merge_partials(partials_ptr, row, valid, splits, SPLITS)
+    _store_partials(merged_ptr + row * PARTS, valid, max_x, sum_x, max_t, sum_t, max_d, expm1)
+
+
+@triton.jit
+def divergence_finish_kernel(
+    x_ptr, t_ptr, mask_ptr, partials_ptr, stats_ptr, out_ptr, losses_ptr,
+    rows, width, splits, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
+    alpha, scale,
+    KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    MERGE: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Writes each program's part of the row losses, fp32 ``[rows, splits]``, and with OUTPUT "terms" the terms.
+
+    MERGE: row statistics come from ``partials`` (``[rows, splits, PARTS]``), and KEEP writes them, all but the
+    divergence. Else they are read from ``stats``. Masked rows are not read; their loss is zero.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    row = (pid // splits) * ROWS + tl.arange(0, ROWS)
+    split = pid % splits
+    valid = row < rows
+    real = valid
+    if MASKED:
+        real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
+    if MERGE:
+        max_x, sum_x, max_t, sum_t, max_d, expm1 = _merge_partials(partials_ptr, row, real, splits, SPLITS)
+        max_x = finite_max(max_x)
+        max_t = finite_max(max_t)
+        shift = log_ratio_shift(max_x, sum_x, max_t, sum_t, expm1, max_d)
+        inv_x = 1.0 / sum_x
+        inv_t = 1.0 / sum_t
+        if KEEP:
+            writer = valid & (split == 0)
+            store_statistics(stats_ptr, row, writer, real, max_x, inv_x, max_t, inv_t, shift, MASKED)
+    else:
+        max_x, inv_x, max_t, inv_t, shift = load_statistics(stats_ptr, row, real)
+    x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
+    t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
+    first = split.to(tl.int32) * (BLOCK * BLOCKS)
+    loss = finish_blocks(
+        x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, as_fp32(scale), as_fp32(alpha),
+        max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS,
+    )  # fmt: skip
+    tl.store(losses_ptr + row * splits + split, loss, mask=valid)
+
+
+@triton.jit
+def divergence_collect_kernel(
+    losses_ptr, out_ptr, stats_ptr, rows, splits, weight,
+    OUTPUT: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Adds the parts ``[rows, splits]`` of the row losses: ``out`` as OUTPUT says, and the statistics' last column."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split = tl.arange(0, SPLITS)
+    valid = row < rows
+    there = valid[:, None] & (split < splits)[None, :]
+    loss = tl.sum(tl.load(losses_ptr + (row * splits)[:, None] + split[None, :], mask=there, other=0.0), axis=1)
+    if OUTPUT == "sum":
+        tl.store(out_ptr, as_fp32(weight) * tl.sum(loss, axis=0))
+    elif OUTPUT == "rows":
+        tl.store(out_ptr + row, as_fp32(weight) * loss, mask=valid)
+    if KEEP:
+        tl.store(stats_ptr + row * STATS + STAT_KL, loss, mask=valid)
