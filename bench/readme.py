@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from . import accuracy
-from .peers import COMPILED, EAGER, OURS
+from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
 from .report import Report, duration, flop_rate, geometric_means, load_json, rate, share
 from .run import Row
 
@@ -66,16 +66,29 @@ def _accuracy(path: pathlib.Path) -> str:
 
 
 def _speed(report: Report) -> str:
+    """Times, what the best of ours is worth against either rival, and how near it is to what cannot be less."""
     ours = [name for name in dict.fromkeys(row.contestant for row in report.rows if row.timing) if OURS in name]
-    lines = [["case", "smart-pytorch", "its torch.compile", *ours, "x the fastest rival", "not the model"]]
+    lines = [["case", "smart-pytorch", "its torch.compile", *ours, "x smart-pytorch", "x torch.compile", "floor"]]
     for case in dict.fromkeys(row.case for row in report.rows):
-        rows = {row.contestant: row for row in report.rows if row.case == case}
-        best = max((rows[name] for name in ours if name in rows and rows[name].speed), key=lambda row: row.speed or 0)
-        eager = rows[EAGER].beside_model
+        rows = {row.contestant: row for row in report.rows if row.case == case and row.timing is not None}
+        best = min((rows[name] for name in ours if name in rows), key=_median)
+        ratios = [f"{_median(rows[name]) / _median(best):.2f}" if name in rows else "" for name in (EAGER, COMPILED)]
         times = (_time(rows.get(name)) for name in (EAGER, COMPILED, *ours))
-        lines.append([case, *times, f"{best.speed:.2f}", "" if eager is None else f"{eager:.0%} of smart-pytorch"])
+        lines.append([case, *times, *ratios, _floor(best, rows.get(MODEL_ONLY))])
     title = f"Median time of a call, forward and backward ({_where(report.environment)}{_limits(report)}):"
     return "\n".join([title, "", _markdown(lines), *_means(report), ""])
+
+
+def _median(row: Row) -> float:
+    assert row.timing is not None
+    return row.timing.median
+
+
+def _floor(best: Row, model: Row | None) -> str:
+    """The model's own passes, or the share of a plain copy's rate; nothing where only the host works."""
+    if model is not None:
+        return f"model alone {_time(model)}"
+    return "" if best.copy_share is None or best.copy_share < 0.01 else f"{best.copy_share:.0%} of a copy"
 
 
 def _language(report: Report) -> str:
