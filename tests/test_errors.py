@@ -201,7 +201,7 @@ def test_alpha(loss_fn, alpha, error):
     ("temperature", "error"),
     [
         *((value, ValueError) for value in (0.0, -1.0, NAN, INF)),
-        *((value, TypeError) for value in ("1", None, torch.tensor(2.0))),
+        *((value, TypeError) for value in ("1", None, True, torch.tensor(2.0))),
     ],
 )
 @pytest.mark.parametrize("loss_fn", [kl_loss, sym_kl_loss, js_loss])
