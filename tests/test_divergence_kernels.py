@@ -310,3 +310,17 @@ def test_second_derivatives_are_an_error(kind: str, device: torch.device) -> Non
     (gradient,) = torch.autograd.grad(LOSSES[kind](x, t), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiated twice|does not require grad"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("width", [20, 3000])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_shows(kind: str, side: int, width: int, device: torch.device, poison: None) -> None:
+    """One among logits that are nearly equal makes its row NaN, loss and gradients, and no other row."""
+    x, t = pair((3, width), 1e-3, device)
+    (x, t)[side][1, width - 3] = math.nan
+    loss, dx, dt = loss_and_grads(kind, x, t)
+    assert loss.isnan()
+    for gradient in (dx, dt):
+        assert gradient[[0, 2]].isfinite().all()
+        assert gradient[1].isnan().any()
