@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
+from . import compiling
 from .noise import remember_generators
 
 LossOf = Callable[..., Tensor]
@@ -63,8 +64,10 @@ class _ReentrantCheckpointError(RuntimeError):
 
 
 def _by_grad(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
-    # Edges of the graph, since eval_fn may modify its inputs in place; the compiler knows only tensors.
-    points: Any = inputs if torch.compiler.is_compiling() else [get_gradient_edge(each) for each in inputs]
+    if torch.compiler.is_compiling():
+        return _complete(compiling.grad(_checked(loss_of(*inputs)), list(inputs)))
+    # Edges of the graph, since eval_fn may modify its inputs in place.
+    points = [get_gradient_edge(each) for each in inputs]
     loss = _checked(loss_of(*inputs))
     try:
         grads = torch.autograd.grad(loss, points, allow_unused=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import parallel, projection
+from . import compiling, parallel, projection
 from .backends import log_ratio, torch_backend
 from .backends.base import DivergenceSpec, FusedBackend, Step
 from .noise import draw_normal, draw_seed
@@ -59,8 +59,10 @@ def track(perturbed: Tensor) -> Tensor:
     if perturbed.requires_grad:
         return perturbed
     if torch.compiler.is_compiling():
-        return perturbed.requires_grad_()
-    tracked: Tensor = _Track.apply(torch.empty((), requires_grad=True), perturbed)
+        anchor = compiling.anchor(perturbed.device)
+    else:
+        anchor = torch.empty((), requires_grad=True)
+    tracked: Tensor = _Track.apply(anchor, perturbed)
     return tracked
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from . import autograd, states
-from ._checks import check_callable, check_choice, check_count, check_mask, check_number, check_tensor
+from . import autograd, passes, precision, states
+from ._checks import check_bool, check_callable, check_choice, check_count, check_mask, check_number, check_tensor
 from .ascent import InputGradients
 from .backends import calling, check_name, select
 from .backends.base import UPDATES, Step
@@ -22,7 +23,8 @@ __all__ = ["SMARTLoss"]
 _SETTINGS = frozenset(
     (
         *("eval_fn", "loss_fn", "loss_last_fn", "norm_fn", "num_steps", "step_size", "epsilon", "noise_var"),
-        *("backend", "update", "ascent", "scale", "ascent_dtype", "generator"),
+        *("backend", "update", "ascent", "scale", "ascent_dtype", "generator", "loss_scale", "freeze_parameters"),
+        *("ascent_dropout", "freeze_batch_norm", "every_n_steps", "start_step", "skip_in_eval"),
     )
 )
 
@@ -49,16 +51,33 @@ class SMARTLoss(nn.Module):
         backend: ``"torch"``, ``"triton"``, ``"native"``, or ``"auto"``: the fastest one for the tensors at hand.
         update: ``"smart-pytorch"``, noise <- s / (norm(s) + epsilon) with s = noise + step_size * g; or ``"sift"``,
             noise <- noise + step_size * g / (norm(g) + epsilon).
-        ascent, scale, ascent_dtype: only ``"perturbed"``, ``"absolute"`` and None in this version.
+        ascent, scale: only ``"perturbed"`` and ``"absolute"`` in this version.
+        ascent_dtype: `torch.bfloat16` or `torch.float16`: the passes of the ascent run under autocast in it. The final
+            pass keeps the precision of the caller.
         generator: where noise is drawn from; None: torch's default generator of the embedding's device. It must live
             on that device.
+        loss_scale: factor of the ascent loss, so that its gradients do not underflow in float16: a number, or the
+            `torch.amp.GradScaler` of the training loop. The gradient is divided by it, in float32; exactly, where it is
+            a power of two.
+        freeze_parameters: True: parameters of ``eval_fn``, a Module, do not require grad while the ascent runs, so that
+            nobody computes their gradients there. None: if ``eval_fn`` is a compiled module, which otherwise does.
+        ascent_dropout: False: ``eval_fn``, a Module, runs without dropout in the ascent (its submodules but BatchNorm
+            and its like are in eval mode there).
+        freeze_batch_norm: True: the perturbed passes of ``eval_fn``, a Module, normalize by statistics of the batch, as
+            ever in training mode, but leave the running statistics of BatchNorm alone.
+        every_n_steps, start_step: compute the regularizer in call number ``start_step`` (from 0) in training mode and
+            in every n-th one after it. The others return a zero of no graph, which can take part in a sum that goes
+            backward. `steps`, a plain attribute, counts the calls: it is in no ``state_dict``.
+        skip_in_eval: True: return zero, without any pass, in eval mode.
 
     Every argument stays an attribute and may be changed between calls.
 
+    `torch.compile` takes the whole into one graph, but for ``every_n_steps`` and ``start_step``.
+
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a negative ``num_steps``, a non-finite number, an unknown ``backend``, ``update``, ``ascent`` or
-            ``scale``.
+        ValueError: a negative ``num_steps``, a non-finite number, an unknown ``backend``, ``update``, ``ascent``,
+            ``scale`` or ``ascent_dtype``; a control of Modules with an ``eval_fn`` that is none.
     """
 
     def __init__(
@@ -78,6 +97,13 @@ class SMARTLoss(nn.Module):
         scale: str = "absolute",
         ascent_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        loss_scale: float | torch.amp.GradScaler | None = None,
+        freeze_parameters: bool | None = None,
+        ascent_dropout: bool = True,
+        freeze_batch_norm: bool = False,
+        every_n_steps: int = 1,
+        start_step: int = 0,
+        skip_in_eval: bool = False,
     ) -> None:
         super().__init__()
         self.eval_fn = eval_fn
@@ -94,6 +120,15 @@ class SMARTLoss(nn.Module):
         self.scale = scale
         self.ascent_dtype = ascent_dtype
         self.generator = generator
+        self.loss_scale = loss_scale
+        self.freeze_parameters = freeze_parameters
+        self.ascent_dropout = ascent_dropout
+        self.freeze_batch_norm = freeze_batch_norm
+        self.every_n_steps = every_n_steps
+        self.start_step = start_step
+        self.skip_in_eval = skip_in_eval
+        self.steps = 0
+        self._warned = False
         self._input_gradients = InputGradients()
         self._checked = self._check_settings()
 
@@ -125,7 +160,17 @@ class SMARTLoss(nn.Module):
         """
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             return self._outside_inference_mode(embed, state, *args, mask=mask, **kwargs)
-        step, num_steps = self._checked or self._check_settings(), self.num_steps
+        step = self._checked or self._check_settings()
+        if self._skips():
+            first = embed[0] if isinstance(embed, (tuple, list)) else embed
+            return torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=torch.is_grad_enabled())
+        if self.freeze_batch_norm:
+            with passes.setting(passes.training_batch_norms(self.eval_fn), "track_running_stats", False):
+                return self._regularizer(step, embed, state, args, mask, kwargs)
+        return self._regularizer(step, embed, state, args, mask, kwargs)
+
+    def _regularizer(self, step: Step, embed: Any, state: Any, args: Any, mask: Any, kwargs: Any) -> Tensor:
+        num_steps = self.num_steps
         several = isinstance(embed, (tuple, list))
         embeds = tuple(embed) if several else (embed,)
         masks = self._check_inputs(embeds, mask, several)
@@ -136,6 +181,9 @@ class SMARTLoss(nn.Module):
         for each in embeds:
             if each.numel() == 0:
                 return _nothing(embeds, state, self.parameters())
+        if not self._warned and any(each.dtype in precision.HALF for each in embeds):
+            for each in embeds:
+                self._warned = precision.warn_of_lost_noise(each.dtype, step, num_steps) or self._warned
         numbers = (step.noise_var, step.step_size, step.epsilon)
         backends = [select(self.backend, each, numbers=numbers) for each in embeds]
 
@@ -177,14 +225,49 @@ class SMARTLoss(nn.Module):
         check_choice("update", self.update, UPDATES, planned=("paper",))
         check_choice("ascent", self.ascent, ("perturbed",), planned=("fisher",))
         check_choice("scale", self.scale, ("absolute",), planned=("relative",))
-        if self.ascent_dtype is not None:
-            raise ValueError(f"ascent_dtype={self.ascent_dtype} is not available in this version; it must be None")
+        self._check_controls()
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
         step = Step(self.norm_fn, self.noise_var, self.step_size, self.epsilon, self.update)
         if not torch.compiler.is_compiling():
             self.__dict__["_checked"] = step
         return step
+
+    def _check_controls(self) -> None:
+        if self.ascent_dtype is not None and not isinstance(self.ascent_dtype, torch.dtype):
+            raise TypeError(f"ascent_dtype must be a torch.dtype or None, got {type(self.ascent_dtype).__name__}")
+        if self.ascent_dtype not in (None, *precision.HALF):
+            raise ValueError(f"ascent_dtype must be None or one of {list(precision.HALF)}, got {self.ascent_dtype}")
+        precision.check_loss_scale(self.loss_scale)
+        check_count("every_n_steps", self.every_n_steps, least=1)
+        check_count("start_step", self.start_step)
+        for name in ("ascent_dropout", "freeze_batch_norm", "skip_in_eval"):
+            check_bool(name, getattr(self, name))
+        if self.freeze_parameters is not None:
+            check_bool("freeze_parameters", self.freeze_parameters)
+        needs_module = {
+            "freeze_parameters=True": self.freeze_parameters,
+            "ascent_dropout=False": not self.ascent_dropout,
+            "freeze_batch_norm=True": self.freeze_batch_norm,
+        }
+        for setting, used in needs_module.items():
+            if used and not isinstance(self.eval_fn, nn.Module):
+                raise ValueError(f"{setting} needs an eval_fn that is a Module, got {type(self.eval_fn).__name__}")
+
+    def _skips(self) -> bool:
+        """Whether this call is to give zero; counts it."""
+        if not self.training:
+            return self.skip_in_eval
+        always = self.every_n_steps == 1 and self.start_step == 0
+        if torch.compiler.is_compiling():  # a number that changes would be compiled anew each time
+            if not always:
+                raise RuntimeError(
+                    "every_n_steps and start_step do not work inside torch.compile: compile eval_fn, or decide outside"
+                )
+            return False
+        number = self.steps
+        self.__dict__["steps"] = number + 1
+        return not always and (number < self.start_step or (number - self.start_step) % self.every_n_steps != 0)
 
     def _check_inputs(self, embeds: tuple[Any, ...], mask: Any, several: bool) -> tuple[Tensor | None, ...]:
         """Check embeddings, masks and generator; return one mask or None for each embedding."""
@@ -205,13 +288,30 @@ class SMARTLoss(nn.Module):
         return masks
 
     def _ascent_gradients(self, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any) -> list[Tensor]:
-        eval_fn, loss_fn = self.eval_fn, self.loss_fn
+        eval_fn, loss_fn, scale = self.eval_fn, self.loss_fn, None
+        device = perturbed[0].device
+        if self.loss_scale is not None:
+            scale = precision.current_scale(self.loss_scale, device)
 
         def loss_of(*inputs: Tensor) -> Tensor:
-            return self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
+            loss = self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
+            return loss if scale is None else loss * scale
 
         with torch.enable_grad():
-            return self._input_gradients(loss_of, [autograd.track(each) for each in perturbed])
+            inputs = [autograd.track(each) for each in perturbed]
+            with self._ascent_modes():  # until the gradient is there: checkpoints run eval_fn again
+                grads = self._input_gradients(passes.in_autocast(loss_of, self.ascent_dtype, device.type), inputs)
+        return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
+
+    def _ascent_modes(self) -> contextlib.AbstractContextManager[None]:
+        frozen = self.freeze_parameters
+        if torch.compiler.is_compiling():
+            frozen = False  # what nobody asks for is not in the graph
+        elif frozen is None:
+            frozen = passes.is_compiled(self.eval_fn)
+        if not frozen and self.ascent_dropout:
+            return contextlib.nullcontext()
+        return passes.in_ascent(self.eval_fn, frozen, self.ascent_dropout)
 
     def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:
         with calling(self.backend, ascent=name == "loss_fn"):
