@@ -65,8 +65,9 @@ class _ReentrantCheckpointError(RuntimeError):
 
 def _by_grad(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
     if torch.compiler.is_compiling():
-        return _complete(compiling.grad(_checked(loss_of(*inputs)), list(inputs)))
-    # Edges of the graph, since eval_fn may modify its inputs in place.
+        # Clones, which Inductor takes out again, since eval_fn may modify its inputs in place.
+        return _complete(compiling.grad(_checked(loss_of(*[each.clone() for each in inputs])), list(inputs)))
+    # Edges of the graph for the same reason.
     points = [get_gradient_edge(each) for each in inputs]
     loss = _checked(loss_of(*inputs))
     try:

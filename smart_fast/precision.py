@@ -30,12 +30,12 @@ def current_scale(loss_scale: Any, device: torch.device) -> float | Tensor:
     """The factor of the ascent loss: a GradScaler's is a tensor on its device, which the host never reads."""
     if not isinstance(loss_scale, torch.amp.GradScaler):
         return float(loss_scale)
-    if not loss_scale.is_enabled():
+    # Its methods read the scale, or are none that Dynamo traces.
+    if not loss_scale._enabled:
         return 1.0
-    scale = loss_scale._get_scale_async()
-    if scale is None:  # before its first use
+    if loss_scale._scale is None:  # before its first use
         return float(loss_scale._init_scale)
-    return scale.to(device, non_blocking=True)
+    return loss_scale._scale.to(device, non_blocking=True)
 
 
 def unscale(grad: Tensor, scale: float | Tensor) -> Tensor:
