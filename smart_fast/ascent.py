@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,9 +39,10 @@ class InputGradients:
         if self._reentrant:
             return _by_backward(loss_of, inputs)
         if self._reentrant is False:
-            with contextlib.suppress(_ReentrantCheckpointError):
+            try:
                 return _by_grad(loss_of, inputs)
-            self._reentrant = True
+            except _ReentrantCheckpointError:
+                self._reentrant = True
             return _by_backward(loss_of, inputs)
         # A second attempt must see the dropout of the first, or the first call would differ from the others.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

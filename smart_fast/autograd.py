@@ -153,9 +153,7 @@ def divergence(
         count = input.size(0)
     elif reduction == "mean" and mask is None:
         count = input.numel()
-    outside = (
-        torch.compiler.is_compiling()
-    )
+    outside = torch.compiler.is_compiling()
     spec = DivergenceSpec(kind, "sum", float(alpha), square if outside else square / count, 1.0 / temperature)
     loss = _differentiable_divergence(backend, input, target, spec, mask)
     if outside and reduction != "sum":

@@ -7,6 +7,7 @@ cancel when the two distributions are nearly equal; ``backend="torch"`` is bit f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import autograd, parallel
 from ._checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
 from .backends import backend_of_caller, check_name, select
-from .backends.base import REDUCTIONS
+from .backends.base import FUSED_DTYPES, REDUCTIONS
 
 __all__ = ["hellinger_loss", "js_loss", "kl_loss", "stable_sym_kl_loss", "sym_kl_loss"]
 
@@ -158,6 +159,16 @@ def _divergence(
     backend: str | None,
     group: Any,
 ) -> Tensor:
+    if (
+        mask is None
+        and temperature == 1.0
+        and group is None
+        and reduction in REDUCTIONS
+        and _plain(input, target, alpha)
+    ):
+        fused = select(_backend(backend), input)  # of the usual call, there is nothing else to check
+        if fused is not None and fused.differentiable:
+            return autograd.divergence(fused, input, target, kind, reduction, alpha, None)
     check_choice("reduction", reduction, REDUCTIONS)
     backend = _backend(backend)
     if parallel.is_dtensor(input) or parallel.is_dtensor(target):
@@ -181,6 +192,21 @@ def _divergence(
     if group is not None:
         return autograd.parallel_divergence(fused, input, target, kind, reduction, alpha, mask, temperature, group)
     return autograd.divergence(fused, input, target, kind, reduction, alpha, mask, temperature)
+
+
+def _plain(input: Any, target: Any, alpha: Any) -> bool:
+    """Whether these are two tensors alike, of ordinary kind, that kernels take, and a factor: as a rule they are."""
+    return (
+        type(input) is Tensor
+        and type(target) is Tensor
+        and type(alpha) is float
+        and input.dtype in FUSED_DTYPES
+        and target.dtype in FUSED_DTYPES
+        and input.shape == target.shape
+        and input.numel() > 0
+        and input.device == target.device
+        and math.isfinite(alpha)
+    )
 
 
 def _backend(backend: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -170,7 +169,7 @@ class SMARTLoss(nn.Module):
         return self._regularizer(step, embed, state, args, mask, kwargs)
 
     def _regularizer(self, step: Step, embed: Any, state: Any, args: Any, mask: Any, kwargs: Any) -> Tensor:
-        num_steps = self.num_steps
+        eval_fn, num_steps = self.eval_fn, self.num_steps
         several = isinstance(embed, (tuple, list))
         embeds = tuple(embed) if several else (embed,)
         masks = self._check_inputs(embeds, mask, several)
@@ -187,25 +186,22 @@ class SMARTLoss(nn.Module):
         numbers = (step.noise_var, step.step_size, step.epsilon)
         backends = [select(self.backend, each, numbers=numbers) for each in embeds]
 
-        perturbed, noises = _unzip(
-            [
-                autograd.perturb(backend, each, step.noise_var, self.generator, each_mask, keep_noise=num_steps > 0)
-                for backend, each, each_mask in zip(backends, embeds, masks, strict=True)
-            ]
-        )
-        for taken in range(1, num_steps + 1):
-            grads = self._ascent_gradients(perturbed, clean, args, kwargs)
-            perturbed, noises = _unzip(
-                [
-                    autograd.ascend(backend, each, grad, noise, step, each_mask, keep_noise=taken < num_steps)
-                    for backend, each, grad, noise, each_mask in zip(
-                        backends, embeds, grads, noises, masks, strict=True
-                    )
-                ]
+        each_embed = range(len(embeds))
+        perturbed: list[Any] = [None] * len(embeds)
+        noises: list[Any] = [None] * len(embeds)
+        for i in each_embed:
+            perturbed[i], noises[i] = autograd.perturb(
+                backends[i], embeds[i], step.noise_var, self.generator, masks[i], keep_noise=num_steps > 0
             )
+        for taken in range(1, num_steps + 1):
+            grads = self._ascent_gradients(eval_fn, perturbed, clean, args, kwargs)
+            for i in each_embed:
+                perturbed[i], noises[i] = autograd.ascend(
+                    backends[i], embeds[i], grads[i], noises[i], step, masks[i], keep_noise=taken < num_steps
+                )
         if torch.is_grad_enabled():
             perturbed = [autograd.track(each) for each in perturbed]
-        perturbed_state = self.eval_fn(*perturbed, *args, **kwargs)
+        perturbed_state = eval_fn(*perturbed, *args, **kwargs)
         return self._compare("loss_last_fn", self.loss_last_fn, perturbed_state, state)
 
     def extra_repr(self) -> str:
@@ -287,8 +283,10 @@ class SMARTLoss(nn.Module):
                 )
         return masks
 
-    def _ascent_gradients(self, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any) -> list[Tensor]:
-        eval_fn, loss_fn, scale = self.eval_fn, self.loss_fn, None
+    def _ascent_gradients(
+        self, eval_fn: Any, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any
+    ) -> list[Tensor]:
+        loss_fn, scale = self.loss_fn, None
         device = perturbed[0].device
         if self.loss_scale is not None:
             scale = precision.current_scale(self.loss_scale, device)
@@ -297,21 +295,20 @@ class SMARTLoss(nn.Module):
             loss = self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
             return loss if scale is None else loss * scale
 
+        in_autocast = passes.in_autocast(loss_of, self.ascent_dtype, device.type)
         with torch.enable_grad():
             inputs = [autograd.track(each) for each in perturbed]
-            with self._ascent_modes():  # until the gradient is there: checkpoints run eval_fn again
-                grads = self._input_gradients(passes.in_autocast(loss_of, self.ascent_dtype, device.type), inputs)
+            if not (frozen := self._freezes(eval_fn)) and self.ascent_dropout:
+                grads = self._input_gradients(in_autocast, inputs)
+            else:  # until the gradient is there, since checkpoints run eval_fn again
+                with passes.in_ascent(eval_fn, frozen, self.ascent_dropout):
+                    grads = self._input_gradients(in_autocast, inputs)
         return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
 
-    def _ascent_modes(self) -> contextlib.AbstractContextManager[None]:
-        frozen = self.freeze_parameters
+    def _freezes(self, eval_fn: Any) -> bool:
         if torch.compiler.is_compiling():
-            frozen = False  # what nobody asks for is not in the graph
-        elif frozen is None:
-            frozen = passes.is_compiled(self.eval_fn)
-        if not frozen and self.ascent_dropout:
-            return contextlib.nullcontext()
-        return passes.in_ascent(self.eval_fn, frozen, self.ascent_dropout)
+            return False  # what nobody asks for is not in the graph
+        return passes.is_compiled(eval_fn) if self.freeze_parameters is None else self.freeze_parameters
 
     def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:
         with calling(self.backend, ascent=name == "loss_fn"):
@@ -323,10 +320,6 @@ class SMARTLoss(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
             return self.forward(*args, **kwargs)
-
-
-def _unzip(pairs: list[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor], list[Any]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _nothing(embeds: tuple[Tensor, ...], state: Any, parameters: Iterable[Tensor]) -> Tensor:
