@@ -159,18 +159,10 @@ def _divergence(
     backend: str | None,
     group: Any,
 ) -> Tensor:
-    if (
-        mask is None
-        and temperature == 1.0
-        and group is None
-        and reduction in REDUCTIONS
-        and _plain(input, target, alpha)
-    ):
-        fused = select(_backend(backend), input)  # of the usual call, there is nothing else to check
-        if fused is not None and fused.differentiable:
-            return autograd.divergence(fused, input, target, kind, reduction, alpha, None)
     check_choice("reduction", reduction, REDUCTIONS)
     backend = _backend(backend)
+    if mask is None and temperature == 1.0 and group is None and _plain(input, target, alpha):
+        return autograd.divergence(select(backend, input), input, target, kind, reduction, alpha, None)
     if parallel.is_dtensor(input) or parallel.is_dtensor(target):
         input, target, mask, group, rewrap = parallel.local(input, target, mask, group)
         loss = _divergence(kind, input, target, reduction, alpha, mask, temperature, backend, group)
@@ -195,7 +187,7 @@ def _divergence(
 
 
 def _plain(input: Any, target: Any, alpha: Any) -> bool:
-    """Whether these are two tensors alike, of ordinary kind, that kernels take, and a factor: as a rule they are."""
+    """Whether there is nothing else to check: two ordinary tensors of one shape that kernels take, and a factor."""
     return (
         type(input) is Tensor
         and type(target) is Tensor

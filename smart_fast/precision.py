@@ -56,16 +56,18 @@ def warn_of_lost_noise(dtype: torch.dtype, step: Step, num_steps: int) -> bool:
     if isinstance(step.noise_var, Tensor) or isinstance(step.step_size, Tensor) or step.noise_var == 0:
         return False
     epsilon = torch.finfo(dtype).eps
-    if max(abs(step.noise_var), num_steps * abs(step.step_size)) >= epsilon * _TYPICAL / 2:
+    if (
+        max(abs(step.noise_var), num_steps * abs(step.step_size)) >= epsilon * _TYPICAL / 8
+    ):  # a fifth of the entries change
         return False
     enough = 4 * epsilon
     name = str(dtype).removeprefix("torch.")
     warnings.warn(
-        f"noise_var={step.noise_var:g} is lost when it is added to a {name} embedding: rounding takes what is below"
-        f" {epsilon / 2:.1e} of an entry. noise_var of {enough:.1e} times the root mean square of the embedding works:"
-        f" {enough * _TYPICAL:.1e} for word embeddings (rms {_TYPICAL:g}), {enough:.1e} after a LayerNorm (rms 1);"
-        " so does a float32 embedding (autocast)",
+        f"noise_var={step.noise_var:g} is mostly lost when it is added to a {name} embedding: rounding takes what is"
+        f" below {epsilon / 4:.1e} of an entry. noise_var of {enough:.1e} times the root mean square of the embedding"
+        f" works: {enough * _TYPICAL:.1e} for word embeddings (rms {_TYPICAL:g}), {enough:.1e} after a LayerNorm"
+        " (rms 1); so does a float32 embedding (autocast)",
         UserWarning,
-        stacklevel=4,
+        stacklevel=6,
     )
     return True

@@ -196,9 +196,12 @@ class SMARTLoss(nn.Module):
         for taken in range(1, num_steps + 1):
             grads = self._ascent_gradients(eval_fn, perturbed, clean, args, kwargs)
             for i in each_embed:
+                dtype = perturbed[i].dtype
                 perturbed[i], noises[i] = autograd.ascend(
                     backends[i], embeds[i], grads[i], noises[i], step, masks[i], keep_noise=taken < num_steps
                 )
+                if perturbed[i].dtype != dtype:  # unscaled gradients are float32
+                    perturbed[i] = perturbed[i].to(dtype)
         if torch.is_grad_enabled():
             perturbed = [autograd.track(each) for each in perturbed]
         perturbed_state = eval_fn(*perturbed, *args, **kwargs)
