@@ -47,7 +47,7 @@ def check_number(name: str, value: Any) -> Any:
         return value
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not (value - value == 0):  # as math.isfinite, which torch.compile does not take of a number that has changed
         raise ValueError(f"{name} must be finite, got {value}")
     return value
 

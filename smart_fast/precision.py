@@ -43,31 +43,31 @@ def unscale(grad: Tensor, scale: float | Tensor) -> Tensor:
     return grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
 
 
-@when_traced
-def warn_of_lost_noise(dtype: torch.dtype, step: Step, num_steps: int) -> bool:
-    """Warn if most of the final noise cannot change an embedding of ``dtype``, however small its entries usually are.
+def loses_noise(dtype: torch.dtype, step: Step, num_steps: int) -> bool:
+    """Whether most of the final noise cannot change an embedding of ``dtype``, however small its entries usually are.
 
-    Told from settings alone, since looking at the embedding would synchronize its device. Returns whether it did.
+    Told from settings alone, since looking at the embedding would synchronize its device.
     """
-    if dtype not in HALF:
+    if dtype not in HALF or isinstance(step.noise_var, Tensor) or isinstance(step.step_size, Tensor):
         return False
-    if num_steps > 0 and step.update == "smart-pytorch":
-        return False  # its noise has a norm near one, whatever it was drawn as
-    if isinstance(step.noise_var, Tensor) or isinstance(step.step_size, Tensor) or step.noise_var == 0:
-        return False
+    size = abs(step.noise_var)
+    if num_steps > 0:
+        if step.update == "smart-pytorch":
+            return False  # its noise has a norm near one, whatever it was drawn as
+        size = max(size, num_steps * abs(step.step_size))
+    return 0 < size < torch.finfo(dtype).eps * _TYPICAL / 8  # of which a fifth of the entries change
+
+
+@when_traced
+def warn_of_lost_noise(dtype: torch.dtype, noise_var: Any) -> None:
     epsilon = torch.finfo(dtype).eps
-    if (
-        max(abs(step.noise_var), num_steps * abs(step.step_size)) >= epsilon * _TYPICAL / 8
-    ):  # a fifth of the entries change
-        return False
     enough = 4 * epsilon
     name = str(dtype).removeprefix("torch.")
     warnings.warn(
-        f"noise_var={step.noise_var:g} is mostly lost when it is added to a {name} embedding: rounding takes what is"
-        f" below {epsilon / 4:.1e} of an entry. noise_var of {enough:.1e} times the root mean square of the embedding"
-        f" works: {enough * _TYPICAL:.1e} for word embeddings (rms {_TYPICAL:g}), {enough:.1e} after a LayerNorm"
-        " (rms 1); so does a float32 embedding (autocast)",
+        f"noise_var={noise_var:g} is mostly lost when it is added to a {name} embedding: rounding takes what is below"
+        f" {epsilon / 4:.1e} of an entry. noise_var of {enough:.1e} times the root mean square of the embedding works:"
+        f" {enough * _TYPICAL:.1e} for word embeddings (rms {_TYPICAL:g}), {enough:.1e} after a LayerNorm (rms 1); so"
+        " does a float32 embedding (autocast)",
         UserWarning,
         stacklevel=6,
     )
-    return True

@@ -180,9 +180,11 @@ class SMARTLoss(nn.Module):
         for each in embeds:
             if each.numel() == 0:
                 return _nothing(embeds, state, self.parameters())
-        if not self._warned and any(each.dtype in precision.HALF for each in embeds):
-            for each in embeds:
-                self._warned = precision.warn_of_lost_noise(each.dtype, step, num_steps) or self._warned
+        for each in embeds:
+            if not self._warned and precision.loses_noise(each.dtype, step, num_steps):
+                precision.warn_of_lost_noise(each.dtype, step.noise_var)
+                if not torch.compiler.is_compiling():  # there it is told when traced, and a flag would trace anew
+                    self._warned = True
         numbers = (step.noise_var, step.step_size, step.epsilon)
         backends = [select(self.backend, each, numbers=numbers) for each in embeds]
 

@@ -146,6 +146,17 @@ def test_batches_of_any_size(backend):
     assert seen[0] == seen[-1]
 
 
+@pytest.mark.parametrize("name", ["noise_var", "step_size", "epsilon", "num_steps"])
+def test_settings_may_change_between_calls(name, backend):
+    net, embed = classifier(), torch.randn(5, 8, requires_grad=True)
+    smart = SMARTLoss(net, kl_loss, backend=backend, **SETTINGS)
+    compiled = torch.compile(smart, fullgraph=True, backend="aot_eager")
+    for value in (1, 2, 3):
+        setattr(smart, name, value if name == "num_steps" else value / 4)
+        results = [gradients(lambda r=r: r(embed, net(embed)), [embed]) for r in (compiled, smart)]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -222,6 +222,19 @@ def test_what_is_not_lost_is_not_told(dtype, options):
     assert warned(dtype, **options) == []
 
 
+def test_compiled_lost_noise_is_told_once():
+    net, embed = Recording().bfloat16(), torch.randn(4, 8, dtype=torch.bfloat16)
+    smart = SMARTLoss(nn.Linear(8, 3).bfloat16(), kl_loss, num_steps=0, backend="torch")
+    smart.epsilon = 1e-5  # settings are checked when traced
+    torch.compiler.reset()
+    compiled = torch.compile(smart, fullgraph=True, backend="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            compiled(embed, net(embed))
+    assert len([each for each in caught if "is mostly lost" in str(each.message)]) == 1
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("rms", [0.02, 1.0])
 def test_the_warning_is_true(dtype, rms):
