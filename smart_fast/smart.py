@@ -9,23 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from . import autograd, passes, precision, states
-from ._checks import check_bool, check_callable, check_choice, check_count, check_mask, check_number, check_tensor
+from . import autograd, passes, precision, settings, states
+from ._checks import check_mask, check_tensor
 from .ascent import InputGradients
-from .backends import calling, check_name, select
-from .backends.base import UPDATES, Step
+from .backends import calling, select
+from .backends.base import Step
 from .norms import Norm, inf_norm
 
 __all__ = ["SMARTLoss"]
-
-#: What `SMARTLoss` checks when it has changed.
-_SETTINGS = frozenset(
-    (
-        *("eval_fn", "loss_fn", "loss_last_fn", "norm_fn", "num_steps", "step_size", "epsilon", "noise_var"),
-        *("backend", "update", "ascent", "scale", "ascent_dtype", "generator", "loss_scale", "freeze_parameters"),
-        *("ascent_dropout", "freeze_batch_norm", "every_n_steps", "start_step", "skip_in_eval"),
-    )
-)
 
 
 class SMARTLoss(nn.Module):
@@ -133,7 +124,7 @@ class SMARTLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in _SETTINGS:
+        if name in settings.NAMES:
             self.__dict__["_checked"] = None
 
     def forward(
@@ -161,7 +152,7 @@ class SMARTLoss(nn.Module):
             return self._outside_inference_mode(embed, state, *args, mask=mask, **kwargs)
         step = self._checked or self._check_settings()
         if self._skips():
-            first = embed[0] if isinstance(embed, (tuple, list)) else embed
+            first = check_tensor("embed", embed[0] if isinstance(embed, (tuple, list)) and embed else embed)
             return torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=torch.is_grad_enabled())
         if self.freeze_batch_norm:
             with passes.setting(passes.training_batch_norms(self.eval_fn), "track_running_stats", False):
@@ -215,45 +206,10 @@ class SMARTLoss(nn.Module):
 
     def _check_settings(self) -> Step:
         """Check the attributes; the settings of a step. Remembered until an attribute changes."""
-        check_callable("eval_fn", self.eval_fn)
-        states.check_losses("loss_fn", self.loss_fn)
-        states.check_losses("loss_last_fn", self.loss_last_fn)
-        check_callable("norm_fn", self.norm_fn)
-        check_count("num_steps", self.num_steps)
-        for name in ("step_size", "epsilon", "noise_var"):
-            check_number(name, getattr(self, name))
-        check_name(self.backend)
-        check_choice("update", self.update, UPDATES, planned=("paper",))
-        check_choice("ascent", self.ascent, ("perturbed",), planned=("fisher",))
-        check_choice("scale", self.scale, ("absolute",), planned=("relative",))
-        self._check_controls()
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
-        step = Step(self.norm_fn, self.noise_var, self.step_size, self.epsilon, self.update)
+        step = settings.check(self)
         if not torch.compiler.is_compiling():
             self.__dict__["_checked"] = step
         return step
-
-    def _check_controls(self) -> None:
-        if self.ascent_dtype is not None and not isinstance(self.ascent_dtype, torch.dtype):
-            raise TypeError(f"ascent_dtype must be a torch.dtype or None, got {type(self.ascent_dtype).__name__}")
-        if self.ascent_dtype not in (None, *precision.HALF):
-            raise ValueError(f"ascent_dtype must be None or one of {list(precision.HALF)}, got {self.ascent_dtype}")
-        precision.check_loss_scale(self.loss_scale)
-        check_count("every_n_steps", self.every_n_steps, least=1)
-        check_count("start_step", self.start_step)
-        for name in ("ascent_dropout", "freeze_batch_norm", "skip_in_eval"):
-            check_bool(name, getattr(self, name))
-        if self.freeze_parameters is not None:
-            check_bool("freeze_parameters", self.freeze_parameters)
-        needs_module = {
-            "freeze_parameters=True": self.freeze_parameters,
-            "ascent_dropout=False": not self.ascent_dropout,
-            "freeze_batch_norm=True": self.freeze_batch_norm,
-        }
-        for setting, used in needs_module.items():
-            if used and not isinstance(self.eval_fn, nn.Module):
-                raise ValueError(f"{setting} needs an eval_fn that is a Module, got {type(self.eval_fn).__name__}")
 
     def _skips(self) -> bool:
         """Whether this call is to give zero; counts it."""
