@@ -47,7 +47,7 @@ def check_number(name: str, value: Any) -> Any:
         return value
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not (value - value == 0):  # as math.isfinite, which torch.compile does not take of a number that has changed
         raise ValueError(f"{name} must be finite, got {value}")
     return value
 
@@ -62,15 +62,22 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
-def check_count(name: str, value: Any) -> int:
-    """A non-negative integer."""
+def check_count(name: str, value: Any, least: int = 0) -> int:
+    """An integer, at least ``least``."""
     try:
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-    if count < 0:
-        raise ValueError(f"{name} must not be negative, got {count}")
+    if count < least:
+        expected = "not be negative" if least == 0 else f"be at least {least}"
+        raise ValueError(f"{name} must {expected}, got {count}")
     return count
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...], planned: tuple[str, ...] = ()) -> str:

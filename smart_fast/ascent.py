@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
+from . import compiling
 from .noise import remember_generators
 
 LossOf = Callable[..., Tensor]
@@ -39,9 +39,10 @@ class InputGradients:
         if self._reentrant:
             return _by_backward(loss_of, inputs)
         if self._reentrant is False:
-            with contextlib.suppress(_ReentrantCheckpointError):
+            try:
                 return _by_grad(loss_of, inputs)
-            self._reentrant = True
+            except _ReentrantCheckpointError:
+                self._reentrant = True
             return _by_backward(loss_of, inputs)
         # A second attempt must see the dropout of the first, or the first call would differ from the others.
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -63,8 +64,11 @@ class _ReentrantCheckpointError(RuntimeError):
 
 
 def _by_grad(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
-    # Edges of the graph, since eval_fn may modify its inputs in place; the compiler knows only tensors.
-    points: Any = inputs if torch.compiler.is_compiling() else [get_gradient_edge(each) for each in inputs]
+    if torch.compiler.is_compiling():
+        # Clones, which Inductor takes out again, since eval_fn may modify its inputs in place.
+        return _complete(compiling.grad(_checked(loss_of(*[each.clone() for each in inputs])), list(inputs)))
+    # Edges of the graph for the same reason.
+    points = [get_gradient_edge(each) for each in inputs]
     loss = _checked(loss_of(*inputs))
     try:
         grads = torch.autograd.grad(loss, points, allow_unused=True)

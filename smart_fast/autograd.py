@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import parallel, projection
+from . import compiling, parallel, projection
 from .backends import log_ratio, torch_backend
 from .backends.base import DivergenceSpec, FusedBackend, Step
 from .noise import draw_normal, draw_seed
@@ -49,7 +49,7 @@ class _Track(torch.autograd.Function):
 def _as_output(ctx: Any, perturbed: Tensor) -> Tensor:
     """The input itself, as autograd allows where it was modified; a view could not be modified in place later on."""
     if torch.compiler.is_compiling():
-        return perturbed.view_as(perturbed)
+        return perturbed.clone()  # which Inductor takes out again
     ctx.mark_dirty(perturbed)
     return perturbed
 
@@ -59,8 +59,10 @@ def track(perturbed: Tensor) -> Tensor:
     if perturbed.requires_grad:
         return perturbed
     if torch.compiler.is_compiling():
-        return perturbed.requires_grad_()
-    tracked: Tensor = _Track.apply(torch.empty((), requires_grad=True), perturbed)
+        anchor = compiling.anchor(perturbed.device)
+    else:
+        anchor = torch.empty((), requires_grad=True)
+    tracked: Tensor = _Track.apply(anchor, perturbed)
     return tracked
 
 
@@ -146,13 +148,16 @@ def divergence(
         spec = DivergenceSpec(kind, "terms", float(alpha), 1.0, 1.0 / temperature)
         terms = _differentiable_divergence(backend, input, target, spec, mask)
         return terms if square == 1.0 else terms * square
-    weight = square
+    count = 1
     if reduction == "batchmean":
-        weight = square / input.size(0)
+        count = input.size(0)
     elif reduction == "mean" and mask is None:
-        weight = square / input.numel()
-    spec = DivergenceSpec(kind, "sum", float(alpha), weight, 1.0 / temperature)
+        count = input.numel()
+    outside = torch.compiler.is_compiling()
+    spec = DivergenceSpec(kind, "sum", float(alpha), square if outside else square / count, 1.0 / temperature)
     loss = _differentiable_divergence(backend, input, target, spec, mask)
+    if outside and reduction != "sum":
+        loss = loss / count
     if reduction == "mean" and mask is not None:
         loss = loss / (mask.sum() * input.size(-1)).clamp(min=1)
     return loss

@@ -9,22 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from . import autograd, states
-from ._checks import check_callable, check_choice, check_count, check_mask, check_number, check_tensor
+from . import autograd, passes, precision, settings, states
+from ._checks import check_mask, check_tensor
 from .ascent import InputGradients
-from .backends import calling, check_name, select
-from .backends.base import UPDATES, Step
+from .backends import calling, select
+from .backends.base import Step
 from .norms import Norm, inf_norm
 
 __all__ = ["SMARTLoss"]
-
-#: What `SMARTLoss` checks when it has changed.
-_SETTINGS = frozenset(
-    (
-        *("eval_fn", "loss_fn", "loss_last_fn", "norm_fn", "num_steps", "step_size", "epsilon", "noise_var"),
-        *("backend", "update", "ascent", "scale", "ascent_dtype", "generator"),
-    )
-)
 
 
 class SMARTLoss(nn.Module):
@@ -49,16 +41,33 @@ class SMARTLoss(nn.Module):
         backend: ``"torch"``, ``"triton"``, ``"native"``, or ``"auto"``: the fastest one for the tensors at hand.
         update: ``"smart-pytorch"``, noise <- s / (norm(s) + epsilon) with s = noise + step_size * g; or ``"sift"``,
             noise <- noise + step_size * g / (norm(g) + epsilon).
-        ascent, scale, ascent_dtype: only ``"perturbed"``, ``"absolute"`` and None in this version.
+        ascent, scale: only ``"perturbed"`` and ``"absolute"`` in this version.
+        ascent_dtype: `torch.bfloat16` or `torch.float16`: the passes of the ascent run under autocast in it. The final
+            pass keeps the precision of the caller.
         generator: where noise is drawn from; None: torch's default generator of the embedding's device. It must live
             on that device.
+        loss_scale: factor of the ascent loss, so that its gradients do not underflow in float16: a number, or the
+            `torch.amp.GradScaler` of the training loop. The gradient is divided by it, in float32; exactly, where it is
+            a power of two.
+        freeze_parameters: True: parameters of ``eval_fn``, a Module, do not require grad while the ascent runs, so that
+            nobody computes their gradients there. None: if ``eval_fn`` is a compiled module, which otherwise does.
+        ascent_dropout: False: ``eval_fn``, a Module, runs without dropout in the ascent (its submodules but BatchNorm
+            and its like are in eval mode there).
+        freeze_batch_norm: True: the perturbed passes of ``eval_fn``, a Module, normalize by statistics of the batch, as
+            ever in training mode, but leave the running statistics of BatchNorm alone.
+        every_n_steps, start_step: compute the regularizer in call number ``start_step`` (from 0) in training mode and
+            in every n-th one after it. The others return a zero of no graph, which can take part in a sum that goes
+            backward. `steps`, a plain attribute, counts the calls: it is in no ``state_dict``.
+        skip_in_eval: True: return zero, without any pass, in eval mode.
 
     Every argument stays an attribute and may be changed between calls.
 
+    `torch.compile` takes the whole into one graph, but for ``every_n_steps`` and ``start_step``.
+
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a negative ``num_steps``, a non-finite number, an unknown ``backend``, ``update``, ``ascent`` or
-            ``scale``.
+        ValueError: a negative ``num_steps``, a non-finite number, an unknown ``backend``, ``update``, ``ascent``,
+            ``scale`` or ``ascent_dtype``; a control of Modules with an ``eval_fn`` that is none.
     """
 
     def __init__(
@@ -78,6 +87,13 @@ class SMARTLoss(nn.Module):
         scale: str = "absolute",
         ascent_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        loss_scale: float | torch.amp.GradScaler | None = None,
+        freeze_parameters: bool | None = None,
+        ascent_dropout: bool = True,
+        freeze_batch_norm: bool = False,
+        every_n_steps: int = 1,
+        start_step: int = 0,
+        skip_in_eval: bool = False,
     ) -> None:
         super().__init__()
         self.eval_fn = eval_fn
@@ -94,12 +110,21 @@ class SMARTLoss(nn.Module):
         self.scale = scale
         self.ascent_dtype = ascent_dtype
         self.generator = generator
+        self.loss_scale = loss_scale
+        self.freeze_parameters = freeze_parameters
+        self.ascent_dropout = ascent_dropout
+        self.freeze_batch_norm = freeze_batch_norm
+        self.every_n_steps = every_n_steps
+        self.start_step = start_step
+        self.skip_in_eval = skip_in_eval
+        self.steps = 0
+        self._warned = False
         self._input_gradients = InputGradients()
         self._checked = self._check_settings()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in _SETTINGS:
+        if name in settings.NAMES:
             self.__dict__["_checked"] = None
 
     def forward(
@@ -125,7 +150,17 @@ class SMARTLoss(nn.Module):
         """
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             return self._outside_inference_mode(embed, state, *args, mask=mask, **kwargs)
-        step, num_steps = self._checked or self._check_settings(), self.num_steps
+        step = self._checked or self._check_settings()
+        if self._skips():
+            first = check_tensor("embed", embed[0] if isinstance(embed, (tuple, list)) and embed else embed)
+            return torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=torch.is_grad_enabled())
+        if self.freeze_batch_norm:
+            with passes.setting(passes.training_batch_norms(self.eval_fn), "track_running_stats", False):
+                return self._regularizer(step, embed, state, args, mask, kwargs)
+        return self._regularizer(step, embed, state, args, mask, kwargs)
+
+    def _regularizer(self, step: Step, embed: Any, state: Any, args: Any, mask: Any, kwargs: Any) -> Tensor:
+        eval_fn, num_steps = self.eval_fn, self.num_steps
         several = isinstance(embed, (tuple, list))
         embeds = tuple(embed) if several else (embed,)
         masks = self._check_inputs(embeds, mask, several)
@@ -136,28 +171,33 @@ class SMARTLoss(nn.Module):
         for each in embeds:
             if each.numel() == 0:
                 return _nothing(embeds, state, self.parameters())
+        for each in embeds:
+            if not self._warned and precision.loses_noise(each.dtype, step, num_steps):
+                precision.warn_of_lost_noise(each.dtype, step.noise_var)
+                if not torch.compiler.is_compiling():  # there it is told when traced, and a flag would trace anew
+                    self._warned = True
         numbers = (step.noise_var, step.step_size, step.epsilon)
         backends = [select(self.backend, each, numbers=numbers) for each in embeds]
 
-        perturbed, noises = _unzip(
-            [
-                autograd.perturb(backend, each, step.noise_var, self.generator, each_mask, keep_noise=num_steps > 0)
-                for backend, each, each_mask in zip(backends, embeds, masks, strict=True)
-            ]
-        )
-        for taken in range(1, num_steps + 1):
-            grads = self._ascent_gradients(perturbed, clean, args, kwargs)
-            perturbed, noises = _unzip(
-                [
-                    autograd.ascend(backend, each, grad, noise, step, each_mask, keep_noise=taken < num_steps)
-                    for backend, each, grad, noise, each_mask in zip(
-                        backends, embeds, grads, noises, masks, strict=True
-                    )
-                ]
+        each_embed = range(len(embeds))
+        perturbed: list[Any] = [None] * len(embeds)
+        noises: list[Any] = [None] * len(embeds)
+        for i in each_embed:
+            perturbed[i], noises[i] = autograd.perturb(
+                backends[i], embeds[i], step.noise_var, self.generator, masks[i], keep_noise=num_steps > 0
             )
+        for taken in range(1, num_steps + 1):
+            grads = self._ascent_gradients(eval_fn, perturbed, clean, args, kwargs)
+            for i in each_embed:
+                dtype = perturbed[i].dtype
+                perturbed[i], noises[i] = autograd.ascend(
+                    backends[i], embeds[i], grads[i], noises[i], step, masks[i], keep_noise=taken < num_steps
+                )
+                if perturbed[i].dtype != dtype:  # unscaled gradients are float32
+                    perturbed[i] = perturbed[i].to(dtype)
         if torch.is_grad_enabled():
             perturbed = [autograd.track(each) for each in perturbed]
-        perturbed_state = self.eval_fn(*perturbed, *args, **kwargs)
+        perturbed_state = eval_fn(*perturbed, *args, **kwargs)
         return self._compare("loss_last_fn", self.loss_last_fn, perturbed_state, state)
 
     def extra_repr(self) -> str:
@@ -166,25 +206,25 @@ class SMARTLoss(nn.Module):
 
     def _check_settings(self) -> Step:
         """Check the attributes; the settings of a step. Remembered until an attribute changes."""
-        check_callable("eval_fn", self.eval_fn)
-        states.check_losses("loss_fn", self.loss_fn)
-        states.check_losses("loss_last_fn", self.loss_last_fn)
-        check_callable("norm_fn", self.norm_fn)
-        check_count("num_steps", self.num_steps)
-        for name in ("step_size", "epsilon", "noise_var"):
-            check_number(name, getattr(self, name))
-        check_name(self.backend)
-        check_choice("update", self.update, UPDATES, planned=("paper",))
-        check_choice("ascent", self.ascent, ("perturbed",), planned=("fisher",))
-        check_choice("scale", self.scale, ("absolute",), planned=("relative",))
-        if self.ascent_dtype is not None:
-            raise ValueError(f"ascent_dtype={self.ascent_dtype} is not available in this version; it must be None")
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
-        step = Step(self.norm_fn, self.noise_var, self.step_size, self.epsilon, self.update)
+        step = settings.check(self)
         if not torch.compiler.is_compiling():
             self.__dict__["_checked"] = step
         return step
+
+    def _skips(self) -> bool:
+        """Whether this call is to give zero; counts it."""
+        if not self.training:
+            return self.skip_in_eval
+        always = self.every_n_steps == 1 and self.start_step == 0
+        if torch.compiler.is_compiling():  # a number that changes would be compiled anew each time
+            if not always:
+                raise RuntimeError(
+                    "every_n_steps and start_step do not work inside torch.compile: compile eval_fn, or decide outside"
+                )
+            return False
+        number = self.steps
+        self.__dict__["steps"] = number + 1
+        return not always and (number < self.start_step or (number - self.start_step) % self.every_n_steps != 0)
 
     def _check_inputs(self, embeds: tuple[Any, ...], mask: Any, several: bool) -> tuple[Tensor | None, ...]:
         """Check embeddings, masks and generator; return one mask or None for each embedding."""
@@ -204,14 +244,32 @@ class SMARTLoss(nn.Module):
                 )
         return masks
 
-    def _ascent_gradients(self, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any) -> list[Tensor]:
-        eval_fn, loss_fn = self.eval_fn, self.loss_fn
+    def _ascent_gradients(
+        self, eval_fn: Any, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any
+    ) -> list[Tensor]:
+        loss_fn, scale = self.loss_fn, None
+        device = perturbed[0].device
+        if self.loss_scale is not None:
+            scale = precision.current_scale(self.loss_scale, device)
 
         def loss_of(*inputs: Tensor) -> Tensor:
-            return self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
+            loss = self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
+            return loss if scale is None else loss * scale
 
+        in_autocast = passes.in_autocast(loss_of, self.ascent_dtype, device.type)
         with torch.enable_grad():
-            return self._input_gradients(loss_of, [autograd.track(each) for each in perturbed])
+            inputs = [autograd.track(each) for each in perturbed]
+            if not (frozen := self._freezes(eval_fn)) and self.ascent_dropout:
+                grads = self._input_gradients(in_autocast, inputs)
+            else:  # until the gradient is there, since checkpoints run eval_fn again
+                with passes.in_ascent(eval_fn, frozen, self.ascent_dropout):
+                    grads = self._input_gradients(in_autocast, inputs)
+        return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
+
+    def _freezes(self, eval_fn: Any) -> bool:
+        if torch.compiler.is_compiling():
+            return False  # what nobody asks for is not in the graph
+        return passes.is_compiled(eval_fn) if self.freeze_parameters is None else self.freeze_parameters
 
     def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:
         with calling(self.backend, ascent=name == "loss_fn"):
@@ -223,10 +281,6 @@ class SMARTLoss(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
             return self.forward(*args, **kwargs)
-
-
-def _unzip(pairs: list[tuple[Tensor, Tensor | None]]) -> tuple[list[Tensor], list[Any]]:
-    return [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def _nothing(embeds: tuple[Tensor, ...], state: Any, parameters: Iterable[Tensor]) -> Tensor:

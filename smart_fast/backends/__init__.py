@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiling import when_traced
 from .base import FUSED_DTYPES
 
 NAMES = ("torch", "triton", "native")
@@ -58,6 +59,7 @@ def _load_triton() -> ModuleType | str:
 _NOT_BUILT = "not built yet: `python -m smart_fast build` compiles it once; so does the first use of backend='native'"
 
 
+@when_traced  # a compiler that meets the first use is not to trace through file systems
 def _seek_native(build: bool) -> str:
     """Set ``_native`` if that can be done; returns why not, or nothing. Looks once for what was built earlier."""
     global _native, _native_sought
@@ -79,11 +81,6 @@ def _seek_native(build: bool) -> str:
     if _native is None:
         return _NOT_BUILT
     return _native if isinstance(_native, str) else ""
-
-
-# A compiler that meets the first use is not to trace through file systems. This is what
-# torch.compiler.assume_constant_result does, but for importing the compiler.
-_seek_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load_native(build: bool) -> ModuleType | str:

@@ -1,0 +1,84 @@
+"""How ``eval_fn`` runs in the perturbed passes: its modes, its parameters, its precision."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+
+@contextlib.contextmanager
+def setting(objects: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Within, the attribute ``name`` of each of ``objects`` is ``value``."""
+    before = [getattr(each, name) for each in objects]
+    try:
+        for each in objects:
+            setattr(each, name, value)
+        yield
+    finally:
+        for each, old in zip(objects, before, strict=True):
+            setattr(each, name, old)
+
+
+@contextlib.contextmanager
+def in_ascent(eval_fn: Any, frozen: bool, dropout: bool) -> Iterator[None]:
+    """Within, parameters of ``eval_fn`` do not require grad if ``frozen``; without ``dropout`` there is none."""
+    with (
+        setting(parameters(eval_fn) if frozen else (), "requires_grad", False),
+        setting(() if dropout else training_modules(eval_fn), "training", False),
+    ):
+        yield
+
+
+def parameters(eval_fn: nn.Module) -> list[nn.Parameter]:
+    """Those that require grad now."""
+    return [each for each in eval_fn.parameters() if each.requires_grad]
+
+
+def training_modules(eval_fn: nn.Module) -> list[nn.Module]:
+    """Submodules in training mode whose statistics do not depend on that mode: all but BatchNorm and its like.
+
+    Not the dropout modules alone, since attention layers call `torch.nn.functional.dropout` by their own mode.
+    """
+    return [each for each in eval_fn.modules() if each.training and not isinstance(each, _NormBase)]
+
+
+def training_batch_norms(eval_fn: Any) -> list[nn.Module]:
+    """BatchNorm modules that would update running statistics (they do not where ``track_running_stats`` is False)."""
+    return [
+        each
+        for each in eval_fn.modules()
+        if isinstance(each, _BatchNorm) and each.training and each.track_running_stats
+    ]
+
+
+def is_compiled(eval_fn: Any) -> bool:
+    """Whether ``eval_fn`` is ``torch.compile(module)``, or a module whose ``compile()`` was called."""
+    if not isinstance(eval_fn, nn.Module):
+        return False
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes a second
+    return eval_fn._compiled_call_impl is not None or (
+        dynamo is not None and isinstance(eval_fn, dynamo.OptimizedModule)
+    )
+
+
+def in_autocast(function: Callable[..., Any], dtype: torch.dtype | None, device: str) -> Callable[..., Any]:
+    """``function`` under autocast in ``dtype`` (None: as it is around), with a cache of weights of its own.
+
+    The cache knows neither dtypes nor that the ascent uses up its graph, which to the compiler includes the weights.
+    """
+    if dtype is None:
+        if not (torch.compiler.is_compiling() and torch.is_autocast_enabled(device)):
+            return function
+        dtype = torch.get_autocast_dtype(device)
+
+    def cast(*args: Any) -> Any:
+        with torch.autocast(device, dtype=dtype, cache_enabled=False):
+            return function(*args)
+
+    return cast

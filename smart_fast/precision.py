@@ -1,0 +1,73 @@
+"""Half precision: scaling the ascent loss, and noise that is too small for the embedding's dtype."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_positive
+from .backends.base import Step
+from .compiling import when_traced
+
+HALF = (torch.bfloat16, torch.float16)
+_TYPICAL = 0.02  # standard deviation of the word embeddings of BERT and its kin: as small as embeddings get
+
+
+def check_loss_scale(loss_scale: Any) -> None:
+    if loss_scale is not None and not isinstance(loss_scale, torch.amp.GradScaler):
+        try:
+            check_positive("loss_scale", loss_scale)
+        except TypeError:
+            raise TypeError(
+                f"loss_scale must be a real number, a torch.amp.GradScaler or None, got {type(loss_scale).__name__}"
+            ) from None
+
+
+def current_scale(loss_scale: Any, device: torch.device) -> float | Tensor:
+    """The factor of the ascent loss: a GradScaler's is a tensor on its device, which the host never reads."""
+    if not isinstance(loss_scale, torch.amp.GradScaler):
+        return float(loss_scale)
+    # Its methods read the scale, or are none that Dynamo traces.
+    if not loss_scale._enabled:
+        return 1.0
+    if loss_scale._scale is None:  # before its first use
+        return float(loss_scale._init_scale)
+    return loss_scale._scale.to(device, non_blocking=True)
+
+
+def unscale(grad: Tensor, scale: float | Tensor) -> Tensor:
+    """Divided in fp32 at least, where nothing underflows; exactly, if the scale is a power of two."""
+    return grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
+
+
+def loses_noise(dtype: torch.dtype, step: Step, num_steps: int) -> bool:
+    """Whether most of the final noise cannot change an embedding of ``dtype``, however small its entries usually are.
+
+    Told from settings alone, since looking at the embedding would synchronize its device.
+    """
+    if dtype not in HALF or isinstance(step.noise_var, Tensor) or isinstance(step.step_size, Tensor):
+        return False
+    size = abs(step.noise_var)
+    if num_steps > 0:
+        if step.update == "smart-pytorch":
+            return False  # its noise has a norm near one, whatever it was drawn as
+        size = max(size, num_steps * abs(step.step_size))
+    return 0 < size < torch.finfo(dtype).eps * _TYPICAL / 8  # of which a fifth of the entries change
+
+
+@when_traced
+def warn_of_lost_noise(dtype: torch.dtype, noise_var: Any) -> None:
+    epsilon = torch.finfo(dtype).eps
+    enough = 4 * epsilon
+    name = str(dtype).removeprefix("torch.")
+    warnings.warn(
+        f"noise_var={noise_var:g} is mostly lost when it is added to a {name} embedding: rounding takes what is below"
+        f" {epsilon / 4:.1e} of an entry. noise_var of {enough:.1e} times the root mean square of the embedding works:"
+        f" {enough * _TYPICAL:.1e} for word embeddings (rms {_TYPICAL:g}), {enough:.1e} after a LayerNorm (rms 1); so"
+        " does a float32 embedding (autocast)",
+        UserWarning,
+        stacklevel=6,
+    )
