@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from . import autograd, states
+from . import autograd, distributed, states
 from ._checks import check_callable, check_choice, check_count, check_mask, check_number, check_tensor
 from .ascent import InputGradients
 from .backends import calling, check_name, select
@@ -210,7 +210,7 @@ class SMARTLoss(nn.Module):
         def loss_of(*inputs: Tensor) -> Tensor:
             return self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
 
-        with torch.enable_grad():
+        with torch.enable_grad(), distributed.ascent(eval_fn):
             return self._input_gradients(loss_of, [autograd.track(each) for each in perturbed])
 
     def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:
