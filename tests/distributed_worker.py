@@ -75,8 +75,11 @@ def objective(eval_fn, embed, labels, generator, num_steps):
 class Inside(Net):
     """The regularizer is part of the forward pass, and calls parts of the module."""
 
+    eval_fn = None
+
     def forward(self, tokens, labels, generator, num_steps):
-        return objective(lambda embed: Net.forward(self, embed=embed), self.words(tokens), labels, generator, num_steps)
+        eval_fn = self.eval_fn or (lambda embed: Net.forward(self, embed=embed))
+        return objective(eval_fn, self.words(tokens), labels, generator, num_steps)
 
 
 def around(model, tokens, labels, generator, num_steps):
@@ -337,7 +340,9 @@ class OnItsBody(nn.Module):
         self.words, self.body.words = self.body.words, None
 
     def forward(self, tokens, labels, generator, num_steps):
-        return objective(functools.partial(self.body, None), self.words(tokens), labels, generator, num_steps)
+        embed, eval_fn = self.words(tokens), functools.partial(self.body, None)
+        smoothness = regularizer(eval_fn, num_steps, generator)(embed, eval_fn(embed))
+        return nn.functional.cross_entropy(eval_fn(self.words(tokens)), labels) + smoothness
 
 
 @check
@@ -396,9 +401,9 @@ def settings(model):
 def fsdp_is_left_as_it_was(rank, world):
     model = shard(build(Inside))
     model(*share(rank, world, 0), 0).backward()
-    before = settings(model)
+    between = settings(model)
     model(*share(rank, world, 0), 2).backward()
-    assert settings(model) == before
+    assert settings(model) == between
     model.zero_grad()  # not after the evaluation, which leaves the root with its whole parameters
     with torch.no_grad():
         value = model(*share(rank, world, 0), 2)
@@ -406,7 +411,37 @@ def fsdp_is_left_as_it_was(rank, world):
     torch.testing.assert_close(value / world, around(build(Net), *batch(0), 2).detach(), rtol=1e-10, atol=0)
     model(*share(rank, world, 0), 1).backward()
     compare(model, reference(1)[0])
-    assert settings(model) == before
+    assert settings(model) == between
+
+
+@check
+def fsdp_within_a_forward_pass(rank, world):
+    """The last pass meets what the clean one met: modules under way, and the order that prefetches follow."""
+    model, seen = shard(build(Inside)), []
+
+    def eval_fn(embed):
+        order = model._get_fsdp_state()._comm_ctx.post_forward_order
+        seen.append((settings(model), len(order)))
+        return Net.forward(model, embed=embed)
+
+    model.eval_fn = eval_fn
+    model(*share(rank, world, 0), 2).backward()
+    (clean, _), *_, (last, order) = seen
+    assert len(seen) == 4
+    assert [each[:3] for each in last] == [each[:3] for each in clean]
+    assert last[0] == clean[0]  # the root
+    assert order == 3 * len(model.blocks)
+    compare(model, reference(2)[0])
+
+
+@check
+def fsdp_ascents_reduce_nothing(rank, world):
+    """Nor what an accumulated batch left."""
+    model = shard(build(Inside))
+    with WithoutSync(model):
+        model(*share(rank, world, 0), 0).backward()
+    model(*share(rank, world, 0), 1)
+    assert all(isinstance(each, DTensor) and each.grad is None for each in model.blocks.parameters())
 
 
 # --- Tensor parallelism, state dicts ---
