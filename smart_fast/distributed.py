@@ -1,8 +1,8 @@
 """What keeps the ascent apart from data parallelism: DistributedDataParallel and FSDP2 (`fully_shard`).
 
 The ascent wants gradients of its input only. DDP and FSDP2 take every backward pass for one that makes gradients of
-parameters: a DDP with ``static_graph=True`` would reduce nothing but zeros in the ascent, and never again; FSDP2 would
-shard the parameters of a module whose forward pass is still under way.
+parameters: a DDP with ``static_graph=True`` takes its only chance to learn the graph in the ascent, and reduces nothing
+in the first step; FSDP2 shards the parameters of modules whose forward pass is still under way.
 """
 
 from __future__ import annotations
@@ -17,28 +17,80 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["ascent"]
+__all__ = ["ascent", "check_loss", "eagerly", "is_wrapped"]
 
 _CALLABLES = (nn.Module, FunctionType, MethodType, functools.partial)
 
 
 def ascent(eval_fn: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
     """Around forward and backward passes of ``eval_fn`` that make no gradients of parameters."""
-    if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+    if torch.compiler.is_compiling() or not _in_use():
         return contextlib.nullcontext()
-    from torch.distributed.fsdp import FSDPModule
-    from torch.nn.parallel import DistributedDataParallel
-
+    ddp, sharded = _wrappers(eval_fn)
     stack = contextlib.ExitStack()
-    sharded = []
-    for module in _modules(eval_fn):
-        if isinstance(module, DistributedDataParallel):
-            stack.enter_context(_without_reducer(module))
-        elif isinstance(module, FSDPModule):
-            sharded.append(module)
+    for module in ddp:
+        stack.enter_context(_without_reducer(module))
     if sharded:
         stack.enter_context(_without_gradient_sync(sharded))
     return stack
+
+
+def is_wrapped(eval_fn: Callable[..., Any]) -> bool:
+    """Whether `ascent` has anything to do; a compiler must then leave the ascent to `eagerly`."""
+    global _uncompiled
+    wrapped = _in_use() and any(_wrappers(eval_fn))
+    if wrapped and _uncompiled is None:  # not before, since it imports the compiler, as DDP and FSDP2 do
+        _uncompiled = torch.compiler.disable(
+            lambda function, *args: function(*args),
+            reason="SMARTLoss of a DistributedDataParallel or FSDP2 module: compile the module, not the loss",
+        )
+    return wrapped
+
+
+def eagerly(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, not to be compiled, nor anything that it calls. For losses that are `is_wrapped`."""
+    return _uncompiled(function, *args)
+
+
+_uncompiled: Any = None
+
+
+def check_loss(loss: Any) -> Any:
+    """``loss`` of an ascent, if no DDP with a static graph that `ascent` did not find takes part in it.
+
+    Raises:
+        RuntimeError: one does, and would leave the gradients of each process as they are.
+    """
+    if torch.compiler.is_compiling() or not (_in_use() and isinstance(loss, torch.Tensor)):
+        return loss
+    # Only the nodes next to the loss: what a DDP returns is what is compared, or nearly so.
+    nodes = [loss.grad_fn]
+    for node in nodes:
+        if type(node).__name__ == "_DDPSinkBackward" and node.ddp_weakref().static_graph:  # type: ignore[union-attr]
+            raise RuntimeError(
+                "eval_fn calls a DistributedDataParallel with static_graph=True that SMARTLoss cannot find, and which"
+                " would not reduce gradients after the ascent: give SMARTLoss the DistributedDataParallel itself or a"
+                " function that holds it, or pass its .module, or call SMARTLoss inside the wrapped module's forward"
+            )
+        if node is not None and len(nodes) < 100:
+            nodes += [each for each, _ in node.next_functions if each is not None]
+    return loss
+
+
+def _in_use() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _wrappers(eval_fn: Callable[..., Any]) -> tuple[list[Any], list[Any]]:
+    """The modules of DDP and those of FSDP2 that ``eval_fn`` may call."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    modules = list(_modules(eval_fn))
+    return (
+        [each for each in modules if isinstance(each, DistributedDataParallel)],
+        [each for each in modules if isinstance(each, FSDPModule)],
+    )
 
 
 @contextlib.contextmanager

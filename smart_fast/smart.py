@@ -61,6 +61,8 @@ class SMARTLoss(nn.Module):
             ``scale``.
     """
 
+    _wrapped = False
+
     def __init__(
         self,
         eval_fn: Callable[..., Any],
@@ -184,6 +186,7 @@ class SMARTLoss(nn.Module):
         step = Step(self.norm_fn, self.noise_var, self.step_size, self.epsilon, self.update)
         if not torch.compiler.is_compiling():
             self.__dict__["_checked"] = step
+            self.__dict__["_wrapped"] = distributed.is_wrapped(self.eval_fn)
         return step
 
     def _check_inputs(self, embeds: tuple[Any, ...], mask: Any, several: bool) -> tuple[Tensor | None, ...]:
@@ -206,9 +209,11 @@ class SMARTLoss(nn.Module):
 
     def _ascent_gradients(self, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any) -> list[Tensor]:
         eval_fn, loss_fn = self.eval_fn, self.loss_fn
+        if self._wrapped and torch.compiler.is_compiling():
+            return distributed.eagerly(self._ascent_gradients, perturbed, clean, args, kwargs)
 
         def loss_of(*inputs: Tensor) -> Tensor:
-            return self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
+            return distributed.check_loss(self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean))
 
         with torch.enable_grad(), distributed.ascent(eval_fn):
             return self._input_gradients(loss_of, [autograd.track(each) for each in perturbed])

@@ -203,9 +203,12 @@ class Holder:
         return self.logits(embed)
 
 
+MODEL = None
+
+
 def call_global(embed):
     def inner():
-        return GLOBAL(embed=embed)
+        return MODEL(embed=embed)
 
     return inner()
 
@@ -215,17 +218,15 @@ def ddp_is_found(rank, world):
     """However ``eval_fn`` gets at it: a static graph shows when it is not."""
 
     def of_a_global(model):
-        globals()["GLOBAL"] = model
+        globals()["MODEL"] = model
         return call_global
 
-    ways = (
-        lambda model: functools.partial(model, None),
-        lambda model: Holder(model),
-        lambda model: Holder(model).logits,
-        lambda model: lambda embed, holder=Holder(model): holder.logits(embed),
-        of_a_global,
-    )
-    for way in ways:
+    def of_a_closure(model):
+        holder = Holder(model)
+        return lambda embed: holder.logits(embed)
+
+    ways = (lambda model: functools.partial(model, None), Holder, lambda model: Holder(model).logits)
+    for way in (*ways, of_a_closure, of_a_global):
         model = DistributedDataParallel(build(Net), static_graph=True)
         eval_fn = way(model)
         train(
@@ -233,6 +234,50 @@ def ddp_is_found(rank, world):
             lambda model, tokens, *rest, eval_fn=eval_fn: objective(eval_fn, model.module.words(tokens), *rest),
             rank, world, 1,
         )  # fmt: skip
+
+
+@check
+def ddp_out_of_reach(rank, world):
+    """A static graph that cannot be found is an error, another DDP no harm."""
+    for options in DDP_MODES:
+        model = DistributedDataParallel(build(Net), **options)
+        out_of_reach = {"deep": [Holder(model)]}
+
+        def loss_of(model, tokens, *rest, out_of_reach=out_of_reach):
+            return objective(lambda embed: out_of_reach["deep"][0](embed), model.module.words(tokens), *rest)
+
+        if "static_graph" in options:
+            with pytest.raises(RuntimeError, match=r"static_graph=True .* cannot find.* pass its \.module"):
+                loss_of(model, *share(rank, world, 0), 1)
+        else:
+            train(model, loss_of, rank, world, 1)
+
+
+@check
+def ddp_compiled(rank, world):
+    """A compiled DDP, a DDP of a compiled module; a compiled loss of a DDP leaves its ascent to eager mode."""
+    for how in ("outside", "within", "loss"):
+        torch._dynamo.reset()
+        net = build(Net)
+        ddp = DistributedDataParallel(
+            torch.compile(net, backend="eager") if how == "within" else net, static_graph=True
+        )
+        called = torch.compile(ddp, backend="eager") if how == "outside" else ddp
+        for step in range(TRAINING):
+            tokens, labels, generator = share(rank, world, step)
+            embed = net.words(tokens)
+            logits = called(embed=embed)
+            smart = regularizer(functools.partial(called, None), 1, generator)
+            if how == "loss":
+                smart.generator = None
+                torch._dynamo.reset()
+                with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the module, not the loss"):
+                    torch.compile(smart, backend="eager", fullgraph=True)(embed, logits)
+                torch.set_rng_state(generator.get_state())
+                smart = torch.compile(smart, backend="eager")
+            (nn.functional.cross_entropy(logits, labels) + smart(embed, logits)).backward()
+            compare(net, reference(1)[step])
+            descend(net)
 
 
 @check
