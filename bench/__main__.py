@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # torch and rich are imported once the arguments are known to
 START = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
 QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
+GROUPS = ("all", "ops", "lm", "regulariser", "overhead")
+ALONE = ("accuracy", "report")  # what goes with no other group
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 
 
@@ -33,12 +35,13 @@ def parser() -> argparse.ArgumentParser:
         "against smart-pytorch, eager and under torch.compile. Results are checked before anything is timed.",
     )
     made.add_argument(
-        "group",
-        nargs="?",
-        default="all",
-        choices=("all", "ops", "regulariser", "overhead", "accuracy", "report"),
-        help="what to measure; accuracy: how exact the divergences of nearly equal logits are; report: nothing, "
-        "write README.md's tables from bench/results",
+        "groups",
+        nargs="*",
+        type=_group,
+        metavar="GROUP",
+        help=f"what to measure, among {', '.join(GROUPS)} (default all; lm: divergences at the size of a language "
+        "model); or accuracy: how exact the divergences of nearly equal logits are; or report: measure nothing, write "
+        "README.md's tables from bench/results",
     )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"
@@ -60,6 +63,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _group(text: str) -> str:
+    if text not in (*GROUPS, *ALONE):
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join((*GROUPS, *ALONE))})")
+    return text
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not value > 0:
@@ -70,6 +79,9 @@ def _positive(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
+    groups = options.groups or ["all"]
+    if len(groups) > 1 and set(groups) & set(ALONE):
+        parse.error(f"{' and '.join(ALONE)} go with no other group, got {' '.join(groups)}")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
         import torch
@@ -87,17 +99,16 @@ def main(arguments: list[str] | None = None) -> int:
     for name in set(backends) - set(peers.default_backends()):
         parse.error(f"--backends {name}: choose from {', '.join(peers.default_backends())}")
     console = Console()
-    if options.group == "report":
+    if groups == ["report"]:
         from . import readme
 
         readme.write()
         return 0
-    if options.group == "accuracy":
+    if groups == ["accuracy"]:
         return _accuracy(backends, device, options, console)
-    chosen = cases.select(device, quick=options.quick, group=options.group, containing=options.cases)
+    chosen = cases.select(device, quick=options.quick, groups=groups, containing=options.cases)
     if not chosen:
         parse.error(f"--cases {options.cases!r}: no such case among those that --list prints")
-
     if options.list:
         return _list(chosen, backends, device)
     if device.type == "cpu" and "native" in backends:
@@ -142,7 +153,7 @@ def _accuracy(backends: list[str], device: torch.device, options: argparse.Names
 
 
 def _list(chosen: list[Case], backends: list[str], device: torch.device) -> int:
-    from . import peers
+    from . import liger, peers
 
     for case in chosen:
         print(f"{case.group:<12} {case.name}")
@@ -150,6 +161,8 @@ def _list(chosen: list[Case], backends: list[str], device: torch.device) -> int:
     for name in backends:
         reason = peers.why_not(name, device)
         print(f"  {peers.OURS}{name}: {'timed' if reason is None else 'not run, ' + reason}")
+    reason = liger.why_not(device)
+    print(f"  {liger.LIGER.strip()}, divergences: {'timed' if reason is None else 'not run, ' + reason}")
     return 0
 
 
@@ -158,7 +171,7 @@ def _measure(
 ) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .measure import busy_share, copy_bandwidth
+    from .measure import busy_share
     from .peers import contestants
     from .plots import save_plots
     from .report import Report, environment, save_json, show
@@ -170,8 +183,7 @@ def _measure(
     seconds = options.seconds or (0.6 if options.quick else 2.0)
 
     report = Report(environment(device), busy=busy_share())
-    size = 1 << 30 if device.type == "cuda" else 1 << 28
-    copies = [copy_bandwidth(device, size)]
+    report.measure_limits(device, chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     waiting = list(chosen)
     # `timeout` ends a run as Ctrl-C does: with the table of what was done.
@@ -190,11 +202,12 @@ def _measure(
             entrants = functools.partial(contestants, compiling=elapsed < limit)
             report.rows += run_case(waiting[0], device, backends, seconds=seconds, say=say, entrants=entrants)
             waiting.pop(0)
-            report.compare_with_copies(copies)
+            report.compare_with_limits()
             save_json(report, json_path)  # after every case: a run that is killed keeps what it measured
             progress.advance(bar)
         interrupted = False
-    report.compare_with_copies([*copies, copy_bandwidth(device, size)])
+    report.measure_limits(device, chosen)
+    report.compare_with_limits()
     report.left_out = [case.name for case in waiting]
     if report.busy is not None:
         report.busy = max(report.busy, busy_share() or 0.0)

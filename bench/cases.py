@@ -1,7 +1,8 @@
-"""The one table of cases: what is measured, on which device, and how many bytes must move.
+"""The one table of cases: what is measured, on which device, and what must move (bytes) or be multiplied (FLOPs).
 
 A case is data until it is built. ``bytes`` is the floor of one call on the memory bus: every operand read once and
 every result written once (PyTorch's noise and saved probabilities are not in it, since the result does not need them).
+``flops`` is that of one call on the multipliers: the GEMMs that no way of computing the results can do without.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .operations import Ascend, Divergence, Perturb
+from .divergences import Divergence, LinearDivergence
+from .operations import Ascend, Perturb
 from .regularizer import Regularizer, classifier, masked_lm, pooled_head
 from .task import Task
 
 FP32, BF16 = torch.float32, torch.bfloat16
-GROUPS = ("ops", "regulariser", "overhead")
+GROUPS = ("ops", "lm", "regulariser", "overhead")
 DTYPES = {FP32: "fp32", BF16: "bf16"}
 
 
@@ -36,6 +38,12 @@ class Case:
     where: tuple[str, ...]
     build: Callable[[torch.device], Task]
     needs: str | None = None  # a package beyond those of every case
+    flops: int | None = None
+
+    @property
+    def needs_same_noise(self) -> bool:
+        """Whether a check must know the noise that a contestant draws."""
+        return self.bytes is None and self.flops is None
 
 
 def _operation(kind: str, shape: tuple[int, ...], dtype: torch.dtype, tensors: int, where: str, build: type, *args):
@@ -62,7 +70,31 @@ def ascend(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
 
 def divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
     """Forward reads both logits; backward reads them again and writes both gradients."""
-    return _operation(f"{kind} fwd+bwd", shape, dtype, 6, where, Divergence, kind, shape, dtype)
+    return _operation(f"{kind} fwd+bwd", shape, dtype, 6, where, Divergence, kind, shape, dtype, True)
+
+
+def lm_divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str, backward: bool = True) -> Case:
+    """`divergence` of a language model's logits; without ``backward`` only the two reads of the forward pass."""
+    passes, tensors = ("fwd+bwd", 6) if backward else ("fwd", 2)
+    name = f"lm-divergence {kind} {passes}"
+    case = _operation(name, shape, dtype, tensors, where, Divergence, kind, shape, dtype, backward)
+    return dataclasses.replace(case, group="lm")
+
+
+def lm_linear(kind: str, rows: int, hidden: int, width: int, dtype: torch.dtype, where: str) -> Case:
+    """Two GEMMs make the logits. The gradients to them are one matrix for sym_kl and js (the two are multiples of one
+    another) and two for kl; each takes a GEMM for the hidden states and one for the weight."""
+    gemms = 6 if kind == "kl" else 4
+    return Case(
+        name=f"lm-linear {kind} [{rows}, {hidden}] x [{hidden}, {width}] {DTYPES[dtype]}",
+        group="lm",
+        shape=(rows, width),
+        dtype=dtype,
+        bytes=None,
+        where=tuple(where.split()),
+        build=functools.partial(LinearDivergence, kind, rows, hidden, width, dtype),
+        flops=gemms * 2 * rows * hidden * width,
+    )
 
 
 def regularizer(
@@ -122,24 +154,19 @@ TABLE: tuple[Case, ...] = (
     divergence("sym_kl", (1024, 30522), BF16, "cpu"),
     divergence("sym_kl", (512, 128256), FP32, "cpu"),
     divergence("sym_kl", (512, 128256), BF16, "cpu"),
-    divergence("sym_kl", (8192, 32000), FP32, "cuda"),
-    divergence("sym_kl", (8192, 32000), BF16, "cuda"),
-    divergence("sym_kl", (8192, 128256), BF16, "cuda"),
     divergence("kl", (32, 3), FP32, "cpu cuda"),
     divergence("kl", (4096, 2), FP32, "cpu"),
     divergence("kl", (1024, 30522), FP32, "cpu"),
     divergence("kl", (1024, 30522), BF16, "cpu"),
     divergence("kl", (512, 128256), FP32, "cpu"),
     divergence("kl", (512, 128256), BF16, "cpu"),
-    divergence("kl", (8192, 32000), FP32, "cuda"),
-    divergence("kl", (8192, 32000), BF16, "cuda"),
     divergence("js", (32, 3), FP32, "cpu"),
     divergence("js", (4096, 2), FP32, "cpu"),
     divergence("js", (1024, 30522), FP32, "cpu"),
     divergence("js", (1024, 30522), BF16, "cpu"),
     divergence("js", (512, 128256), FP32, "cpu"),
     divergence("js", (512, 128256), BF16, "cpu"),
-    divergence("js", (8192, 32000), BF16, "cuda"),
+    lm_linear("sym_kl", 256, 64, 8000, FP32, "quick cpu cuda"),
     regularizer("pooled head 768 to 3", (32, 768), "quick cpu cuda", HEAD, needs=None),
     regularizer("masked LM 1x128, V=30522", (4, 32, 128), "quick", TINIER_LM),
     regularizer("masked LM 2x128, V=30522", (8, 64, 128), "cpu cuda", TINY_LM),
@@ -153,16 +180,39 @@ TABLE: tuple[Case, ...] = (
     overhead(ascend((1, 8), FP32, "cpu cuda")),
     overhead(divergence("kl", (1, 4), FP32, "cpu cuda")),
     overhead(divergence("sym_kl", (1, 4), FP32, "cpu cuda")),
+    lm_divergence("sym_kl", (8192, 32000), BF16, "cuda", backward=False),
+    lm_divergence("sym_kl", (8192, 32000), BF16, "cuda"),
+    lm_linear("sym_kl", 8192, 4096, 128256, BF16, "cuda"),
+    lm_divergence("sym_kl", (8192, 128256), BF16, "cuda", backward=False),
+    lm_divergence("sym_kl", (8192, 128256), BF16, "cuda"),
+    lm_divergence("sym_kl", (4096, 151936), BF16, "cuda"),
+    lm_divergence("kl", (8192, 32000), BF16, "cuda"),
+    lm_divergence("js", (8192, 32000), BF16, "cuda"),
+    lm_linear("kl", 8192, 4096, 128256, BF16, "cuda"),
+    lm_linear("js", 8192, 4096, 128256, BF16, "cuda"),
+    lm_divergence("sym_kl", (16, 151936), BF16, "cuda"),
+    lm_divergence("js", (8192, 128256), BF16, "cuda"),
+    lm_divergence("sym_kl", (8192, 32000), FP32, "cuda"),
+    lm_divergence("sym_kl", (4096, 151936), FP32, "cuda"),
+    lm_divergence("sym_kl", (8192, 128256), FP32, "cuda"),
+    lm_divergence("kl", (8192, 32000), FP32, "cuda"),
+    lm_divergence("sym_kl", (512, 151936), FP32, "cpu"),
+    lm_divergence("sym_kl", (512, 151936), BF16, "cpu"),
+    lm_linear("sym_kl", 2048, 512, 32000, FP32, "cpu"),
+    lm_linear("kl", 2048, 512, 32000, FP32, "cpu"),
+    lm_linear("js", 2048, 512, 32000, FP32, "cpu"),
 )
 
 
-def select(device: torch.device, *, quick: bool = False, group: str = "all", containing: str = "") -> list[Case]:
+def select(
+    device: torch.device, *, quick: bool = False, groups: Sequence[str] = ("all",), containing: str = ""
+) -> list[Case]:
     """The cases of the table for a device, whose name contains a text (case and spaces as printed)."""
     where = "cuda" if device.type == "cuda" else "quick" if quick else "cpu"
     if device.type == "cuda" and quick:
-        return [case for case in select(device, group=group, containing=containing) if _small(case)]
+        return [case for case in select(device, groups=groups, containing=containing) if _small(case)]
     chosen = [case for case in TABLE if where in case.where]
-    chosen = [case for case in chosen if group in ("all", case.group)]
+    chosen = [case for case in chosen if "all" in groups or case.group in groups]
     return [case for case in chosen if containing.lower() in case.name.lower()]
 
 

@@ -139,6 +139,20 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / statistics.median(_sample(torch.Tensor.copy_, turn, 1, device) for _ in range(9))
 
 
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a square GEMM that keeps the whole device busy: the fastest of five."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn((side, side), device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    turn = itertools.cycle([(a, b), (b, a)])
+
+    def multiply(left: Tensor, right: Tensor) -> Tensor:
+        return torch.mm(left, right, out=out)
+
+    _sample(multiply, turn, 1, device)
+    return 2 * side**3 / min(_sample(multiply, turn, 1, device) for _ in range(5))
+
+
 def peak_memory(run: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> int:
     """The most memory that one call holds at a time beyond what was allocated before it, results included.
 

@@ -1,4 +1,4 @@
-"""The fused operations as tasks: inputs, smart-pytorch's own lines, our entry points, and the float64 check."""
+"""Perturb and ascend as tasks: inputs, smart-pytorch's own lines, our entry points, and the float64 check."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import smart_pytorch
 import torch
 from smart_pytorch.smart_pytorch import inf_norm
 from torch import Tensor
@@ -16,13 +15,9 @@ from smart_fast import autograd
 from smart_fast.backends import select
 from smart_fast.backends.base import Step
 
-from .task import Finding, deviation, finding
+from .task import TOLERANCE, Finding, deviation, finding
 
-# The low-precision rivals compute in the dtype of their inputs, so their tolerances are those of its rounding.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
-GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 STEP_SIZE, EPSILON = 1e-3, 1e-6
-REFERENCE_ELEMENTS = 1 << 26  # elements of a float64 block of the reference: its graph must fit beside the case
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:
@@ -156,66 +151,3 @@ def _keeps_noise(backend: str, device: torch.device) -> bool:
         return True
     _, noise = autograd.perturb(module, probe, 1.0, None, None, keep_noise=True)
     return bool(noise.dtype != torch.int64)
-
-
-class Divergence:
-    """``kl``, ``sym_kl`` or ``js`` of logits ``[..., V]`` at its default reduction, forward and both gradients."""
-
-    def __init__(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.kind, self.shape, self.dtype, self.device = kind, shape, dtype, device
-        rows, step = math.prod(shape[:-1]), max(1, REFERENCE_ELEMENTS // shape[-1])
-        self.blocks = [slice(start, start + step) for start in range(0, rows, step)]
-
-    def inputs(self, seed: int) -> tuple[Tensor, ...]:
-        generator = _generator(self.device, seed)
-        target = torch.randn(self.shape, device=self.device, generator=generator)
-        # Logits that differ by O(1): nearer ones cancel in smart-pytorch's formulas, and rivals must be right to count.
-        moved = target + torch.randn(self.shape, device=self.device, generator=generator)
-        return moved.to(self.dtype).requires_grad_(), target.to(self.dtype).requires_grad_()
-
-    def smart_pytorch(self) -> Callable[..., Any]:
-        return getattr(smart_pytorch, f"{self.kind}_loss")
-
-    def ours(self, backend: str) -> Callable[..., Any]:
-        loss = getattr(smart_fast, f"{self.kind}_loss")
-        return lambda input, target: loss(input, target, backend=backend)
-
-    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def forward_backward(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-            loss = function(input, target)
-            return loss, *torch.autograd.grad(loss, (input, target))
-
-        return forward_backward
-
-    def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
-        """In blocks of rows, so that the float64 graph of a large vocabulary fits in memory."""
-        loss, *grads = (t.detach() for t in run(*inputs))
-        width = self.shape[-1]
-        pair = [t.detach().reshape(-1, width) for t in inputs]
-        weight = 1 / self.shape[0] if self.kind == "kl" else 1.0
-        total, off, size = 0.0, [0.0, 0.0], [0.0, 0.0]
-        for block in self.blocks:
-            x, t = (each[block].double().requires_grad_() for each in pair)
-            exact = weight * divergence64(self.kind, x, t)
-            total += exact.item()
-            for side, expected in enumerate(torch.autograd.grad(exact, (x, t))):
-                off[side] += (grads[side].reshape(-1, width)[block].double() - expected).square().sum().item()
-                size[side] += expected.square().sum().item()
-        tolerance = GRADIENT_TOLERANCE[self.dtype]
-        return [
-            finding("loss", abs(loss.item() - total) / abs(total), TOLERANCE[self.dtype]),
-            finding("gradient to the input", math.sqrt(off[0] / size[0]), tolerance),
-            finding("gradient to the target", math.sqrt(off[1] / size[1]), tolerance),
-        ]
-
-
-def divergence64(kind: str, x: Tensor, t: Tensor) -> Tensor:
-    """The sum over rows, in float64, with smart-pytorch's rule of what is held constant."""
-    log_p, log_q = x.log_softmax(-1), t.log_softmax(-1)
-    if kind == "kl":
-        return (log_q.exp() * (log_q - log_p)).sum()
-    p, q = log_p.detach().exp(), log_q.detach().exp()
-    if kind == "sym_kl":
-        return (q * (q.log() - log_p)).sum() + (p * (p.log() - log_q)).sum()
-    m = (p + q) / 2
-    return (m * (2 * m.log() - log_p - log_q)).sum()

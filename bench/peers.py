@@ -1,4 +1,4 @@
-"""Who runs a case: smart-pytorch eagerly, smart-pytorch under torch.compile, and each of our backends.
+"""Who runs a case: smart-pytorch eagerly, smart-pytorch under torch.compile, each of our backends, Liger-Kernel.
 
 Adding a peer is a function that yields its `Contestant` here. A contestant that cannot run says why; none disappears.
 """
@@ -6,30 +6,19 @@ Adding a peer is a function that yields its `Contestant` here. A contestant that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import smart_fast
 
-from .task import Task
+from . import liger
+from .task import Contestant, Task
 
 EAGER = "smart-pytorch eager"
 COMPILED = "smart-pytorch torch.compile"
 MODEL_ONLY = "model passes only"
 OURS = "smart-fast "
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """``role`` is "rival", "ours", or "part" for a piece of the work that competes with nobody."""
-
-    name: str
-    role: str
-    run: Callable[..., Any] | None
-    backend: str | None = None
-    skipped: str | None = None
 
 
 def contestants(
@@ -41,12 +30,19 @@ def contestants(
         yield Contestant(COMPILED, "rival", compiled(task))
     else:
         yield Contestant(COMPILED, "rival", None, skipped="no time was left to compile it")
+    yield from liger.contestants(task, device)
     for name in backends:
-        reason = why_not(name, device)
-        run = None if reason else task.call(task.ours(name))
-        yield Contestant(OURS + name, "ours", run, backend=name, skipped=reason)
+        yield from _ours(task, device, name)
     if hasattr(task, "model_only"):
         yield Contestant(MODEL_ONLY, "part", task.model_only())
+
+
+def _ours(task: Task, device: torch.device, backend: str) -> Iterator[Contestant]:
+    reason = why_not(backend, device)
+    yield Contestant(OURS + backend, "ours", None if reason else task.call(task.ours(backend)), backend, reason)
+    # On whole logits the torch backend is smart-pytorch's own operations, which are timed already.
+    if hasattr(task, "whole") and not reason and backend != "torch":
+        yield Contestant(f"{OURS}{backend}, whole logits", "ours", task.call(task.whole(backend)), backend)
 
 
 def compiled(task: Task) -> Callable[..., Any]:

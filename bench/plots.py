@@ -1,7 +1,8 @@
-"""PNG plots of a report: speed against the fastest rival, and the share of the measured copy bandwidth."""
+"""PNG plots of a report: speed against the fastest rival, and the share of the measured copy bandwidth or GEMM rate."""
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Callable
 
@@ -14,18 +15,22 @@ OURS = ("#1f77b4", "#2a9d55", "#d97706", "#8b5cf6")
 
 
 def save_plots(report: Report, path: pathlib.Path) -> list[pathlib.Path]:
-    """Write ``path`` (speed) and, where bytes were counted, ``path`` with "-bandwidth" before its suffix."""
+    """Write ``path`` (speed) and, where bytes or FLOPs were counted, ``path`` with "-limit" before its suffix."""
     written = []
-    bandwidth = path.with_name(f"{path.stem}-bandwidth{path.suffix}")
+    limit = path.with_name(f"{path.stem}-limit{path.suffix}")
     for target, value, label, line in (
         (path, lambda row: row.speed, "speed relative to the fastest rival (higher is better)", "fastest rival"),
-        (bandwidth, lambda row: row.copy_share, "bytes that must move / time, relative to a plain copy", "copy"),
+        (limit, _limit_share, "bytes or FLOPs that must be / time, relative to a plain copy or GEMM", "copy or GEMM"),
     ):
         rows = [row for row in report.rows if row.role != "part" and value(row) is not None]
         if rows:
             _bars(report, rows, value, label, line, target)
             written.append(target)
     return written
+
+
+def _limit_share(row: Row) -> float | None:
+    return row.copy_share if row.gemm_share is None else row.gemm_share
 
 
 def _bars(
@@ -38,7 +43,7 @@ def _bars(
 
     cases = list(dict.fromkeys(row.case for row in rows))
     names = list(dict.fromkeys(row.contestant for row in rows))
-    ours = iter(OURS * 3)
+    ours = itertools.cycle(OURS)
     colors = {name: COLORS.get(name) or next(ours) for name in names}
     thick = 0.8 / len(names)
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + (0.22 * len(names) + 0.25) * len(cases)), layout="constrained")

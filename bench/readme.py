@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from . import accuracy
-from .peers import COMPILED, EAGER, OURS
-from .report import Report, duration, geometric_means, load_json
+from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
+from .report import Report, duration, flop_rate, geometric_means, load_json, rate, share
 from .run import Row
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = ROOT / "README.md"
+NOT_MEASURED = "(No results are committed yet: `python -m bench lm` measures them.)\n"
 
 
 def write(readme: pathlib.Path = README, results: pathlib.Path = RESULTS) -> str:
@@ -32,10 +34,17 @@ def write(readme: pathlib.Path = README, results: pathlib.Path = RESULTS) -> str
 def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
     """Marker -> Markdown."""
     reports = [load_json(path) for path in sorted(results.glob("speed-*.json"))]
+    language = [_part(report, lambda row: row.group == "lm") for report in reports]
+    others = [_part(report, lambda row: row.group != "lm") for report in reports]
     return {
         "accuracy": _accuracy(results / "accuracy.json"),
-        "speed": "\n".join(_speed(report) for report in reports),
+        "speed": "\n".join(_speed(report) for report in others if report.rows),
+        "speed-lm": "\n".join(_language(report) for report in language if report.rows) or NOT_MEASURED,
     }
+
+
+def _part(report: Report, keep: Callable[[Row], bool]) -> Report:
+    return dataclasses.replace(report, rows=[row for row in report.rows if keep(row)])
 
 
 def _accuracy(path: pathlib.Path) -> str:
@@ -57,22 +66,67 @@ def _accuracy(path: pathlib.Path) -> str:
 
 
 def _speed(report: Report) -> str:
+    """Times, what the best of ours is worth against either rival, and how near it is to what cannot be less."""
     ours = [name for name in dict.fromkeys(row.contestant for row in report.rows if row.timing) if OURS in name]
-    lines = [["case", "smart-pytorch", "its torch.compile", *ours, "x the fastest rival", "not the model"]]
+    lines = [["case", "smart-pytorch", "its torch.compile", *ours, "x smart-pytorch", "x torch.compile", "floor"]]
     for case in dict.fromkeys(row.case for row in report.rows):
-        rows = {row.contestant: row for row in report.rows if row.case == case}
-        best = max((rows[name] for name in ours if name in rows and rows[name].speed), key=lambda row: row.speed or 0)
-        eager = rows[EAGER].beside_model
+        rows = {row.contestant: row for row in report.rows if row.case == case and row.timing is not None}
+        best = min((rows[name] for name in ours if name in rows), key=_median)
+        ratios = [f"{_median(rows[name]) / _median(best):.2f}" if name in rows else "" for name in (EAGER, COMPILED)]
         times = (_time(rows.get(name)) for name in (EAGER, COMPILED, *ours))
-        lines.append([case, *times, f"{best.speed:.2f}", "" if eager is None else f"{eager:.0%} of smart-pytorch"])
+        lines.append([case, *times, *ratios, _floor(best, rows.get(MODEL_ONLY))])
+    title = f"Median time of a call, forward and backward ({_where(report.environment)}{_limits(report)}):"
+    return "\n".join([title, "", _markdown(lines), *_means(report), ""])
+
+
+def _median(row: Row) -> float:
+    assert row.timing is not None
+    return row.timing.median
+
+
+def _floor(best: Row, model: Row | None) -> str:
+    """The model's own passes, or the share of a plain copy's rate; nothing where only the host works."""
+    if model is not None:
+        return f"model alone {_time(model)}"
+    return "" if best.copy_share is None or best.copy_share < 0.01 else f"{best.copy_share:.0%} of a copy"
+
+
+def _language(report: Report) -> str:
+    """One line a contestant: memory and rates matter here as much as time."""
+    lines = [
+        ["case", "contestant", "median", "x the fastest rival", "peak extra memory", "of eager's", "rate", "of limit"]
+    ]
+    notes: dict[str, str] = {}
+    for case in dict.fromkeys(row.case for row in report.rows):
+        rows = [row for row in report.rows if row.case == case and row.timing is not None]
+        eager = next((row.peak for row in rows if row.contestant == EAGER), None)
+        for row in rows:
+            speed = "" if row.speed is None else f"{row.speed:.2f}"
+            peak = "" if row.peak is None else f"{row.peak / 2**20:.0f} MiB"
+            part = f"{row.peak / eager:.0%}" if row.peak and eager else ""
+            name = row.contestant
+            if row.note:
+                notes[name] = row.note
+                name += " (*)"
+            lines.append([case, name, _time(row), speed, peak, part, rate(row), share(row)])
+    explained = [f"(*) {name}: {note}." for name, note in notes.items()]
+    title = f"Median time and peak memory of a call ({_where(report.environment)}{_limits(report)}):"
+    return "\n".join([title, "", _markdown(lines), *explained, *_means(report), ""])
+
+
+def _limits(report: Report) -> str:
     copy = "" if report.copy_rate is None else f"; a large copy moves {report.copy_rate / 1e9:.0f} GB/s"
-    means = [
-        f"`{contestant}`, {group}: {speed:.2f} x the fastest rival (geometric mean of {cases} cases)."
+    gemms = (f", a large {name} GEMM runs at {flop_rate(value)}" for name, value in report.gemm_rates.items())
+    return copy + ("".join(gemms) if any(row.flops for row in report.rows) else "")
+
+
+def _means(report: Report) -> list[str]:
+    return [
+        f"`{contestant}`, {group}: {speed:.2f} x the fastest rival "
+        f"(geometric mean of {cases} case{'s' if cases > 1 else ''})."
         for (group, contestant), (speed, cases) in geometric_means(report.rows).items()
         if OURS in contestant
     ]
-    title = f"Median time of a call, forward and backward ({_where(report.environment)}{copy}):"
-    return "\n".join([title, "", _markdown(lines), *means, ""])
 
 
 def _time(row: Row | None) -> str:

@@ -14,7 +14,8 @@ import smart_fast
 from smart_fast import autograd
 from smart_fast.backends import select
 
-from .operations import EPSILON, STEP_SIZE, divergence64, seeded_noise
+from .divergences import divergence64
+from .operations import EPSILON, STEP_SIZE, seeded_noise
 from .task import Finding, deviation, finding
 
 NOISE_VAR = 1e-5

@@ -23,30 +23,46 @@ from rich.table import Table
 
 import smart_fast
 
-from .measure import Timing
+from .cases import Case
+from .liger import LIGER
+from .measure import Timing, copy_bandwidth, gemm_rate
+from .peers import OURS
 from .run import Row
 
-SCHEMA = 1
+SCHEMA = 1  # fields are only ever added: older files lack some, and readers pass over those they do not know
+COLUMNS = ("median", "spread", "x rival", "rate", "of limit", "peak MiB", "not model", "error")
 BUSY = 0.1  # others' share of the processors above which the table says that the machine was busy
 
 
 @dataclass
 class Report:
-    """``environment``: versions, device, threads, commit, date. ``copy_rate`` in bytes per second. ``busy``: the share
-    of the processors that other programs took just before or just after the run, whichever is larger."""
+    """``environment``: versions, device, threads, commit, date. ``copy_rate`` in bytes per second, ``gemm_rates`` in
+    FLOPs per second by dtype. ``busy``: the share of the processors that other programs took just before or just after
+    the run, whichever is larger."""
 
     environment: dict[str, Any]
     copy_rate: float | None = None
     busy: float | None = None
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    gemm_rates: dict[str, float] = field(default_factory=dict)
 
-    def compare_with_copies(self, rates: Sequence[float]) -> None:
-        """Relate every bandwidth to the fastest copy: before and after the run, since other work may slow one down."""
-        self.copy_rate = max(rates)
+    def measure_limits(self, device: torch.device, cases: Iterable[Case]) -> None:
+        """What ``device`` can do: a copy, and GEMMs in the dtypes of those of ``cases`` that multiply. The fastest of
+        all calls counts, before and after a run, since other work may slow one down."""
+        size = 1 << 30 if device.type == "cuda" else 1 << 28
+        self.copy_rate = max(self.copy_rate or 0.0, copy_bandwidth(device, size))
+        for dtype in dict.fromkeys(case.dtype for case in cases if case.flops is not None):
+            name = str(dtype).removeprefix("torch.")
+            self.gemm_rates[name] = max(self.gemm_rates.get(name, 0.0), gemm_rate(device, dtype))
+
+    def compare_with_limits(self) -> None:
+        """Relate every rate to what was measured of the device."""
         for row in self.rows:
-            if row.bandwidth is not None:
+            if row.bandwidth is not None and self.copy_rate is not None:
                 row.copy_share = row.bandwidth / self.copy_rate
+            if row.flops is not None and row.timing is not None and row.dtype in self.gemm_rates:
+                row.gemm_share = row.flops / row.timing.median / self.gemm_rates[row.dtype]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -61,7 +77,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "smart_fast": smart_fast.__version__,
-            **{name: _version(name) for name in ("torch", "triton", "transformers", "smart-pytorch")},
+            **{name: _version(name) for name in ("torch", "triton", "transformers", "smart-pytorch", "liger-kernel")},
         },
     }
 
@@ -125,9 +141,18 @@ def load_json(path: pathlib.Path) -> Report:
         raise ValueError(f"{path.name} has schema {content.get('schema')}, this version reads {SCHEMA}")
     rows = []
     for fields in content["rows"]:
-        timing = fields.pop("timing")
-        rows.append(Row(**fields, timing=None if timing is None else Timing(**timing)))
-    return Report(content["environment"], content["copy_rate"], content["busy"], rows, content["left_out"])
+        row = _known(Row, fields)
+        row.timing = None if row.timing is None else _known(Timing, fields["timing"])
+        rows.append(row)
+    report: Report = _known(Report, content)
+    report.rows = rows
+    return report
+
+
+def _known(kind: Any, fields: dict[str, Any]) -> Any:
+    """A dataclass made of those of ``fields`` that it has."""
+    names = {each.name for each in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in fields.items() if name in names})
 
 
 def show(report: Report, console: Console) -> None:
@@ -157,23 +182,25 @@ def _heading(report: Report) -> str:
     env = report.environment
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in env["versions"].items())
     copy = "not measured" if report.copy_rate is None else f"{report.copy_rate / 1e9:.1f} GB/s read + written"
+    gemms = "".join(f"; {name} GEMM {flop_rate(rate)}" for name, rate in report.gemm_rates.items())
     threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
-    return f"[bold]{env['device']}[/]{threads}; copy bandwidth {copy}; commit {env['commit']}\n{versions}"
+    return f"[bold]{env['device']}[/]{threads}; copy bandwidth {copy}{gemms}; commit {env['commit']}\n{versions}"
 
 
 def _absent(rows: Sequence[Row]) -> list[str]:
-    """Each of our backends that did not run, once, with its reason."""
+    """Each of our backends and of Liger-Kernel's losses that did not run, once, with its reason."""
     return list(dict.fromkeys(f"{row.contestant}: {row.skipped}" for row in rows if _is_absent(row)))
 
 
 def _is_absent(row: Row) -> bool:
-    return row.role == "ours" and row.skipped is not None and row.error is None
+    skipped = row.skipped is not None and not row.skipped.startswith("failed")
+    return skipped and row.contestant.startswith((OURS, LIGER))
 
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("case / contestant", overflow="fold", min_width=34)
-    for column in ("median", "spread", "x rival", "GB/s", "of copy", "peak MiB", "not model", "error"):
+    for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     case = None
     for row in rows:
@@ -184,7 +211,9 @@ def _table(rows: Sequence[Row]) -> Table:
             table.add_row(f"[bold]{_escape(case)}[/]")
         if _is_absent(row):
             continue
-        table.add_row(*_cells(row), style="dim" if row.role == "part" else None)
+        table.add_row(*_cells(row), style="dim" if row.role in ("part", "other") else None)
+        if row.note and row.timing:
+            table.add_row(f"    [dim]{_escape(row.note)}[/]")
         if row.wrong:
             table.add_row(f"    [red]{_escape(row.wrong)}[/]")
         if row.skipped:
@@ -196,21 +225,38 @@ def _cells(row: Row) -> list[str]:
     name, timing = f"  {_escape(row.contestant)}", row.timing
     error = "" if row.error is None else f"{row.error:.1g}"
     if row.wrong:
-        return [name, "[bold red]WRONG[/]", "", "", "", "", "", "", error]
+        return [name, "[bold red]WRONG[/]", *[""] * (len(COLUMNS) - 2), error]
     if timing is None:
-        return [name, "not run", "", "", "", "", "", "", error]
+        return [name, "not run", *[""] * (len(COLUMNS) - 2), error]
     speed = "" if row.speed is None else f"{row.speed:.2f}"
     return [
         name,
         duration(timing.median),
         f"{timing.spread:.0%}",
         f"[bold green]{speed}[/]" if row.role == "ours" and row.speed and row.speed > 1 else speed,
-        "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.2f}",
-        "" if row.copy_share is None else f"{row.copy_share:.0%}",
+        rate(row),
+        share(row),
         "" if row.peak is None else f"{row.peak / 2**20:.2f}" if row.peak < 2**27 else f"{row.peak / 2**20:.0f}",
         "" if row.beside_model is None else f"{row.beside_model:.0%}",
         error,
     ]
+
+
+def rate(row: Row) -> str:
+    """Achieved rate of the case's floor, in the unit that fits."""
+    if row.flops is not None and row.timing is not None:
+        return flop_rate(row.flops / row.timing.median)
+    return "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.2f} GB/s"
+
+
+def share(row: Row) -> str:
+    """`rate` as a share of the copy or the GEMM measured in the same run."""
+    value = row.copy_share if row.gemm_share is None else row.gemm_share
+    return "" if value is None else f"{value:.0%}"
+
+
+def flop_rate(value: float) -> str:
+    return f"{value / 1e12:.1f} TFLOP/s" if value >= 1e13 else f"{value / 1e9:.0f} GFLOP/s"
 
 
 def duration(seconds: float) -> str:

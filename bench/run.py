@@ -13,19 +13,21 @@ import torch
 
 from .cases import Case
 from .measure import Timing, input_sets, interleaved, peak_memory, synchronize
-from .peers import COMPILED, MODEL_ONLY, Contestant, contestants
-from .task import Finding, Task
+from .peers import COMPILED, MODEL_ONLY, contestants
+from .task import Contestant, Finding, Task
 
 CHECK_SEED = 1000
 
 
 @dataclass
 class Row:
-    """One contestant in one case. Times in seconds, rates in bytes per second; None: not measured.
+    """One contestant in one case. Times in seconds, rates in bytes or FLOPs per second; None: not measured.
 
     ``speed`` is the median of the fastest right rival divided by this one's: above one is faster than every rival.
     ``beside_model`` is the share of the time that is not the model's own passes. ``error`` is the largest deviation
-    found, relative where the reference is not zero. ``copy_share`` is filled in by the report.
+    found, relative where the reference is not zero. ``bytes`` and ``flops`` are the case's floor, whatever the
+    contestant moves or multiplies. ``copy_share`` and ``gemm_share`` are filled in by the report. ``note`` says what an
+    outside kernel computes.
     """
 
     case: str
@@ -42,6 +44,10 @@ class Row:
     speed: float | None = None
     peak: int | None = None
     beside_model: float | None = None
+    dtype: str | None = None
+    flops: int | None = None
+    gemm_share: float | None = None
+    note: str | None = None
 
 
 def run_case(
@@ -57,10 +63,14 @@ def run_case(
     if case.needs is not None and importlib.util.find_spec(case.needs) is None:
         return [Row(case.name, case.group, "everyone", "rival", skipped=f"{case.needs} is not installed")]
     say("building")
-    task = case.build(device)
+    try:
+        task = case.build(device)
+        checked = task.inputs(CHECK_SEED)
+    except torch.OutOfMemoryError:
+        return [Row(case.name, case.group, "everyone", "rival", skipped="the inputs do not fit in the device's memory")]
     field = list(entrants(task, device, backends))
-    checked = task.inputs(CHECK_SEED)
     rows = {each.name: _checked(case, task, each, checked, device, say) for each in field}
+    del checked  # large cases need its memory
     runs = {each.name: each.run for each in field if each.run is not None and _right(rows[each.name])}
     if runs:
         say("timing")
@@ -87,14 +97,25 @@ def _checked(
     say: Callable[[str], None],
 ) -> Row:
     """The contestant's row before timing: skipped, wrong, or right with its error."""
-    row = Row(case.name, case.group, contestant.name, contestant.role, skipped=contestant.skipped)
+    row = Row(
+        case.name,
+        case.group,
+        contestant.name,
+        contestant.role,
+        skipped=contestant.skipped,
+        dtype=str(case.dtype).removeprefix("torch."),
+        note=contestant.note,
+    )
     if contestant.run is None or contestant.role == "part":
         return row
     say(f"checking {contestant.name}")
     try:
         # Compiled randomness must be the eager one, or smart-pytorch's noise could not be told in advance.
-        with torch._inductor.config.patch(fallback_random=case.bytes is None):
-            findings = task.check(contestant.run, inputs, contestant.backend)
+        with torch._inductor.config.patch(fallback_random=case.needs_same_noise):
+            if contestant.check is None:
+                findings = task.check(contestant.run, inputs, contestant.backend)
+            else:
+                findings = contestant.check(contestant.run, inputs)
         synchronize(device)
     except Exception as error:
         row.skipped = f"failed: {plain_error(error)}"
@@ -124,12 +145,13 @@ def _derive(rows: list[Row], case: Case) -> None:
     rivals = [medians[row.contestant] for row in rows if row.role == "rival" and row.timing is not None]
     model = medians.get(MODEL_ONLY)
     for row in rows:
-        if row.timing is None:
+        if row.timing is None or row.role not in ("rival", "ours"):
             continue
-        if rivals and row.role != "part":
+        if rivals:
             row.speed = min(rivals) / row.timing.median
         if case.bytes is not None:
             row.bytes, row.bandwidth = case.bytes, case.bytes / row.timing.median
+        row.flops = case.flops
         # The model's passes were timed eagerly: they say nothing about a compiled model's.
-        if model is not None and row.role != "part" and row.contestant != COMPILED:
+        if model is not None and row.contestant != COMPILED:
             row.beside_model = 1 - model / row.timing.median

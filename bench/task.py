@@ -1,12 +1,17 @@
-"""What a case hands to the bench once it is built on a device, and how results are compared with a reference."""
+"""What a case hands to the bench once it is built on a device, who runs it, and how results are compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+# The low-precision rivals compute in the dtype of their inputs, so their tolerances are those of its rounding.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
 class Finding(NamedTuple):
@@ -21,6 +26,25 @@ class Finding(NamedTuple):
         return not self.error <= self.tolerance  # NaN is wrong too
 
 
+@dataclass(frozen=True)
+class Contestant:
+    """Who runs a case.
+
+    ``role``: "ours"; "rival", which does the same work; "other", which does related work and is compared with nobody;
+    or "part" for a piece of the work. ``run`` is the timed call, None if it is ``skipped`` (the reason). ``check``
+    takes ``run`` and its inputs, where the task's own check does not apply. ``note`` says what an outside kernel
+    computes.
+    """
+
+    name: str
+    role: str
+    run: Callable[..., Any] | None
+    backend: str | None = None
+    skipped: str | None = None
+    check: Callable[[Callable[..., Any], tuple[Any, ...]], list[Finding]] | None = None
+    note: str | None = None
+
+
 class Task(Protocol):
     """A case on a device. ``backend`` is one of ours by name, or None for smart-pytorch."""
 
@@ -33,7 +57,7 @@ class Task(Protocol):
         ...
 
     def ours(self, backend: str) -> Callable[..., Any]:
-        """The same work by one of our backends."""
+        """The same work by one of our backends; a task may have ``whole(backend)``, another way of ours."""
         ...
 
     def call(self, function: Callable[..., Any]) -> Callable[..., Any]:

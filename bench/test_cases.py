@@ -17,7 +17,8 @@ from .measure import input_sets, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases.select(DEVICE, quick=True)
-CONTESTANTS = [peers.EAGER, peers.COMPILED, *(peers.OURS + name for name in peers.default_backends())]
+OURS = [f"{peers.OURS}{name}{way}" for name in peers.default_backends() for way in ("", ", whole logits")]
+CONTESTANTS = [peers.EAGER, peers.COMPILED, *OURS]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -31,11 +32,13 @@ def case_and_task(request):
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_case(benchmark, case_and_task, name):
     case, task = case_and_task
-    if name.startswith(peers.OURS) and (reason := peers.why_not(name.removeprefix(peers.OURS), DEVICE)):
-        pytest.skip(reason)
-    contestant = next(each for each in peers.contestants(task, DEVICE, peers.default_backends()) if each.name == name)
-    assert contestant.run is not None
-    with torch._inductor.config.patch(fallback_random=case.bytes is None):
+    field = {each.name: each for each in peers.contestants(task, DEVICE, peers.default_backends())}
+    if name not in field:
+        pytest.skip("this case has no such contestant")
+    contestant = field[name]
+    if contestant.run is None:
+        pytest.skip(contestant.skipped)
+    with torch._inductor.config.patch(fallback_random=case.needs_same_noise):
         findings = task.check(contestant.run, task.inputs(0), contestant.backend)
     assert not [found for found in findings if found.wrong]
 
@@ -46,5 +49,5 @@ def test_case(benchmark, case_and_task, name):
         synchronize(DEVICE)
 
     benchmark.group = case.name
-    benchmark.extra_info.update(bytes=case.bytes, error=max(found.error for found in findings))
+    benchmark.extra_info.update(bytes=case.bytes, flops=case.flops, error=max(found.error for found in findings))
     benchmark.pedantic(call, setup=lambda: (next(turn), {}), rounds=10, warmup_rounds=1)

@@ -127,6 +127,11 @@ struct View {
   }
 };
 
+inline void check_statistics(const Tensor& stats, int64_t rows) {
+  TORCH_CHECK_VALUE(stats.numel() == rows * statistics && stats.is_contiguous(),
+                    "smart_fast: statistics of another forward pass");
+}
+
 // A byte for each row, kept alive by `holder`.
 inline const uint8_t* mask_bytes(const optional<Tensor>& mask, int64_t rows, Tensor& holder) {
   if (!mask) return nullptr;

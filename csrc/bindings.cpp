@@ -284,11 +284,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
   return {loss, stats, dx, dt};
 }
 
-void check_statistics(const Tensor& stats, int64_t rows) {
-  TORCH_CHECK_VALUE(stats.numel() == rows * statistics && stats.is_contiguous(),
-                    "smart_fast: statistics of another forward pass");
-}
-
 std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                                                const Tensor& stats, const optional<Tensor>& mask, string_view kind,
                                                string_view output, double alpha, double weight, double scale,

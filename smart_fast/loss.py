@@ -166,7 +166,7 @@ def _divergence(
         return rewrap(loss) if reduction == "none" else loss
     _check_pair(input, target, mask)
     check_number("alpha", alpha)
-    if temperature != 1.0:
+    if type(temperature) is not float or temperature != 1.0:  # the default costs nothing
         check_positive("temperature", temperature)
     if group is not None:
         parallel.check_group(group)

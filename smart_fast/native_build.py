@@ -47,8 +47,11 @@ def sources() -> Path | None:
 
 
 def cuda_sources(directory: Path) -> list[Path]:
-    """The CUDA sources, if torch was built for CUDA and there is an nvcc to compile them."""
+    """The CUDA sources, if torch was built for CUDA, there is an nvcc to compile them, and a GPU to compile them for:
+    one in this machine, or those that TORCH_CUDA_ARCH_LIST names."""
     if torch.version.cuda is None:
+        return []
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         return []
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     if shutil.which("nvcc") is None and not (Path(home) / "bin" / "nvcc").is_file():

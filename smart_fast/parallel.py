@@ -49,7 +49,9 @@ def statistics(
 def gather(tensor: Tensor, group: Any) -> Tensor:
     """``tensor`` of every process, stacked."""
     gathered = tensor.new_empty((dist.get_world_size(group) * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor, group=group)
+    # Its name since torch 2.13, and before.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, tensor, group=group)
     return gathered.view(-1, *tensor.shape)
 
 

@@ -21,6 +21,7 @@ int perturb(const cuda::Perturb* args) { return cuda::perturb(*args, nullptr); }
 int ascend(const cuda::Ascend* args) { return cuda::ascend(*args, nullptr); }
 int64_t forward_partials(const cuda::Divergence* args) { return cuda::forward_partials(*args); }
 int divergence_forward(const cuda::Divergence* args) { return cuda::divergence_forward(*args, nullptr); }
+int divergence_finish(const cuda::Divergence* args) { return cuda::divergence_finish(*args, nullptr); }
 int divergence_backward(const cuda::Divergence* args) { return cuda::divergence_backward(*args, nullptr); }
 int divergence_elements_backward(const cuda::Divergence* args) {
   return cuda::divergence_elements_backward(*args, nullptr);

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smart_fast.backends.base import Step, as_rows
+from smart_fast.backends.base import DivergenceSpec, Step, as_rows
 from smart_fast.norms import known_norm
 
 HERE = Path(__file__).resolve().parent
@@ -58,9 +58,9 @@ _Ascend = _structure(
     noise_out=_Pointer, measured=_Pointer,
 )  # fmt: skip
 _Divergence = _structure(
-    "Divergence", shape=_Shape, x=_Rows, t=_Rows, mask=_Pointer, kind=_Int, alpha=_Float, weight=_Float, loss=_Pointer,
-    partial=_Pointer, terms=_Pointer, terms_dtype=_Int, stats=_Pointer, dx=_Pointer, dt=_Pointer, upstream=_Pointer,
-    upstream_dtype=_Int, grad=_Rows,
+    "Divergence", shape=_Shape, x=_Rows, t=_Rows, mask=_Pointer, kind=_Int, alpha=_Float, weight=_Float, scale=_Float,
+    relative=ctypes.c_bool, loss=_Pointer, partial=_Pointer, losses=_Pointer, parts=_Pointer, terms=_Pointer,
+    terms_dtype=_Int, stats=_Pointer, dx=_Pointer, dt=_Pointer, upstream=_Pointer, upstream_dtype=_Int, grad=_Rows,
 )  # fmt: skip
 
 
@@ -196,28 +196,31 @@ class Emulated:
         return self._ascend(GIVEN_NORM, grad, noise, mask, "inf", step, embed, norm, 1, keep_noise)
 
     def _divergence(
-        self, input: Tensor, target: Tensor, kind: str, alpha: float, weight: float, mask: Tensor | None,
-        grad: Tensor | None = None,
-    ) -> tuple:  # fmt: skip
+        self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, grad: Tensor | None = None
+    ) -> tuple:
         alive, shape, rows = self._rows(input, target, free=grad)
         mask = None if mask is None else mask.contiguous()
         args = _Divergence(
-            shape=shape, x=rows[0], t=rows[1], mask=_pointer(mask), kind=KINDS[kind], alpha=alpha, weight=weight
-        )
+            shape=shape, x=rows[0], t=rows[1], mask=_pointer(mask), kind=KINDS[spec.kind], alpha=spec.alpha,
+            weight=spec.weight, scale=spec.scale, relative=spec.relative,
+        )  # fmt: skip
         if grad is not None:
             args.grad = rows[2]
         return (alive, mask), args
 
     def divergence_forward(
-        self, input: Tensor, target: Tensor, kind: str, elementwise: bool, alpha: float, weight: float,
-        mask: Tensor | None, want_input: bool = True, want_target: bool = True,
-    ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-        alive, args = self._divergence(input, target, kind, alpha, weight, mask)
+        self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool = True,
+        want_target: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        alive, args = self._divergence(input, target, spec, mask)
         stats = new_output((args.shape.rows, STATISTICS), torch.float32)
         partial = new_output((self.library.forward_partials(ctypes.byref(args)),), torch.float32)
-        if elementwise:
+        if spec.output == "terms":
             loss = new_output(input.shape, torch.promote_types(input.dtype, target.dtype))
             args.terms, args.terms_dtype = _pointer(loss), DTYPES[loss.dtype]
+        elif spec.output == "rows":
+            loss = new_output(input.shape[:-1], torch.float32)
+            args.losses = _pointer(loss)
         else:
             loss = new_output((), torch.float32)
             args.loss, args.partial = _pointer(loss), _pointer(partial)
@@ -225,21 +228,49 @@ class Emulated:
         assert self.library.divergence_forward(ctypes.byref(args)) == 0
         del alive
         check_guards(loss, stats, partial)
-        return loss, stats, None
+        return loss, stats if want_input or want_target else None
 
     def divergence_backward(
-        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, kind: str, elementwise: bool, alpha: float,
-        weight: float, mask: Tensor | None, want_input: bool, want_target: bool,
+        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
+        want_input: bool, want_target: bool,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        alive, args = self._divergence(input, target, kind, alpha, weight, mask, grad if elementwise else None)
+        upstream = {"terms": lambda: grad, "rows": lambda: grad.unsqueeze(-1).expand(input.shape), "sum": lambda: None}
+        alive, args = self._divergence(input, target, spec, mask, upstream[spec.output]())
         dx = new_output(input.shape, input.dtype) if want_input else None
         dt = new_output(target.shape, target.dtype) if want_target else None
-        args.stats, args.dx, args.dt = _pointer(stats), _pointer(dx), _pointer(dt)
-        if elementwise:
+        args.stats, args.dx, args.dt, args.weight = (
+            _pointer(stats),
+            _pointer(dx),
+            _pointer(dt),
+            spec.weight * spec.scale,
+        )
+        if spec.output == "terms":
             assert self.library.divergence_elements_backward(ctypes.byref(args)) == 0
         else:
-            args.upstream, args.upstream_dtype = _pointer(grad), DTYPES[grad.dtype]
+            if spec.output == "sum":
+                args.upstream, args.upstream_dtype = _pointer(grad), DTYPES[grad.dtype]
             assert self.library.divergence_backward(ctypes.byref(args)) == 0
         del alive
         check_guards(dx, dt)
         return dx, dt
+
+    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        alive, args = self._divergence(input, target, spec, mask)
+        parts = new_output((args.shape.rows, STATISTICS), torch.float32)
+        args.parts = _pointer(parts)
+        assert self.library.divergence_forward(ctypes.byref(args)) == 0
+        del alive
+        check_guards(parts)
+        return parts
+
+    def divergence_finish(
+        self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
+    ) -> Tensor:
+        alive, args = self._divergence(input, target, spec, mask)
+        stats = stats.contiguous()
+        losses = new_output((args.shape.rows,), torch.float32)
+        args.stats, args.losses = _pointer(stats), _pointer(losses)
+        assert self.library.divergence_finish(ctypes.byref(args)) == 0
+        del alive
+        check_guards(losses)
+        return losses

@@ -49,7 +49,7 @@ def main() -> None:
     from torch.utils import cpp_extension
 
     csrc = arguments.csrc
-    sources = [csrc / "bindings.cpp", *sorted((csrc / "cpu").glob("*.cpp"))]
+    sources = [*sorted(csrc.glob("*.cpp")), *sorted((csrc / "cpu").glob("*.cpp"))]
     sources += [*sorted((csrc / "cuda").glob("*.cpp")), *sorted((csrc / "cuda").glob("*.cu"))]
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.keep or Path(temporary)

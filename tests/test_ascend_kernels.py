@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import smart_fast
-from smart_fast import SMARTLoss, inf_norm, kl_loss, l1_norm, l2_norm, sentence_norm, sym_kl_loss
+from smart_fast import SMARTLoss, autograd, inf_norm, kl_loss, l1_norm, l2_norm, sentence_norm, sym_kl_loss
 from smart_fast.backends.base import Step
+from smart_fast.noise import draw_seed
 from tests import oracle
 
 NORMS = {"inf": inf_norm, "l2": l2_norm, "l1": l1_norm}
@@ -243,3 +244,35 @@ def test_a_norm_of_another_shape_is_named(device: torch.device) -> None:
     smart = SMARTLoss(lambda e: e, kl_loss, norm_fn=lambda x: torch.ones(7, 1, device=device))
     with pytest.raises(ValueError, match="norm_fn"):
         smart(torch.randn(3, 4, device=device), torch.randn(3, 4, device=device))
+
+
+def test_seeds_come_from_torchs_generator(backend: ModuleType, device: torch.device) -> None:
+    """A draw is that of torch.randint, whoever draws it: the same noise by every backend after torch.manual_seed."""
+    if device.type != "cpu":
+        pytest.skip("on a GPU native seeds come from the state of the generator, not from a launch")
+    embed = torch.randn(4, 12)
+    for generator in (None, torch.Generator().manual_seed(7)):
+        drawn = torch.Generator().manual_seed(7) if generator else None
+        torch.manual_seed(7)
+        perturbed, _ = autograd.perturb(backend, embed, 0.1, generator, None, keep_noise=True)
+        state = torch.get_rng_state()
+        torch.manual_seed(7)
+        seed = draw_seed(embed.device, drawn)
+        assert torch.equal(perturbed, backend.perturb(embed, seed, 0.1, None, False)[0])
+        assert torch.equal(state, torch.get_rng_state())
+
+
+def test_perturbed_embeddings_pass_gradients_on(backend: ModuleType, device: torch.device) -> None:
+    """To real rows of the embedding, from both operations, without a graph where none is wanted."""
+    embed = torch.randn(3, 5, device=device, requires_grad=True)
+    mask = torch.tensor([True, False, True], device=device)
+    upstream = torch.randn(3, 5, device=device)
+    step = Step(inf_norm, 0.1, 1e-3, 1e-6, "smart-pytorch")
+    perturbed, noise = autograd.perturb(backend, embed, 0.1, None, mask, keep_noise=True)
+    moved, _ = autograd.ascend(backend, embed, torch.randn_like(upstream), noise, step, mask, keep_noise=False)
+    for result in (perturbed, moved):
+        (gradient,) = torch.autograd.grad(result, embed, upstream)
+        assert torch.equal(gradient, torch.where(mask.unsqueeze(-1), upstream, 0.0))
+    with torch.no_grad():
+        assert not autograd.perturb(backend, embed, 0.1, None, mask, keep_noise=True)[0].requires_grad
+    assert not autograd.perturb(backend, embed.detach(), 0.1, None, mask, keep_noise=True)[0].requires_grad

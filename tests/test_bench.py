@@ -16,8 +16,9 @@ for package in ("smart_pytorch", "rich"):
 if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
     sys.path.insert(0, str(ROOT))
 
-from bench import accuracy, cases, measure, peers, readme, regularizer, report  # noqa: E402
+from bench import accuracy, cases, divergences, measure, peers, readme, regularizer, report  # noqa: E402
 from bench.run import Row, plain_error, run_case  # noqa: E402
+from bench.task import Contestant  # noqa: E402
 from smart_fast.backends import select  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -28,9 +29,9 @@ def eager_and(*others):
     """Contestants without torch.compile, which would cost these tests seconds."""
 
     def entrants(task, device, backends):
-        yield peers.Contestant(peers.EAGER, "rival", task.call(task.smart_pytorch()))
+        yield Contestant(peers.EAGER, "rival", task.call(task.smart_pytorch()))
         for name, change in others:
-            yield peers.Contestant(name, "ours", change(task.call(task.ours("torch"))), backend="torch")
+            yield Contestant(name, "ours", change(task.call(task.ours("torch"))), backend="torch")
 
     return entrants
 
@@ -46,12 +47,13 @@ def test_table_is_well_formed():
     for case in cases.TABLE:
         assert case.group in cases.GROUPS
         assert set(case.where) <= {"quick", "cpu", "cuda"}
-        assert (case.bytes is None) == (case.build.func is regularizer.Regularizer)
+        assert (case.bytes is None) == (case.build.func in (regularizer.Regularizer, divergences.LinearDivergence))
+        assert (case.flops is None) == (case.build.func is not divergences.LinearDivergence)
     for device, quick in ((CPU, True), (CPU, False), (torch.device("cuda"), True), (torch.device("cuda"), False)):
         chosen = cases.select(device, quick=quick)
         assert {case.group for case in chosen} == set(cases.GROUPS)
         assert len({case.name for case in chosen}) == len(chosen)
-    assert all(case.group == "ops" for case in cases.select(CPU, group="ops"))
+    assert all(case.group == "ops" for case in cases.select(CPU, groups=["ops"]))
     assert [case.name for case in cases.select(CPU, containing="POOLED")] == ["pooled head 768 to 3, [32, 768]"]
 
 
@@ -61,8 +63,17 @@ def test_bytes_that_must_move():
         cases.ascend((4, 6), torch.bfloat16, "cpu").bytes: 4 * 6 * 2 * 3,  # read embed and gradient, write perturbed
         # Forward reads two tensors of logits, backward reads them again and writes two gradients.
         cases.divergence("kl", (4, 6), torch.float32, "cpu").bytes: 4 * 6 * 4 * (2 + 2 + 2),
+        cases.lm_divergence("kl", (4, 6), torch.bfloat16, "cpu", backward=False).bytes: 4 * 6 * 2 * 2,
     }
     assert all(counted == expected for counted, expected in by_hand.items())
+
+
+def test_flops_that_must_be():
+    """Two GEMMs for the logits; for each matrix of gradients to them one for hidden states and one for the weight."""
+    gemm = 2 * 4 * 5 * 6
+    counted = {kind: cases.lm_linear(kind, 4, 5, 6, torch.float32, "cpu").flops for kind in ("kl", "sym_kl", "js")}
+    assert counted == {"kl": 6 * gemm, "sym_kl": 4 * gemm, "js": 4 * gemm}
+    assert measure.gemm_rate(CPU, torch.float32) > 1e9
 
 
 every_kind = pytest.mark.parametrize(
@@ -74,6 +85,9 @@ every_kind = pytest.mark.parametrize(
         cases.ascend((16, 33), torch.bfloat16, "cpu"),
         *(cases.divergence(kind, (8, 5), torch.float32, "cpu") for kind in ("kl", "sym_kl", "js")),
         cases.divergence("js", (8, 500), torch.bfloat16, "cpu"),
+        cases.lm_divergence("sym_kl", (8, 500), torch.bfloat16, "cpu", backward=False),
+        *(cases.lm_linear(kind, 8, 6, 50, torch.float32, "cpu") for kind in ("kl", "sym_kl", "js")),
+        cases.lm_linear("sym_kl", 8, 16, 50, torch.bfloat16, "cpu"),
         cases.regularizer("head", (4, 16), "cpu", lambda: torch.nn.Linear(16, 3), needs=None),
     ],
     ids=lambda case: case.name,
@@ -103,11 +117,15 @@ def test_right_results_are_timed(case):
         assert row.peak > 0
     ours, rival = rows["smart-fast torch"], rows[peers.EAGER]
     assert ours.speed == pytest.approx(rival.timing.median / ours.timing.median)
+    report.Report(
+        report.environment(CPU), 1e10, rows=[ours], gemm_rates={"float32": 1e12, "bfloat16": 2e12}
+    ).compare_with_limits()
     if case.bytes is not None:
-        summary = report.Report(report.environment(CPU), rows=[ours])
-        summary.compare_with_copies([1e9, 1e10])
-        assert summary.copy_rate == 1e10
         assert ours.copy_share == pytest.approx(case.bytes / ours.timing.median / 1e10)
+    if case.flops is not None:
+        peak = 1e12 if case.dtype == torch.float32 else 2e12
+        assert ours.gemm_share == pytest.approx(case.flops / ours.timing.median / peak)
+        assert report.rate(ours).endswith("GFLOP/s")
 
 
 def off_by_one_percent(run):
@@ -120,6 +138,31 @@ def off_by_one_percent(run):
 
 def not_a_number(run):
     return lambda *inputs: tuple(t * float("nan") for t in run(*inputs))
+
+
+def test_wrong_gradient_to_the_weight_gets_no_time():
+    def without_the_target(run):
+        return lambda input, target, weight: run(input, target.detach(), weight)
+
+    def half(run):
+        def wrong(*inputs):
+            *right, weight = run(*inputs)
+            return *right, weight / 2
+
+        return wrong
+
+    case = cases.lm_linear("sym_kl", 8, 6, 50, torch.float32, "cpu")
+    rows = run_small(("smart-fast half", half), ("smart-fast without", without_the_target), case=case)
+    assert rows["smart-fast half"].wrong.startswith("gradient to the weight off by 0.5")
+    assert rows["smart-fast without"].skipped.startswith("failed")
+    assert rows["smart-fast half"].timing is rows["smart-fast without"].timing is None
+
+
+def test_linear_cases_run_ours_in_both_ways():
+    task = cases.lm_linear("js", 8, 6, 50, torch.float32, "cpu").build(CPU)
+    field = [each.name for each in peers.contestants(task, CPU, ["torch", "native"], compiling=False)]
+    ours = ["smart-fast torch", "smart-fast native", "smart-fast native, whole logits"]
+    assert [name for name in field if name.startswith(peers.OURS)] == ours
 
 
 @pytest.mark.parametrize("change", [off_by_one_percent, not_a_number])
@@ -181,15 +224,27 @@ def test_json_round_trip(tmp_path):
     assert [mean["contestant"] for mean in content["geometric_means"]] == [peers.EAGER, "smart-fast torch"]
 
 
+def test_json_of_other_versions(tmp_path):
+    """Fields that an older version did not write have defaults; those that only a newer one knows are passed over."""
+    written = report.Report(report.environment(CPU), 2.5e10, 0.5, [Row("case", "ops", "smart-fast torch", "ours")])
+    path = tmp_path / "results.json"
+    report.save_json(written, path)
+    content = json.loads(path.read_text())
+    del content["gemm_rates"], content["rows"][0]["note"], content["rows"][0]["flops"]
+    content["rows"][0]["from_the_future"] = content["from_the_future"] = 1
+    path.write_text(json.dumps(content))
+    assert report.load_json(path) == written
+
+
 def test_plots_are_written(tmp_path):
     pytest.importorskip("matplotlib")
     from bench.plots import save_plots
 
     rows = list(run_small(("smart-fast torch", lambda run: run)).values())
-    summary = report.Report(report.environment(CPU), rows=rows)
-    summary.compare_with_copies([1e10])
+    summary = report.Report(report.environment(CPU), 1e10, rows=rows)
+    summary.compare_with_limits()
     written = save_plots(summary, tmp_path / "speed.png")
-    assert [path.name for path in written] == ["speed.png", "speed-bandwidth.png"]
+    assert [path.name for path in written] == ["speed.png", "speed-limit.png"]
     assert all(path.stat().st_size > 1000 for path in written)
 
 
@@ -235,7 +290,8 @@ def test_command_line_lists_the_cases():
         (["--cases", "no such case"], "no such case"),
         (["--backends", "cudnn"], "choose from torch, triton, native"),
         (["--seconds", "0"], "must be positive"),
-        (["lm"], "invalid choice"),
+        (["train"], "invalid choice"),
+        (["ops", "report"], "go with no other group"),
         (["--device", "abacus"], "abacus"),
     ],
 )
@@ -246,6 +302,12 @@ def test_command_line_errors_are_clear(arguments, message, capsys):
         main(arguments)
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_command_line_takes_several_groups():
+    done = cli("lm", "overhead", "--list", "--quick", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines() if "[" in line} == {"lm", "overhead"}
 
 
 def test_accuracy_table() -> None:
@@ -268,3 +330,23 @@ def test_readme_holds_the_committed_results(tmp_path: Path) -> None:
     copy = tmp_path / "README.md"
     copy.write_text(readme.README.read_text())
     assert readme.write(copy) == readme.README.read_text()
+
+
+def test_readme_table_of_language_models(tmp_path: Path) -> None:
+    """Cases of the group lm get a table of their own, with memory; a peer that computes something else is marked."""
+    assert readme.sections()["speed-lm"]
+    fast, ours = measure.Timing(0.1, 0.1, 0.1, 2, 1), "smart-fast torch"
+    rows = [
+        Row("case", "lm", peers.EAGER, "rival", measure.Timing(0.2, 0.2, 0.2, 2, 1), peak=4 << 20, speed=1.0),
+        Row("case", "lm", "Liger-Kernel X", "other", fast, peak=2 << 20, note="half of it"),
+        Row("case", "lm", ours, "ours", fast, peak=1 << 20, speed=2.0, dtype="float32", flops=5 * 10**9),
+    ]
+    written = report.Report(report.environment(CPU), 1e10, rows=rows, gemm_rates={"float32": 1e11})
+    written.compare_with_limits()
+    report.save_json(written, tmp_path / "speed-x.json")
+    accuracy.save([], report.environment(CPU), tmp_path / "accuracy.json")
+    made = readme.sections(tmp_path)
+    assert made["speed"] == ""
+    assert "| case | smart-fast torch | 100 ms | 2.00 | 1 MiB | 25% | 50 GFLOP/s | 50% |" in made["speed-lm"]
+    assert "| case | Liger-Kernel X (*) | 100 ms |  | 2 MiB | 50% |  |  |" in made["speed-lm"]
+    assert "(*) Liger-Kernel X: half of it." in made["speed-lm"]

@@ -301,3 +301,26 @@ def test_any_shape_and_value(
     noise = 5e-7 * float((x - t).abs().max())
     for value, reference in zip(got[1:], want[1:], strict=True):
         assert (value.cpu().double() - reference).abs().max() <= 1e-5 * reference.abs().max() + noise
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_are_an_error(kind: str, device: torch.device) -> None:
+    """Not silently zero."""
+    x, t = (each.requires_grad_() for each in pair((3, 5), 1.0, device))
+    (gradient,) = torch.autograd.grad(LOSSES[kind](x, t), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiated twice|does not require grad"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("width", [20, 3000])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_shows(kind: str, side: int, width: int, device: torch.device, poison: None) -> None:
+    """One among logits that are nearly equal makes its row NaN, loss and gradients, and no other row."""
+    x, t = pair((3, width), 1e-3, device)
+    (x, t)[side][1, width - 3] = math.nan
+    loss, dx, dt = loss_and_grads(kind, x, t)
+    assert loss.isnan()
+    for gradient in (dx, dt):
+        assert gradient[[0, 2]].isfinite().all()
+        assert gradient[1].isnan().any()

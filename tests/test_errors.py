@@ -197,6 +197,19 @@ def test_alpha(loss_fn, alpha, error):
         loss_fn(E25, E25, alpha=alpha)
 
 
+@pytest.mark.parametrize(
+    ("temperature", "error"),
+    [
+        *((value, ValueError) for value in (0.0, -1.0, NAN, INF)),
+        *((value, TypeError) for value in ("1", None, True, torch.tensor(2.0))),
+    ],
+)
+@pytest.mark.parametrize("loss_fn", [kl_loss, sym_kl_loss, js_loss])
+def test_temperature(loss_fn, temperature, error):
+    with pytest.raises(error, match="temperature"):
+        loss_fn(E25, E25, temperature=temperature)
+
+
 def test_epsilon_of_the_stable_loss():
     with pytest.raises(ValueError, match="epsilon"):
         stable_sym_kl_loss(E25, E25, epsilon=NAN)

@@ -222,3 +222,25 @@ def test_a_side_that_needs_no_gradient_gets_none(loss_fn):
     assert x.grad.any()
     assert t.grad is None
     assert not loss_fn(x.detach(), t).requires_grad
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss_fn", [kl_loss, sym_kl_loss, js_loss])
+def test_temperature_divides_logits_and_multiplies_by_its_square(loss_fn, reduction, masked, backend, device):
+    """On the backend of the fixture (fp32) and in PyTorch (float64), against the definition in float64."""
+    mask = some_rows((2, 3, 7)) if masked else None
+    for dtype, where, name, tolerance in (
+        (torch.float64, torch.device("cpu"), "torch", 1e-12),
+        (torch.float32, device, backend.name, 1e-5),
+    ):
+        x, t = (logits((2, 3, 7), seed, dtype).detach().to(where).requires_grad_() for seed in (0, 1))
+        x64, t64 = (each.detach().cpu().double().requires_grad_() for each in (x, t))
+        keep = None if mask is None else mask.to(where)
+        loss = loss_fn(x, t, reduction, mask=keep, temperature=2.5, backend=name)
+        want = 2.5**2 * loss_fn(x64 / 2.5, t64 / 2.5, reduction, mask=mask, backend="torch")
+        upstream = torch.rand(want.shape, dtype=torch.float64)
+        gradients = torch.autograd.grad(loss, (x, t), upstream.to(loss))
+        wanted = torch.autograd.grad(want, (x64, t64), upstream)
+        for got, exact in zip((loss, *gradients), (want, *wanted), strict=True):
+            torch.testing.assert_close(got.cpu().double(), exact, rtol=tolerance, atol=tolerance)

@@ -12,6 +12,7 @@ import sys
 import zipfile
 
 import pytest
+import torch
 
 from smart_fast import native_build
 from tests.helpers import ROOT, run_python
@@ -207,3 +208,25 @@ def test_compiled_at_installation(tmp_path):
     code = "from smart_fast import native_build; print(native_build.load().probe, native_build.load().__file__)"
     done = run_python(code, cwd=tmp_path, path=(site,))
     assert done.stdout.startswith(f"42 {site}"), done.stderr
+
+
+def test_cuda_is_compiled_where_there_is_something_to_compile_it_for(monkeypatch, tmp_path):
+    """A CUDA build of torch, an nvcc, and a GPU or a list of them; torch's own choice fails without either."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("")
+    nvcc.chmod(0o755)
+    csrc = native_build.sources()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert native_build.cuda_sources(csrc) == []
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    everything = native_build.cuda_sources(csrc)
+    assert {path.suffix for path in everything} == {".cu", ".cpp"}
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert native_build.cuda_sources(csrc) == everything
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert native_build.cuda_sources(csrc) == []

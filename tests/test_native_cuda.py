@@ -6,6 +6,7 @@ only a device shows: seeds under graph capture, streams, agreement with Triton.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import shutil
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from smart_fast import inf_norm, l1_norm, l2_norm, sentence_norm
-from smart_fast.backends.base import Step
+from smart_fast.backends.base import DivergenceSpec, Step
 from tests import compile_cuda, cuda_emulation, oracle
+from tests import test_divergence_wide as wide
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -219,8 +221,9 @@ def both_passes(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if grad is None:
         grad = torch.rand(x.shape) if elementwise else torch.tensor(1.7)
-    loss, stats, _ = emulated.divergence_forward(x, t, kind, elementwise, 0.7, 0.3, mask)
-    return loss, *emulated.divergence_backward(grad, x, t, stats, kind, elementwise, 0.7, 0.3, mask, True, True)
+    spec = DivergenceSpec(kind, "terms" if elementwise else "sum", 0.7, 0.3)
+    loss, stats = emulated.divergence_forward(x, t, spec, mask)
+    return loss, *emulated.divergence_backward(grad, x, t, stats, spec, mask, True, True)
 
 
 def check_divergence(
@@ -353,8 +356,9 @@ def test_one_sided_gradients(emulated: cuda_emulation.Emulated) -> None:
     x, t = pair(3, 200)
     for elementwise, kind in itertools.product((False, True), KINDS):
         grad = torch.rand(x.shape) if elementwise else torch.tensor(1.0)
-        _, stats, _ = emulated.divergence_forward(x, t, kind, elementwise, 1.0, 1.0, None)
-        arguments = grad, x, t, stats, kind, elementwise, 1.0, 1.0, None
+        spec = DivergenceSpec(kind, "terms" if elementwise else "sum")
+        _, stats = emulated.divergence_forward(x, t, spec, None)
+        arguments = grad, x, t, stats, spec, None
         both = emulated.divergence_backward(*arguments, True, True)
         for side, want in enumerate(((True, False), (False, True))):
             one = emulated.divergence_backward(*arguments, *want)
@@ -365,9 +369,40 @@ def test_one_sided_gradients(emulated: cuda_emulation.Emulated) -> None:
 def test_sums_do_not_depend_on_chance(emulated: cuda_emulation.Emulated) -> None:
     """Sums over thousands of rows are made in one order."""
     x, t = pair(5000, 2)
-    losses = {float(emulated.divergence_forward(x, t, "kl", False, 1.0, 1.0, None)[0]) for _ in range(2)}
+    losses = {float(emulated.divergence_forward(x, t, DivergenceSpec("kl", "sum"), None)[0]) for _ in range(2)}
     assert len(losses) == 1
     assert abs(losses.pop() - float(oracle.divergence_rows("kl", x, t, 1.0).sum())) < 1e-3
+
+
+CONTRACT = [
+    (wide.test_both_paths_are_exact, {"kind": KINDS, "width": [33, 9000], "apart": [1e-5, 1.0, 20.0]}),
+    (wide.test_scaled_and_relative, {"kind": KINDS, "scale": [0.5], "relative": [False, True]}),
+    (wide.test_relative_bfloat16, {"kind": KINDS}),
+    (wide.test_classes_that_are_masked, {"kind": KINDS, "relative": [False, True]}),
+    (wide.test_extreme_rows, {"kind": KINDS}),
+    (wide.test_row_gradients, {"kind": KINDS, "width": [5, 2100]}),
+    (wide.test_loss_alone, {}),
+    (wide.test_one_dimension, {}),
+    (wide.test_slices_of_the_vocabulary, {"kind": KINDS, "relative": [False, True], "apart": [1e-5, 0.2, 3.0]}),
+    (wide.test_nothing_is_read_of_masked_rows, {"width": [2, 3, 9000]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("test", "arguments"),
+    [
+        pytest.param(test, dict(zip(choices, values, strict=True)), id="-".join(map(str, (test.__name__[5:], *values))))
+        for test, choices in CONTRACT
+        for values in itertools.product(*choices.values())
+    ],
+)
+def test_contract_of_the_divergences(
+    test: Callable[..., None], arguments: dict[str, object], emulated: cuda_emulation.Emulated
+) -> None:
+    """What the other backends are held to: rows, scales, differences in place of logits, slices of a vocabulary."""
+    surroundings = {"backend": emulated, "device": torch.device("cpu"), "path": None, "poison": None}
+    taken = inspect.signature(test).parameters
+    test(**arguments, **{name: value for name, value in surroundings.items() if name in taken})
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
@@ -401,13 +436,12 @@ def test_device_agrees_with_triton(shape: tuple[int, ...], dtype: torch.dtype, o
             assert oracle.relative_error(left, right) <= max(1e-5, ULP[left.dtype])
     upstream = torch.tensor(1.3, device="cuda")
     for kind in KINDS:
-        loss, stats, _, _ = operators.native_divergence_forward(
-            embed, grad, None, kind, False, 0.7, 0.3, True, False, False
-        )
-        theirs, their_stats = triton_ops.divergence_forward(embed, grad, None, kind, False, 0.7, 0.3, True)
+        spec = DivergenceSpec(kind, "sum", 0.7, 0.3, 0.5)
+        loss, stats, _, _ = operators.native_divergence_forward(embed, grad, None, *spec, True, False, False)
+        theirs, their_stats = triton_ops.divergence_forward(embed, grad, None, *spec, True)
         assert oracle.relative_error(loss, theirs) < 1e-5
         assert oracle.relative_error(stats, their_stats) < 1e-4
-        arguments = None, kind, False, 0.7, 0.3, True, True
+        arguments = None, *spec, True, True
         for left, right in zip(
             operators.native_divergence_backward(upstream, embed, grad, stats, *arguments),
             triton_ops.divergence_backward(upstream, embed, grad, their_stats, *arguments),
@@ -421,7 +455,7 @@ def test_device_seeds_follow_the_generator(operators) -> None:
     embed = torch.zeros(3, 17, device="cuda")
 
     def draw(generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return operators.native_perturb_fresh(embed, generator, 1.0, None)
+        return operators.native_perturb_fresh(embed, generator, 1.0, None, True)
 
     torch.manual_seed(0)
     first, second = draw(), draw()
@@ -442,11 +476,11 @@ def test_device_graph_replays_draw_fresh_noise(operators) -> None:
     embed, grad = torch.zeros(4, 100, device="cuda"), torch.randn(4, 100, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # warm up, and not on the default stream
-        operators.native_perturb_fresh(embed, None, 1.0, None)
+        operators.native_perturb_fresh(embed, None, 1.0, None, True)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        perturbed, seed = operators.native_perturb_fresh(embed, None, 1.0, None)
+        perturbed, seed = operators.native_perturb_fresh(embed, None, 1.0, None, True)
         moved, _ = operators.native_ascend(
             embed, grad, seed, None, None, "inf", "row", 1.0, 0.0, "smart-pytorch", 0.0, False
         )
@@ -465,6 +499,6 @@ def test_device_graph_replays_draw_fresh_noise(operators) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
 def test_another_device_than_the_current_one(operators) -> None:
     embed = torch.zeros(3, 17, device="cuda:1")
-    perturbed, seed = operators.native_perturb_fresh(embed, None, 1.0, None)
+    perturbed, seed = operators.native_perturb_fresh(embed, None, 1.0, None, True)
     assert perturbed.device == seed.device == embed.device
     assert perturbed.any()

@@ -77,7 +77,7 @@ def test_losses_compile_whole(loss_fn, reduction: str, backend: ModuleType, devi
     compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
     inputs = [torch.randn(4, 9, device=device, requires_grad=True) for _ in range(2)]
     eager, traced = compute(*inputs), compiled(*inputs)
-    assert torch.equal(eager, traced)
+    torch.testing.assert_close(traced, eager, rtol=1e-6, atol=0)  # another loop computes the loss alone
     upstream = torch.rand_like(eager)
     for left, right in zip(
         torch.autograd.grad(eager, inputs, upstream), torch.autograd.grad(traced, inputs, upstream), strict=True

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../philox.h"
-#include "simd.h"
+#include "blocks.h"
 
 namespace smart_fast {
 namespace {

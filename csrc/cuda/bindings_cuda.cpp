@@ -203,8 +203,8 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
   return {out, noise_out};
 }
 
-Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, string_view kind, double alpha,
-                                double weight, Tensor& holder, const Launch& launch) {
+Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, double scale, bool relative,
+                                Tensor& holder, const Launch& launch) {
   for (const Tensor& tensor : view.tensors) launch.same_device(tensor);
   launch.same_device(mask);
   Divergence args = {};
@@ -212,28 +212,36 @@ Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, 
   args.x = view.rows[0];
   args.t = view.rows[1];
   args.mask = mask_bytes(mask, view.shape.rows, holder);
-  args.kind = kind_of(kind);
-  args.alpha = float(alpha);
-  args.weight = float(weight);
+  args.alpha = args.weight = 1;
+  args.scale = float(scale);
+  args.relative = relative;
   return args;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& input, const Tensor& target,
                                                               const optional<Tensor>& mask, string_view kind,
-                                                              bool elementwise, double alpha, double weight, bool keep,
-                                                              bool want_input, bool want_target) {
-  TORCH_CHECK_VALUE(!elementwise || !(want_input || want_target),
+                                                              string_view output, double alpha, double weight,
+                                                              double scale, bool relative, bool keep, bool want_input,
+                                                              bool want_target) {
+  const Output form = output_of(output);
+  TORCH_CHECK_VALUE(form != Output::terms || !(want_input || want_target),
                     "smart_fast: elementwise terms need their upstream gradient");
   const Launch launch(input);
   const View view({input, target});
   Tensor holder, partial;
-  Divergence args = divergence_arguments(view, mask, kind, alpha, weight, holder, launch);
-  const Tensor loss = elementwise ? launch.output(input.sizes(), at::result_type(input, target))
-                                  : launch.output({}, at::kFloat);
+  Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
+  args.kind = kind_of(kind);
+  args.alpha = float(alpha);
+  args.weight = float(weight);
+  const Tensor loss = form == Output::terms  ? launch.output(input.sizes(), at::result_type(input, target))
+                      : form == Output::rows ? launch.output(input.sizes().slice(0, input.dim() - 1), at::kFloat)
+                                             : launch.output({}, at::kFloat);
   const Tensor stats = launch.output_if(keep || want_input || want_target, {view.shape.rows, statistics}, at::kFloat);
-  if (elementwise) {
+  if (form == Output::terms) {
     args.terms = loss.mutable_data_ptr();
     args.terms_dtype = dtype_of(loss);
+  } else if (form == Output::rows) {
+    args.losses = loss.mutable_data_ptr<float>();
   } else {
     args.loss = loss.mutable_data_ptr<float>();
     const int64_t partials = cuda::forward_partials(args);
@@ -248,6 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
   if (want_input || want_target) {
     args.dx = pointer_if<void>(want_input, dx);
     args.dt = pointer_if<void>(want_target, dt);
+    args.weight = float(weight * scale);
     C10_CUDA_CHECK(cuda::divergence_backward(args, launch.stream()));
   }
   return {loss, stats, dx, dt};
@@ -255,31 +264,65 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
 
 std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                                                const Tensor& stats, const optional<Tensor>& mask, string_view kind,
-                                               bool elementwise, double alpha, double weight, bool want_input,
-                                               bool want_target) {
+                                               string_view output, double alpha, double weight, double scale,
+                                               bool relative, bool want_input, bool want_target) {
+  const Output form = output_of(output);
   const Launch launch(input);
-  const View view = elementwise ? View({input, target, grad}, 2) : View({input, target});
+  const View view = form == Output::sum ? View({input, target}) : View({input, target, upstream_of(grad, input, form)}, 2);
   Tensor holder;
-  Divergence args = divergence_arguments(view, mask, kind, alpha, weight, holder, launch);
+  Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
+  args.kind = kind_of(kind);
+  args.alpha = float(alpha);
+  args.weight = float(weight * scale);
   launch.same_device(grad);
   launch.same_device(stats);
-  TORCH_CHECK_VALUE(stats.numel() == view.shape.rows * statistics && stats.is_contiguous(),
-                    "smart_fast: statistics of another forward pass");
+  check_statistics(stats, view.shape.rows);
   args.stats = const_cast<float*>(stats.const_data_ptr<float>());
   const Tensor dx = launch.output_if(want_input, input.sizes(), input.scalar_type());
   const Tensor dt = launch.output_if(want_target, target.sizes(), target.scalar_type());
   args.dx = pointer_if<void>(want_input, dx);
   args.dt = pointer_if<void>(want_target, dt);
-  if (elementwise) {
-    args.grad = view.rows[2];
+  if (form != Output::sum) args.grad = view.rows[2];
+  if (form == Output::terms) {
     C10_CUDA_CHECK(cuda::divergence_elements_backward(args, launch.stream()));
-  } else {
+    return {dx, dt};
+  }
+  if (form == Output::sum) {
     TORCH_CHECK_VALUE(grad.numel() == 1, "smart_fast: a scalar loss has a scalar gradient, got shape ", grad.sizes());
     args.upstream = grad.const_data_ptr();
     args.upstream_dtype = dtype_of(grad);
-    C10_CUDA_CHECK(cuda::divergence_backward(args, launch.stream()));
   }
+  C10_CUDA_CHECK(cuda::divergence_backward(args, launch.stream()));
   return {dx, dt};
+}
+
+Tensor divergence_measure(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, double scale,
+                          bool relative) {
+  const Launch launch(input);
+  const View view({input, target});
+  Tensor holder;
+  Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
+  const Tensor parts = launch.output({view.shape.rows, statistics}, at::kFloat);
+  args.parts = parts.mutable_data_ptr<float>();
+  C10_CUDA_CHECK(cuda::divergence_forward(args, launch.stream()));
+  return parts;
+}
+
+Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor& stats, const optional<Tensor>& mask,
+                         string_view kind, double alpha, double scale, bool relative) {
+  const Launch launch(input);
+  const View view({input, target});
+  Tensor holder;
+  Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
+  args.kind = kind_of(kind);
+  args.alpha = float(alpha);
+  launch.same_device(stats);
+  check_statistics(stats, view.shape.rows);
+  args.stats = const_cast<float*>(stats.const_data_ptr<float>());
+  const Tensor losses = launch.output({view.shape.rows}, at::kFloat);
+  args.losses = losses.mutable_data_ptr<float>();
+  C10_CUDA_CHECK(cuda::divergence_finish(args, launch.stream()));
+  return losses;
 }
 
 }  // namespace
@@ -293,4 +336,6 @@ TORCH_LIBRARY_IMPL(smart_fast, CUDA, library) {
   library.impl("native_ascend", &smart_fast::on_cuda::ascend);
   library.impl("native_divergence_forward", &smart_fast::on_cuda::divergence_forward);
   library.impl("native_divergence_backward", &smart_fast::on_cuda::divergence_backward);
+  library.impl("native_divergence_measure", &smart_fast::on_cuda::divergence_measure);
+  library.impl("native_divergence_finish", &smart_fast::on_cuda::divergence_finish);
 }

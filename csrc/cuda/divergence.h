@@ -3,6 +3,7 @@
 
 #include "../divergence.h"
 #include "group.h"
+#include "kernels.h"
 #include "memory.h"
 
 namespace smart_fast {
@@ -11,6 +12,24 @@ namespace cuda {
 using Formulas = smart_fast::Divergence<Scalar>;
 
 constexpr int64_t NARROW = 128;  // rows up to this width are read one element at a time, several rows a warp
+
+// Logits as they came, scaled: in place of x may stand x - t, zero where t leaves a class out of both.
+template <class T>
+SMART_FAST_INLINE void unpack(const Divergence& args, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t,
+                              float (&x)[Chunk<T>::size], float (&t)[Chunk<T>::size]) {
+  chunk_x.unpack(x);
+  chunk_t.unpack(t);
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::size; ++i) {
+    x[i] *= args.scale;
+    t[i] *= args.scale;
+    if (args.relative && t[i] == -Scalar::infinity) x[i] = 0.0f;
+  }
+}
+SMART_FAST_INLINE float x_of(const Divergence& args, float x, float t) { return args.relative ? t + x : x; }
+SMART_FAST_INLINE float d_of(const Divergence& args, float x, float t) {
+  return args.relative ? x : Formulas::difference(x, t);
+}
 
 // What is known of a row once it has been read.
 struct RowStatistics {
@@ -42,7 +61,7 @@ struct RowStatistics {
 
   SMART_FAST_INLINE float p(float x) const { return Scalar::exp(x - max_x) * inv_x; }
   SMART_FAST_INLINE float q(float t) const { return Scalar::exp(t - max_t) * inv_t; }
-  SMART_FAST_INLINE float r(float x, float t) const { return Formulas::difference(x, t) - shift; }
+  SMART_FAST_INLINE float r(float d) const { return d - shift; }
 };
 
 }  // namespace cuda

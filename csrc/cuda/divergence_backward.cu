@@ -1,4 +1,5 @@
-// Gradients of the divergences by recomputation from the statistics of the rows. Floor: read both, write each gradient.
+// What follows from the statistics of rows: gradients of the divergences, and the share of a slice of them. Floor of the
+// gradients: read both, write each gradient.
 #include <type_traits>
 
 #include "divergence.h"
@@ -10,7 +11,11 @@ namespace {
 
 constexpr int PER_THREAD = 2;  // chunks
 
-// Gradients of a scalar loss: tiles in any order. Masked rows get zeros and are not read.
+SMART_FAST_INLINE float row_factor(const Divergence& args, int64_t row) {
+  return read_element(advance(args.grad.data, args.grad.dtype, row_offset(args.shape, args.grad, row)), args.grad.dtype, 0);
+}
+
+// Gradients of a loss of whole rows: tiles in any order. Masked rows get zeros and are not read.
 template <class T, Kind KIND>
 __global__ void __launch_bounds__(256, 4) backward_kernel(const Divergence args) {
   constexpr int size = Chunk<T>::size;
@@ -23,6 +28,7 @@ __global__ void __launch_bounds__(256, 4) backward_kernel(const Divergence args)
        row += int64_t(gridDim.y) * blockDim.y) {
     const bool real = args.mask == nullptr || args.mask[row] != 0;
     const RowStatistics statistics = RowStatistics::read(args.stats + row * smart_fast::statistics);
+    const float factor = args.grad.data == nullptr ? scale : scale * row_factor(args, row);
     const Reader<T> from_x(shape, args.x, row), from_t(shape, args.t, row);
     const int64_t skew = row * shape.width % size, stride = int64_t(gridDim.x) * blockDim.x * PER_THREAD * size;
 
@@ -43,20 +49,20 @@ __global__ void __launch_bounds__(256, 4) backward_kernel(const Divergence args)
         const int64_t first = begin + int64_t(k) * blockDim.x * size;
         if (first >= shape.width) break;
         float x[size], t[size], dx[size], dt[size], furthest = 0.0f;
-        chunks_x[k].unpack(x);
-        chunks_t[k].unpack(t);
+        unpack<T>(args, chunks_x[k], chunks_t[k], x, t);
 #pragma unroll
-        for (int i = 0; i < size; ++i) furthest = fmaxf(furthest, fabsf(statistics.r(x[i], t[i])));
+        for (int i = 0; i < size; ++i) furthest = fmaxf(furthest, fabsf(statistics.r(d_of(args, x[i], t[i]))));
         if (furthest < 1.0f) {  // p is then not needed
 #pragma unroll
           for (int i = 0; i < size; ++i)
-            Formulas::row_gradients<KIND, true>(0.0f, statistics.q(t[i]), statistics.r(x[i], t[i]), args.alpha, scale,
-                                                statistics.loss, dx[i], dt[i]);
+            Formulas::row_gradients<KIND, true>(0.0f, statistics.q(t[i]), statistics.r(d_of(args, x[i], t[i])),
+                                                args.alpha, factor, statistics.loss, dx[i], dt[i]);
         } else {
 #pragma unroll
           for (int i = 0; i < size; ++i)
-            Formulas::row_gradients<KIND, false>(statistics.p(x[i]), statistics.q(t[i]), statistics.r(x[i], t[i]),
-                                                 args.alpha, scale, statistics.loss, dx[i], dt[i]);
+            Formulas::row_gradients<KIND, false>(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
+                                                 statistics.r(d_of(args, x[i], t[i])), args.alpha, factor,
+                                                 statistics.loss, dx[i], dt[i]);
         }
 #pragma unroll
         for (int i = 0; i < size; ++i) {
@@ -84,18 +90,18 @@ __global__ void __launch_bounds__(most_threads, 1) elements_backward_kernel(cons
     const RowStatistics statistics = RowStatistics::read(args.stats + safe * smart_fast::statistics);
     const Reader<Any<1>> from_x(shape, args.x, safe), from_t(shape, args.t, safe);
     const void* upstream = advance(args.grad.data, args.grad.dtype, row_offset(shape, args.grad, safe));
-    const float g0 = real ? read_element(upstream, args.grad.dtype, 0) : 0.0f;
+    const float g0 = real ? args.scale * read_element(upstream, args.grad.dtype, 0) : 0.0f;
 
     float sums[3] = {0.0f, 0.0f, 0.0f};
     float p, q, r, h;
     const auto read = [&](int64_t column) {
       float x[1], t[1];
-      from_x.read(column, shape.width, Fill::minus_infinity).unpack(x);
-      from_t.read(column, shape.width, Fill::minus_infinity).unpack(t);
-      p = statistics.p(x[0]);
+      unpack<Any<1>>(args, from_x.read(column, shape.width, Fill::minus_infinity),
+                     from_t.read(column, shape.width, Fill::minus_infinity), x, t);
+      p = statistics.p(x_of(args, x[0], t[0]));
       q = statistics.q(t[0]);
-      r = statistics.r(x[0], t[0]);
-      h = read_element(upstream, args.grad.dtype, column * args.grad.column) - g0;
+      r = statistics.r(d_of(args, x[0], t[0]));
+      h = args.scale * read_element(upstream, args.grad.dtype, column * args.grad.column) - g0;
     };
     if (real)
       for (int64_t column = group.rank(); column < shape.width; column += group.size()) {
@@ -119,6 +125,32 @@ __global__ void __launch_bounds__(most_threads, 1) elements_backward_kernel(cons
   }
 }
 
+// A slice's share of the divergence of each row, from the statistics of whole rows. Any strides and dtypes, as above.
+template <Kind KIND>
+__global__ void __launch_bounds__(most_threads, 1) finish_kernel(const Divergence args) {
+  SMART_FAST_SHARED(Shared, shared);
+  Group group(shared);
+  const Shape& shape = args.shape;
+
+  for (int64_t base = int64_t(blockIdx.x) * blockDim.y; base < shape.rows; base += int64_t(gridDim.x) * blockDim.y) {
+    const int64_t row = base + threadIdx.y, safe = row < shape.rows ? row : 0;
+    const bool valid = row < shape.rows, real = valid && (args.mask == nullptr || args.mask[row] != 0);
+    const RowStatistics statistics = RowStatistics::read(args.stats + safe * smart_fast::statistics);
+    const Reader<Any<1>> from_x(shape, args.x, safe), from_t(shape, args.t, safe);
+    float sum[1] = {0.0f};
+    if (real)
+      for (int64_t column = group.rank(); column < shape.width; column += group.size()) {
+        float x[1], t[1];
+        unpack<Any<1>>(args, from_x.read(column, shape.width, Fill::minus_infinity),
+                       from_t.read(column, shape.width, Fill::minus_infinity), x, t);
+        sum[0] += Formulas::row_term<KIND, false>(statistics.p(x_of(args, x[0], t[0])), statistics.q(t[0]),
+                                                  statistics.r(d_of(args, x[0], t[0])), args.alpha);
+      }
+    group.reduce<Sum>(sum);
+    if (group.rank() == 0 && valid) args.losses[row] = real ? (KIND == Kind::js ? args.alpha : 1.0f) * sum[0] : 0.0f;
+  }
+}
+
 template <class T, Kind KIND>
 void run_tiles(const Divergence& args, cudaStream_t stream) {
   const int64_t chunks = chunks_of(args.shape, Chunk<T>::size), threads = ceil_div(chunks, PER_THREAD);
@@ -139,6 +171,12 @@ template <Kind KIND>
 void run_elements(const Divergence& args, cudaStream_t stream) {
   const dim3 block = block_of(ceil_div(args.shape.width, 4));
   launch(elements_backward_kernel<KIND>, rows_grid(args.shape, block), block, 0, stream, args);
+}
+
+template <Kind KIND>
+void run_finish(const Divergence& args, cudaStream_t stream) {
+  const dim3 block = block_of(ceil_div(args.shape.width, 4));
+  launch(finish_kernel<KIND>, rows_grid(args.shape, block), block, 0, stream, args);
 }
 
 template <class Run>
@@ -166,6 +204,10 @@ cudaError_t divergence_backward(const Divergence& args, cudaStream_t stream) {
 
 cudaError_t divergence_elements_backward(const Divergence& args, cudaStream_t stream) {
   return by_kind(args, [&](auto kind) { run_elements<decltype(kind)::value>(args, stream); });
+}
+
+cudaError_t divergence_finish(const Divergence& args, cudaStream_t stream) {
+  return by_kind(args, [&](auto kind) { run_finish<decltype(kind)::value>(args, stream); });
 }
 
 }  // namespace cuda

@@ -18,16 +18,18 @@ constexpr int64_t MOST_KEPT = 16 * most_threads;
 
 // Terms of a chunk. Returns their sum; beyond the row x = t = -inf, and a term is zero.
 template <Kind KIND, int SIZE>
-SMART_FAST_INLINE float sum_terms(const RowStatistics& row, float alpha, const float (&x)[SIZE], const float (&t)[SIZE]) {
+SMART_FAST_INLINE float sum_terms(const Divergence& args, const RowStatistics& row, const float (&x)[SIZE],
+                                  const float (&t)[SIZE]) {
   float sum = 0.0f;
   if (row.near) {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
-      sum += Formulas::row_term<KIND, true>(KIND == Kind::js ? row.p(x[i]) : 0.0f, row.q(t[i]), row.r(x[i], t[i]), alpha);
+      sum += Formulas::row_term<KIND, true>(0.0f, row.q(t[i]), row.r(d_of(args, x[i], t[i])), args.alpha);
   } else {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
-      sum += Formulas::row_term<KIND, false>(row.p(x[i]), row.q(t[i]), row.r(x[i], t[i]), alpha);
+      sum += Formulas::row_term<KIND, false>(row.p(x_of(args, x[i], t[i])), row.q(t[i]),
+                                             row.r(d_of(args, x[i], t[i])), args.alpha);
   }
   return sum;
 }
@@ -40,7 +42,8 @@ SMART_FAST_INLINE float write_terms(const Divergence& args, const RowStatistics&
   float terms[size], sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < size; ++i) {
-    terms[i] = Formulas::element_term<KIND>(statistics.p(x[i]), statistics.q(t[i]), statistics.r(x[i], t[i]), args.alpha);
+    terms[i] = Formulas::element_term<KIND>(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
+                                            statistics.r(d_of(args, x[i], t[i])), args.alpha);
     if (!real) terms[i] = 0.0f;
     if (first + i >= 0 && first + i < args.shape.width) sum += terms[i];
   }
@@ -52,9 +55,8 @@ template <class T, Kind KIND>
 SMART_FAST_INLINE float add_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
                                   bool valid, bool real, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t) {
   float x[Chunk<T>::size], t[Chunk<T>::size];
-  chunk_x.unpack(x);
-  chunk_t.unpack(t);
-  if (args.terms == nullptr) return sum_terms<KIND>(statistics, args.alpha, x, t);
+  unpack<T>(args, chunk_x, chunk_t, x, t);
+  if (args.terms == nullptr) return sum_terms<KIND>(args, statistics, x, t);
   return valid ? write_terms<T, KIND>(args, statistics, row, first, real, x, t) : 0.0f;
 }
 
@@ -68,7 +70,20 @@ __device__ __forceinline__ float close(const Divergence& args, RowStatistics& st
   statistics.loss = total[0];
   if (group.rank() != 0 || !valid) return 0.0f;
   if (args.stats != nullptr) statistics.write(args.stats + row * smart_fast::statistics, real);
+  if (args.losses != nullptr) args.losses[row] = real ? args.weight * statistics.loss : 0.0f;
   return real ? statistics.loss : 0.0f;
+}
+
+// All there is to say of a slice of the vocabulary. Without a finite logit sums are zero, which -inf - (-inf) is not.
+__device__ __forceinline__ void write_parts(const Divergence& args, int64_t row, bool real, const float (&largest)[3],
+                                            const float (&sums)[3]) {
+  float* parts = args.parts + row * smart_fast::statistics;
+  parts[part_max_x] = real ? largest[0] : 0.0f;
+  parts[part_sum_x] = real ? sums[0] : 0.0f;
+  parts[part_max_t] = real ? largest[1] : 0.0f;
+  parts[part_sum_t] = real ? sums[1] : 0.0f;
+  parts[part_max_d] = real ? largest[2] : 0.0f;
+  parts[part_sum_e] = real ? sums[2] : 0.0f;
 }
 
 // The loss of one block goes straight out; those of several are added by `sum_kernel`.
@@ -109,13 +124,12 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
 #pragma unroll
     for (int k = 0; k < chunks; ++k) {
       float x[size], t[size];
-      chunks_x[k].unpack(x);
-      chunks_t[k].unpack(t);
+      unpack<T>(args, chunks_x[k], chunks_t[k], x, t);
 #pragma unroll
       for (int i = 0; i < size; ++i) {
-        largest[0] = fmaxf(largest[0], x[i]);
+        largest[0] = fmaxf(largest[0], x_of(args, x[i], t[i]));
         largest[1] = fmaxf(largest[1], t[i]);
-        largest[2] = fmaxf(largest[2], fabsf(Formulas::difference(x[i], t[i])));
+        largest[2] = fmaxf(largest[2], fabsf(d_of(args, x[i], t[i])));
       }
     }
     group.reduce<Max>(largest);
@@ -124,32 +138,34 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
 #pragma unroll
     for (int k = 0; k < chunks; ++k) {
       float x[size], t[size];
-      chunks_x[k].unpack(x);
-      chunks_t[k].unpack(t);
+      unpack<T>(args, chunks_x[k], chunks_t[k], x, t);
       if (largest[2] <= 1.0f) {
 #pragma unroll
         for (int i = 0; i < size; ++i) {
           const float q = Scalar::exp(t[i] - safe_t);
-          sums[0] += Scalar::exp(x[i] - safe_x);
+          sums[0] += Scalar::exp(x_of(args, x[i], t[i]) - safe_x);
           sums[1] += q;
-          sums[2] += q * Formulas::expm1_clamped(Formulas::difference(x[i], t[i]));
+          sums[2] += q * Formulas::expm1_clamped(d_of(args, x[i], t[i]));
         }
       } else {
 #pragma unroll
         for (int i = 0; i < size; ++i) {
-          sums[0] += Scalar::exp(x[i] - safe_x);
+          sums[0] += Scalar::exp(x_of(args, x[i], t[i]) - safe_x);
           sums[1] += Scalar::exp(t[i] - safe_t);
         }
       }
     }
     group.reduce<Sum>(sums);
+    if (args.parts != nullptr) {
+      if (group.rank() == 0 && valid) write_parts(args, row, real, largest, sums);
+      continue;
+    }
     RowStatistics statistics =
         RowStatistics::from(largest[0], largest[1], largest[2], sums[0], sums[1], sums[2]);
     if (size == 1 && shape.width == 1) {  // one class: p = q = 1, and r must be zero to the last bit
       float x[size], t[size];
-      chunks_x[0].unpack(x);
-      chunks_t[0].unpack(t);
-      statistics.shift = Formulas::difference(x[0], t[0]);
+      unpack<T>(args, chunks_x[0], chunks_t[0], x, t);
+      statistics.shift = d_of(args, x[0], t[0]);
     }
     float sum = 0.0f;
 #pragma unroll
@@ -166,13 +182,13 @@ struct Running {
   float max_x, max_t, max_d, sum_x, sum_t, expm1_sum;
 
   template <int SIZE>
-  SMART_FAST_INLINE void add(const float (&x)[SIZE], const float (&t)[SIZE]) {
+  SMART_FAST_INLINE void add(const Divergence& args, const float (&x)[SIZE], const float (&t)[SIZE]) {
     float new_x = max_x, new_t = max_t;
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) {
-      new_x = fmaxf(new_x, x[i]);
+      new_x = fmaxf(new_x, x_of(args, x[i], t[i]));
       new_t = fmaxf(new_t, t[i]);
-      max_d = fmaxf(max_d, fabsf(Formulas::difference(x[i], t[i])));
+      max_d = fmaxf(max_d, fabsf(d_of(args, x[i], t[i])));
     }
     rebase(new_x, new_t);
     const float safe_x = Formulas::finite_max(max_x), safe_t = Formulas::finite_max(max_t);
@@ -180,14 +196,14 @@ struct Running {
 #pragma unroll
       for (int i = 0; i < SIZE; ++i) {
         const float q = Scalar::exp(t[i] - safe_t);
-        sum_x += Scalar::exp(x[i] - safe_x);
+        sum_x += Scalar::exp(x_of(args, x[i], t[i]) - safe_x);
         sum_t += q;
-        expm1_sum += q * Formulas::expm1_clamped(Formulas::difference(x[i], t[i]));
+        expm1_sum += q * Formulas::expm1_clamped(d_of(args, x[i], t[i]));
       }
     } else {
 #pragma unroll
       for (int i = 0; i < SIZE; ++i) {
-        sum_x += Scalar::exp(x[i] - safe_x);
+        sum_x += Scalar::exp(x_of(args, x[i], t[i]) - safe_x);
         sum_t += Scalar::exp(t[i] - safe_t);
       }
     }
@@ -238,9 +254,8 @@ __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence 
           stored[(2 * k + 1) * blockDim.x + threadIdx.x] = chunk_t;
         }
         float x[size], t[size];
-        chunk_x.unpack(x);
-        chunk_t.unpack(t);
-        running.add(x, t);
+        unpack<T>(args, chunk_x, chunk_t, x, t);
+        running.add(args, x, t);
       }
     }
     float largest[3] = {running.max_x, running.max_t, running.max_d};
@@ -248,6 +263,10 @@ __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence 
     running.rebase(largest[0], largest[1]);
     float sums[3] = {running.sum_x, running.sum_t, running.expm1_sum};
     group.template reduce<Sum>(sums);
+    if (args.parts != nullptr) {
+      if (group.rank() == 0) write_parts(args, row, real, largest, sums);
+      continue;
+    }
     RowStatistics statistics =
         RowStatistics::from(largest[0], largest[1], largest[2], sums[0], sums[1], sums[2]);
 

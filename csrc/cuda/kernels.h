@@ -61,21 +61,26 @@ struct Divergence {
   const uint8_t* mask;
   Kind kind;
   float alpha, weight;
+  float scale;          // of both logits
+  bool relative;        // x holds x - t
   float* loss;          // forward: weight times the sum over the rows, or null
   float* partial;       // forward: `forward_partials` floats of scratch memory
-  void* terms;          // forward: elementwise terms, if `loss` is null
+  float* losses;        // forward and finish: weight times the divergence of each row, or null
+  float* parts;         // measure: [rows, statistics], what `Part` says of a slice of the vocabulary
+  void* terms;          // forward: elementwise terms, or null
   Dtype terms_dtype;
   float* stats;         // [rows, statistics], or null in a forward pass
   void *dx, *dt;        // gradients in the dtypes of x and t, or null
-  const void* upstream;  // scalar upstream gradient, or null for one
+  const void* upstream;  // backward of a sum: scalar upstream gradient, or null for one; `scale` is part of `weight`
   Dtype upstream_dtype;
-  Rows grad;            // elementwise backward: upstream gradient
+  Rows grad;            // backward: upstream gradients of terms, or a factor for each row; no data for none
 };
 
 cudaError_t perturb(const Perturb&, cudaStream_t);
 cudaError_t ascend(const Ascend&, cudaStream_t);
 int64_t forward_partials(const Divergence&);
-cudaError_t divergence_forward(const Divergence&, cudaStream_t);
+cudaError_t divergence_forward(const Divergence&, cudaStream_t);  // measures only, if there are `parts`
+cudaError_t divergence_finish(const Divergence&, cudaStream_t);
 cudaError_t divergence_backward(const Divergence&, cudaStream_t);
 cudaError_t divergence_elements_backward(const Divergence&, cudaStream_t);
 

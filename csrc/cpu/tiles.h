@@ -1,0 +1,306 @@
+// Rows of logits as the divergence kernels walk over them.
+//
+// `Wide` is one row, a vector holding neighboring columns. `Narrow` is as many rows as a vector has lanes, one column of
+// them a vector, for rows too short to fill vectors: nothing then runs across lanes.
+#pragma once
+
+#include "../divergence.h"
+#include "kernels.h"
+#include "blocks.h"
+
+namespace smart_fast {
+namespace {
+
+using D = smart_fast::Divergence<Simd>;
+
+constexpr int64_t NARROW = 64;  // widest row of a Narrow tile
+
+// Logits of a block as floats, in `count` vectors; `d` holds x - t where that was given instead of x.
+struct Block {
+  const float *x, *t, *d;
+  int64_t count;
+
+  // NaN where both are minus infinity: no term of a sum depends on it there.
+  SMART_FAST_INLINE F difference(int64_t i) const {
+    return d != nullptr ? load(d + i * LANES) : load(x + i * LANES) - load(t + i * LANES);
+  }
+};
+
+// x and d from t and the differences that came in place of x. A class that t leaves out is left out of both.
+inline void complete(float* x, float* d, const float* t, int64_t count) {
+  for (int64_t i = 0; i < count * LANES; i += LANES) {
+    const F target = load(t + i), given = load(d + i);
+    const I out = target == -Simd::infinity;
+    store(d + i, Simd::select(out, Simd::splat(0.0f), given));
+    store(x + i, Simd::select(out, target, target + given));
+  }
+}
+
+inline void scale_block(float* values, const float* from, float scale, int64_t count) {
+  for (int64_t i = 0; i < count * LANES; i += LANES) store(values + i, load(from + i) * scale);
+}
+
+// What is known of a row once it has been read: splats in a Wide tile.
+struct RowStatistics {
+  F max_x, max_t, inv_x, inv_t, shift, kl;
+  F sum_x, sum_t, sum_e, max_d;
+  bool near = false;  // |r| < 1 throughout; the exponentials of x were not needed
+};
+
+// Scratch of a tile: the exponentials, and in a Wide one what each block of them is relative to.
+struct Scratch {
+  float *exp_x = nullptr, *exp_t = nullptr, *base_x = nullptr, *base_t = nullptr;
+};
+
+struct Wide {
+  // A sum over the row: blocks are summed in vectors, the blocks in double.
+  struct Sum {
+    double value = 0;
+    SMART_FAST_INLINE void add(F v) { value += total(v); }
+    SMART_FAST_INLINE void scale(F s) { value *= s[0]; }
+    SMART_FAST_INLINE F get() const { return Simd::splat(float(value)); }
+  };
+
+  static constexpr int64_t rows = 1, most_together = 1;
+  static int64_t together(int64_t) { return 1; }
+
+  const cpu::Divergence* given = nullptr;
+  int64_t width = 0, row = 0;
+  const void *x = nullptr, *t = nullptr, *g = nullptr;
+  float *block_x, *block_t, *block_d, *block_g, *block_dx, *block_dt;
+  Scratch scratch;
+
+  void place(const cpu::Divergence& args, float* memory, int64_t) {
+    given = &args;
+    width = args.shape.width;
+    const auto take = [&](int64_t floats) {
+      float* const taken = memory;
+      memory += floats;
+      return taken;
+    };
+    scratch.exp_x = take(width + 64);
+    scratch.exp_t = take(width + 64);
+    scratch.base_x = take(width / 1024 + 64);
+    scratch.base_t = take(width / 1024 + 64);
+    float** const blocks[] = {&block_x, &block_t, &block_d, &block_g, &block_dx, &block_dt};
+    for (float** block : blocks) *block = take(BLOCK + 64);
+  }
+
+  // False if there is nothing to compute.
+  bool open(int64_t first, int64_t) {
+    row = first;
+    x = advance(given->x.data, given->x.dtype, row_offset(given->shape, given->x, row));
+    t = advance(given->t.data, given->t.dtype, row_offset(given->shape, given->t, row));
+    if (given->grad.data != nullptr)
+      g = advance(given->grad.data, given->grad.dtype, row_offset(given->shape, given->grad, row));
+    return given->mask == nullptr || given->mask[row] != 0;
+  }
+
+  int64_t blocks() const { return (width + BLOCK - 1) / BLOCK; }
+  int64_t part(int64_t block) const {
+    const int64_t rest = width - block * BLOCK;
+    return rest < BLOCK ? rest : BLOCK;
+  }
+  int64_t vectors(int64_t block) const { return (part(block) + LANES - 1) / LANES; }
+
+  // Padding of minus infinity on both sides contributes nothing anywhere.
+  Block load_block(int64_t block) {
+    const int64_t first = block * BLOCK, count = part(block), vectors = this->vectors(block);
+    const float padding = given->relative ? 0.0f : -Simd::infinity;
+    const float* input = read_block(advance(x, given->x.dtype, first), given->x.dtype, count, block_x, padding);
+    const float* target = read_block(advance(t, given->t.dtype, first), given->t.dtype, count, block_t, -Simd::infinity);
+    if (!given->relative && given->scale == 1.0f) return {input, target, nullptr, vectors};
+    scale_block(block_t, target, given->scale, vectors);
+    float* scaled = given->relative ? block_d : block_x;
+    scale_block(scaled, input, given->scale, vectors);
+    if (!given->relative) return {block_x, block_t, nullptr, vectors};
+    complete(block_x, block_d, block_t, vectors);
+    return {block_x, block_t, block_d, vectors};
+  }
+
+  // Where block + 1 will be read from: memory latency then hides behind the arithmetic of this one, which the hardware
+  // prefetchers, stopping at each page, do not manage.
+  void prefetch(int64_t block, int64_t i) const {
+    const char* next_x = advance(x, given->x.dtype, (block + 1) * BLOCK + i * LANES);
+    const char* next_t = advance(t, given->t.dtype, (block + 1) * BLOCK + i * LANES);
+    __builtin_prefetch(next_x);
+    __builtin_prefetch(next_t);
+  }
+
+  const float* load_upstream(int64_t block) {
+    const int64_t step = given->grad.column;
+    return read_strided(advance(g, given->grad.dtype, block * BLOCK * step), given->grad.dtype, step, part(block), block_g,
+                        first_upstream()[0]);
+  }
+  F first_upstream() const { return Simd::splat(element(g, given->grad.dtype, 0)); }
+  F row_upstream() const { return given->grad.data == nullptr ? Simd::splat(1.0f) : first_upstream(); }
+
+  F across_max(F v) const { return Simd::splat(largest(v)); }
+  F keep_real(F v) const { return v; }
+  double total_of(F per_row) const { return per_row[0]; }
+
+  float* open_out(void* data, Dtype dtype, int64_t block, float* buffer) {
+    if (data == nullptr) return buffer;
+    return open_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), buffer,
+                      given->stream);
+  }
+  void write_out(void* data, Dtype dtype, int64_t block, float* values, void* negated = nullptr) {
+    if (data == nullptr) return;
+    if (negated != nullptr) negated = advance(negated, dtype, row * width + block * BLOCK);
+    write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values, given->stream, negated);
+  }
+  void zero_out(void* data, Dtype dtype) {
+    if (data != nullptr) write_zeros(advance(data, dtype, row * width), dtype, width);
+  }
+
+  void write_row(float* rows, F v) { rows[row] = v[0]; }
+  void write_statistic(int which, F v) { given->stats[row * statistics + which] = v[0]; }
+  F read_statistic(int which) const { return Simd::splat(given->stats[row * statistics + which]); }
+};
+
+struct Narrow {
+  struct Sum {
+    F value = {};
+    SMART_FAST_INLINE void add(F v) { value += v; }
+    SMART_FAST_INLINE void scale(F s) { value *= s; }
+    SMART_FAST_INLINE F get() const { return value; }
+  };
+
+  // Several tiles go through each step together, as far as they fit the innermost cache: one alone is a single chain of
+  // dependent operations.
+  static constexpr int64_t rows = LANES, most_together = 8;
+  static int64_t padded(int64_t width) { return width <= 8 && LANES > 8 ? 8 : whole(width); }
+  static int64_t together(int64_t width) {
+    const int64_t fitting = NARROW / padded(width);
+    return fitting < 1 ? 1 : fitting < most_together ? fitting : most_together;
+  }
+
+  const cpu::Divergence* given = nullptr;
+  int64_t width = 0, pitch = 0, first = 0, valid = 0;
+  I real = {};
+  bool all_real = false;
+  float *block_x, *block_t, *block_d, *block_g, *block_dx, *block_dt;  // [pitch][LANES] each
+  float* lines;  // [LANES][pitch]: rows as they lie in memory
+  Scratch scratch;
+
+  void place(const cpu::Divergence& args, float* memory, int64_t index) {
+    given = &args;
+    width = args.shape.width;
+    pitch = padded(width);
+    memory += index * 9 * pitch * LANES;
+    float** const blocks[] = {&block_x, &block_t,  &block_d, &block_g,       &block_dx,
+                              &block_dt, &lines, &scratch.exp_x, &scratch.exp_t};
+    for (float** block : blocks) {
+      *block = memory;
+      memory += pitch * LANES;
+    }
+  }
+
+  bool open(int64_t row, int64_t last) {
+    first = row;
+    valid = last - row < LANES ? last - row : LANES;
+    all_real = valid == LANES && given->mask == nullptr;
+    for (int lane = 0; lane < LANES; ++lane)
+      real[lane] = lane < valid && (given->mask == nullptr || given->mask[row + lane] != 0) ? -1 : 0;
+    if (!any(real)) return false;
+    float* const input = given->relative ? block_d : block_x;
+    transpose_in(given->x, input);
+    transpose_in(given->t, block_t);
+    if (given->scale != 1.0f) {
+      scale_block(input, input, given->scale, width);
+      scale_block(block_t, block_t, given->scale, width);
+    }
+    if (given->relative) complete(block_x, block_d, block_t, width);
+    if (given->grad.data != nullptr) transpose_in(given->grad, block_g);
+    return true;
+  }
+
+  // Columns become vectors. Rows that are masked or not there are zeros.
+  void transpose_in(const Rows& tensor, float* tile) {
+    const bool dense = tensor.column == 1 && given->shape.size1 == 1 && given->shape.size2 == 1 &&
+                       tensor.stride0 == width;
+    if (dense && width <= 8 && valid == LANES) {  // too short to be copied row by row
+      const void* start = advance(tensor.data, tensor.dtype, first * width);
+      dense_to_columns(read_block(start, tensor.dtype, LANES * width, lines, 0.0f), width, tile);
+    } else if (width <= 8) {
+      for (int64_t lane = 0; lane < valid; ++lane) {
+        const void* row = advance(tensor.data, tensor.dtype, row_offset(given->shape, tensor, first + lane));
+        for (int64_t j = 0; j < width; ++j) lines[lane * width + j] = element(row, tensor.dtype, j * tensor.column);
+      }
+      dense_to_columns(lines, width, tile);
+    } else {
+      const float* source = lines;
+      int64_t step = width;
+      if (dense) {
+        const void* start = advance(tensor.data, tensor.dtype, first * width);
+        source = read_block(start, tensor.dtype, valid * width, lines, 0.0f);
+        if (source != lines && (width != pitch || valid < LANES)) {  // there may be nothing behind the last row
+          copy_vectors(lines, source, valid * width);
+          source = lines;
+        }
+      } else {
+        step = pitch;
+        for (int64_t lane = 0; lane < valid; ++lane) {
+          const void* row = advance(tensor.data, tensor.dtype, row_offset(given->shape, tensor, first + lane));
+          float* const line = lines + lane * pitch;
+          const float* read = read_strided(row, tensor.dtype, tensor.column, width, line, 0.0f);
+          if (read != line) copy_vectors(line, read, width);
+        }
+      }
+      for (int64_t j = 0; j < pitch; j += LANES) transpose(source + j, step, tile + j * LANES, LANES);
+    }
+    if (!all_real)
+      for (int64_t j = 0; j < width; ++j) store(tile + j * LANES, keep_real(load(tile + j * LANES)));
+  }
+
+  int64_t blocks() const { return 1; }
+  int64_t vectors(int64_t) const { return width; }
+  Block load_block(int64_t) { return {block_x, block_t, given->relative ? block_d : nullptr, width}; }
+  void prefetch(int64_t, int64_t) const {}
+  const float* load_upstream(int64_t) { return block_g; }
+  F first_upstream() const { return load(block_g); }
+  F row_upstream() const { return given->grad.data == nullptr ? Simd::splat(1.0f) : first_upstream(); }
+
+  F across_max(F v) const { return v; }
+  F keep_real(F v) const { return real ? v : Simd::splat(0.0f); }
+  double total_of(F per_row) const { return total(keep_real(per_row)); }
+
+  float* open_out(void*, Dtype, int64_t, float* buffer) { return buffer; }
+  void write_out(void* data, Dtype dtype, int64_t, float* values, void* negated = nullptr) {
+    if (data == nullptr) return;
+    if (negated != nullptr) negated = advance(negated, dtype, first * width);
+    if (!all_real)
+      for (int64_t j = 0; j < width; ++j) store(values + j * LANES, keep_real(load(values + j * LANES)));
+    void* const target = advance(data, dtype, first * width);
+    if (width <= 8) {
+      float* const dense = valid == LANES ? open_block(target, dtype, LANES * width, lines, given->stream) : lines;
+      columns_to_dense(values, width, dense);
+      return write_block(target, dtype, valid * width, dense, given->stream, negated);
+    }
+    for (int64_t j = 0; j < pitch; j += LANES) transpose(values + j * LANES, LANES, lines + j, pitch);
+    for (int64_t lane = 1; lane < valid; ++lane) copy_vectors(lines + lane * width, lines + lane * pitch, width);
+    write_block(target, dtype, valid * width, lines, given->stream, negated);
+  }
+  void zero_out(void* data, Dtype dtype) {
+    if (data != nullptr) write_zeros(advance(data, dtype, first * width), dtype, valid * width);
+  }
+
+  void write_row(float* rows, F v) {
+    alignas(64) float value[LANES];
+    store(value, keep_real(v));
+    __builtin_memcpy(rows + first, value, size_t(valid) * 4);
+  }
+  void write_statistic(int which, F v) {
+    alignas(64) float value[LANES];
+    store(value, keep_real(v));
+    for (int64_t lane = 0; lane < valid; ++lane) given->stats[(first + lane) * statistics + which] = value[lane];
+  }
+  F read_statistic(int which) const {
+    alignas(64) float value[LANES] = {};
+    for (int64_t lane = 0; lane < valid; ++lane) value[lane] = given->stats[(first + lane) * statistics + which];
+    return load(value);
+  }
+};
+
+}  // namespace
+}  // namespace smart_fast
