@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from . import autograd, passes, precision, settings, states
+from . import autograd, distributed, passes, precision, settings, states
 from ._checks import check_mask, check_tensor
 from .ascent import InputGradients
 from .backends import calling, select
@@ -69,6 +69,8 @@ class SMARTLoss(nn.Module):
         ValueError: a negative ``num_steps``, a non-finite number, an unknown ``backend``, ``update``, ``ascent``,
             ``scale`` or ``ascent_dtype``; a control of Modules with an ``eval_fn`` that is none.
     """
+
+    _wrapped = False
 
     def __init__(
         self,
@@ -209,6 +211,7 @@ class SMARTLoss(nn.Module):
         step = settings.check(self)
         if not torch.compiler.is_compiling():
             self.__dict__["_checked"] = step
+            self.__dict__["_wrapped"] = distributed.is_wrapped(self.eval_fn)
         return step
 
     def _skips(self) -> bool:
@@ -247,6 +250,8 @@ class SMARTLoss(nn.Module):
     def _ascent_gradients(
         self, eval_fn: Any, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any
     ) -> list[Tensor]:
+        if self._wrapped and torch.compiler.is_compiling():
+            return distributed.eagerly(self._ascent_gradients, eval_fn, perturbed, clean, args, kwargs)
         loss_fn, scale = self.loss_fn, None
         device = perturbed[0].device
         if self.loss_scale is not None:
@@ -254,10 +259,11 @@ class SMARTLoss(nn.Module):
 
         def loss_of(*inputs: Tensor) -> Tensor:
             loss = self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
+            distributed.check_loss(loss)
             return loss if scale is None else loss * scale
 
         in_autocast = passes.in_autocast(loss_of, self.ascent_dtype, device.type)
-        with torch.enable_grad():
+        with torch.enable_grad(), distributed.ascent(eval_fn):
             inputs = [autograd.track(each) for each in perturbed]
             if not (frozen := self._freezes(eval_fn)) and self.ascent_dropout:
                 grads = self._input_gradients(in_autocast, inputs)

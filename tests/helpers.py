@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -45,3 +47,19 @@ def run_python(code, *, cwd, path=(ROOT,), env=None):
     variables.update(env or {})
     command = [sys.executable, "-c", code] if not isinstance(code, list) else [sys.executable, *code]
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def checks_of(worker):
+    """Names of the functions of the script ``worker`` that are decorated with ``check``."""
+    functions = [node for node in ast.parse(worker.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return [each.name for each in functions if any(getattr(d, "id", "") == "check" for d in each.decorator_list)]
+
+
+def run_workers(worker, world, directory):
+    """Run the checks of ``worker`` in ``world`` processes; for each process a dict of tracebacks (empty: passed)."""
+    directory = directory / f"world-{world}"
+    directory.mkdir()
+    done = run_python([str(worker), str(world), str(directory)], cwd=ROOT)
+    files = [directory / f"{rank}.json" for rank in range(world)]
+    assert all(file.is_file() for file in files), done.stdout + done.stderr
+    return [json.loads(file.read_text()) for file in files]

@@ -290,24 +290,24 @@ def smart_with_a_sharded_vocabulary(rank, world):
     close(found[1][2], found[0][2][part], 1e-9)
 
 
-def work(rank: int, world: int, directory: Path) -> None:
+def work(checks, rank: int, world: int, directory: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world,
-        timeout=datetime.timedelta(seconds=20),
+        timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
     results = {}
-    for name, function in CHECKS.items():
+    for name, function in checks.items():
         try:
             function(rank, world)
             results[name] = ""
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             results[name] = traceback.format_exc()
     (directory / f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def launch(checks) -> None:
     torch.set_num_threads(1)
     world, directory = int(sys.argv[1]), Path(sys.argv[2])
     children = []
@@ -316,9 +316,13 @@ if __name__ == "__main__":
         if child == 0:
             status = 1
             try:
-                work(rank, world, directory)
+                work(checks, rank, world, directory)
                 status = 0
             finally:
                 os._exit(status)
         children.append(child)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+
+
+if __name__ == "__main__":
+    launch(CHECKS)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import json
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from tests.helpers import ROOT, run_python
+from tests.helpers import checks_of, run_workers
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
-CHECKS = [
-    node.name
-    for node in ast.parse(WORKER.read_text()).body
-    if isinstance(node, ast.FunctionDef) and any(getattr(each, "id", "") == "check" for each in node.decorator_list)
-]
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without torch.distributed or gloo"
@@ -26,12 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @functools.cache
 def results(world: int, directory: Path) -> list[dict[str, str]]:
-    directory = directory / f"world-{world}"
-    directory.mkdir()
-    done = run_python([str(WORKER), str(world), str(directory)], cwd=ROOT)
-    files = [directory / f"{rank}.json" for rank in range(world)]
-    assert all(file.is_file() for file in files), done.stdout + done.stderr
-    return [json.loads(file.read_text()) for file in files]
+    return run_workers(WORKER, world, directory)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +27,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parallel")
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", checks_of(WORKER))
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_vocabulary(world: int, check: str, directory: Path) -> None:
     for rank, found in enumerate(results(world, directory)):
