@@ -10,7 +10,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-packages = ["smart_fast", "smart_fast.backends", "smart_fast.kernels"]
+packages = ["smart_fast", "smart_fast.backends", "smart_fast.integrations", "smart_fast.kernels"]
 if CSRC.is_dir():
     packages += [
         "smart_fast.csrc",
