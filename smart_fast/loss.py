@@ -161,7 +161,13 @@ def _divergence(
 ) -> Tensor:
     check_choice("reduction", reduction, REDUCTIONS)
     backend = _backend(backend)
-    if mask is None and temperature == 1.0 and group is None and _plain(input, target, alpha):
+    if (
+        mask is None
+        and type(temperature) is float
+        and temperature == 1.0
+        and group is None
+        and _plain(input, target, alpha)
+    ):
         return autograd.divergence(select(backend, input), input, target, kind, reduction, alpha, None)
     if parallel.is_dtensor(input) or parallel.is_dtensor(target):
         input, target, mask, group, rewrap = parallel.local(input, target, mask, group)
