@@ -5,14 +5,19 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <type_traits>
 
 namespace smart_fast {
 namespace {
@@ -20,13 +25,31 @@ namespace {
 using at::Tensor;
 using std::optional;
 using std::string_view;
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 template <class Signature>
 auto operator_handle(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// What holds a node: a std::shared_ptr in torch 2.11, a c10::intrusive_ptr in 2.13.
+template <class NodeType>
+auto own(NodeType* node) {
+  using Pointer = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+    return std::shared_ptr<NodeType>(node, [](auto* each) { deleteNode(each); });  // found by its argument
+  else
+    return c10::intrusive_ptr<NodeType>::unsafe_steal_from_new(node);
+}
+
+// A node of the graph with an edge to each of `inputs`, which it is the gradient of.
+template <class NodeType, class... Inputs>
+auto new_node(const Inputs&... inputs) {
+  auto node = own(new NodeType());
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  return node;
 }
 
 bool wanted(const Tensor& tensor) { return tensor.requires_grad() && at::GradMode::is_enabled(); }
@@ -45,12 +68,6 @@ variable_list only_once(variable_list gradients, const char* what) {
 
 // ---- embeddings ----------------------------------------------------------------------------------------------------
 
-// embed -> embed + something constant: the gradient passes through, except at masked rows.
-Tensor pass_through(const Tensor& grad, const Tensor& mask) {
-  if (!grad.defined() || !mask.defined()) return grad;
-  return at::where(mask.unsqueeze(-1), grad, at::zeros_like(grad));
-}
-
 using PerturbSignature = std::tuple<Tensor, Tensor>(const Tensor&, optional<at::Generator>, double,
                                                     const optional<Tensor>&, bool);
 
@@ -61,24 +78,30 @@ std::tuple<Tensor, Tensor> call_perturb(const Tensor& embed, const optional<at::
   return handle.call(embed, generator, noise_var, mask, keep_noise);
 }
 
-// A result that embed shifts, and what comes with it.
-struct ShiftNode : Function<ShiftNode> {
-  static variable_list forward(AutogradContext* context, const Tensor& embed, const optional<Tensor>& mask,
-                               const std::tuple<Tensor, Tensor>& results) {
-    context->save_for_backward({mask.value_or(Tensor())});
-    context->mark_non_differentiable({std::get<1>(results)});
-    return {std::get<0>(results), std::get<1>(results)};
+// embed -> embed + something constant: the gradient passes through, except at masked rows.
+struct ShiftNode final : Node {
+  SavedVariable mask;
+  bool masked = false;
+
+  variable_list apply(variable_list&& grads) override {
+    if (!masked || !grads[0].defined()) return std::move(grads);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {at::where(mask.unpack().unsqueeze(-1), grads[0], at::zeros_like(grads[0]))};
   }
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    return {pass_through(grads[0], context->get_saved_variables()[0]), Tensor(), Tensor()};
-  }
+  void release_variables() override { mask.reset_data(); }
+  std::string name() const override { return "SmartFastShift"; }
 };
 
 std::tuple<Tensor, Tensor> shifting(const Tensor& embed, const optional<Tensor>& mask,
-                                    const std::tuple<Tensor, Tensor>& results) {
+                                    std::tuple<Tensor, Tensor> results) {
   if (!wanted(embed)) return results;
-  const variable_list out = ShiftNode::apply(embed, mask, results);
-  return {out[0], out[1]};
+  const auto node = new_node<ShiftNode>(embed);
+  if (mask) {
+    node->mask = SavedVariable(*mask, false);
+    node->masked = true;
+  }
+  torch::autograd::set_history(std::get<0>(results), node);
+  return results;
 }
 
 std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
@@ -130,45 +153,32 @@ bool gradients_beside_loss(const Tensor& input, const Tensor& target, string_vie
   return output == "sum" && input.is_cpu() && input.scalar_type() != at::kHalf && target.scalar_type() != at::kHalf;
 }
 
-struct DivergenceNode : Function<DivergenceNode> {
-  static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& target,
-                        const optional<Tensor>& mask, string_view kind, string_view output, double alpha, double weight,
-                        double scale, bool relative) {
-    const bool want_input = input.requires_grad(), want_target = target.requires_grad();
-    const bool now = gradients_beside_loss(input, target, output);
-    auto [loss, stats, dx, dt] = call_forward(input, target, mask, kind, output, alpha, weight, scale, relative, !now,
-                                              now && want_input, now && want_target);
-    context->save_for_backward({input, target, now ? Tensor() : stats, mask.value_or(Tensor())});
-    auto& saved = context->saved_data;
-    saved["options"] = std::make_tuple(std::string(kind), std::string(output), alpha, weight, scale, relative);
-    saved["want"] = std::make_tuple(want_input, want_target);
-    if (now) saved["gradients"] = std::make_tuple(dx, dt);
-    return loss;
-  }
+struct DivergenceNode final : Node {
+  SavedVariable input, target, stats, mask;
+  std::string kind, output;
+  double alpha, weight, scale;
+  bool relative, want_input, want_target, has_stats, masked;
+  Tensor dx, dt;  // beside the loss, until they are handed over
 
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const variable_list tensors = context->get_saved_variables();
-    const Tensor &input = tensors[0], &target = tensors[1], &stats = tensors[2];
-    const optional<Tensor> mask = tensors[3].defined() ? optional<Tensor>(tensors[3]) : std::nullopt;
-    auto& saved = context->saved_data;
-    const auto [kind, output, alpha, weight, scale, relative] =
-        saved["options"].to<std::tuple<std::string, std::string, double, double, double, bool>>();
-    const auto [want_input, want_target] = saved["want"].to<std::tuple<bool, bool>>();
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return {Tensor(), Tensor()};
+    const Tensor x = input.unpack(), t = target.unpack();  // complains if they have changed or are gone
+    const optional<Tensor> rows = masked ? optional<Tensor>(mask.unpack()) : std::nullopt;
     std::tuple<Tensor, Tensor> gradients;
-    if (stats.defined()) {
+    if (has_stats) {
       static const auto handle = operator_handle<BackwardSignature>("smart_fast::native_divergence_backward");
       const at::AutoDispatchBelowADInplaceOrView below;
-      gradients = handle.call(grads[0], input, target, stats, mask, kind, output, alpha, weight, scale, relative,
+      gradients = handle.call(grads[0], x, t, stats.unpack(), rows, kind, output, alpha, weight, scale, relative,
                               want_input, want_target);
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
-      const auto found = saved.find("gradients");
-      if (found != saved.end()) {  // handed over, not lent: whoever receives them may write to them
-        gradients = found->second.to<std::tuple<Tensor, Tensor>>();
-        saved.erase(found);
+      if (dx.defined()) {  // handed over, not lent: whoever receives them may write to them
+        gradients = {std::move(dx), std::move(dt)};
+        dx = dt = Tensor();
       } else {  // a second backward pass computes its own
-        const auto again = call_forward(input, target, mask, kind, output, alpha, weight, scale, relative, false,
-                                        want_input, want_target);
+        const auto again = call_forward(x, t, rows, kind, output, alpha, weight, scale, relative, false, want_input,
+                                        want_target);
         gradients = {std::get<2>(again), std::get<3>(again)};
       }
       const double upstream = grads[0].item<double>();
@@ -177,17 +187,50 @@ struct DivergenceNode : Function<DivergenceNode> {
         if (want_target) std::get<1>(gradients).mul_(upstream);
       }
     }
-    const variable_list both = only_once({want_input ? std::get<0>(gradients) : Tensor(),
-                                          want_target ? std::get<1>(gradients) : Tensor()},
-                                         "this loss");
-    return {both[0], both[1], Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    return only_once({want_input ? std::get<0>(gradients) : Tensor(), want_target ? std::get<1>(gradients) : Tensor()},
+                     "this loss");
   }
+  void release_variables() override {
+    for (SavedVariable* each : {&input, &target, &stats, &mask}) each->reset_data();
+    dx = dt = Tensor();
+  }
+  std::string name() const override { return "SmartFastDivergence"; }
 };
+
+Tensor differentiable_divergence(const Tensor& input, const Tensor& target, const optional<Tensor>& mask,
+                                 string_view kind, string_view output, double alpha, double weight, double scale,
+                                 bool relative) {
+  const auto node = new_node<DivergenceNode>(input, target);
+  node->kind = kind;
+  node->output = output;
+  node->alpha = alpha;
+  node->weight = weight;
+  node->scale = scale;
+  node->relative = relative;
+  node->want_input = input.requires_grad();
+  node->want_target = target.requires_grad();
+  const bool now = gradients_beside_loss(input, target, output);
+  auto [loss, stats, dx, dt] = call_forward(input, target, mask, kind, output, alpha, weight, scale, relative, !now,
+                                            now && node->want_input, now && node->want_target);
+  node->input = SavedVariable(input, false);
+  node->target = SavedVariable(target, false);
+  node->has_stats = !now;
+  if (now) {
+    node->dx = std::move(dx);
+    node->dt = std::move(dt);
+  } else {
+    node->stats = SavedVariable(stats, false);
+  }
+  node->masked = mask.has_value();
+  if (mask) node->mask = SavedVariable(*mask, false);
+  torch::autograd::set_history(loss, node);
+  return loss;
+}
 
 Tensor divergence(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view kind,
                   string_view output, double alpha, double weight, double scale, bool relative) {
   if (wanted(input) || wanted(target))
-    return DivergenceNode::apply(input, target, mask, kind, output, alpha, weight, scale, relative);
+    return differentiable_divergence(input, target, mask, kind, output, alpha, weight, scale, relative);
   return std::get<0>(
       call_forward(input, target, mask, kind, output, alpha, weight, scale, relative, false, false, false));
 }

@@ -26,6 +26,7 @@
 
 #include "arguments.h"
 #include "cpu/kernels.h"
+#include "eager.h"
 #include "pool.h"
 
 namespace smart_fast {
@@ -405,5 +406,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              "Run the kernels of this instruction set (\"auto\": the widest); False if this machine cannot.");
   module.def("empty_cache", [] { return smart_fast::pool().clear(); }, "Free the blocks kept for outputs; bytes freed.");
   module.def("cached_bytes", [] { return smart_fast::pool().bytes(); }, "Bytes kept for outputs.");
+  smart_fast::define_eager(module);
   module.def("poison_outputs", [](bool on) { smart_fast::poison = on; }, "Tests: let outputs start as NaN.");
 }

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
 from . import compiling
+from .backends import short_way_to_gradients
 from .noise import remember_generators
 
 LossOf = Callable[..., Tensor]
@@ -68,15 +69,20 @@ def _by_grad(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
         # Clones, which Inductor takes out again, since eval_fn may modify its inputs in place.
         return _complete(compiling.grad(_checked(loss_of(*[each.clone() for each in inputs])), list(inputs)))
     # Edges of the graph for the same reason.
-    points = [get_gradient_edge(each) for each in inputs]
+    edge_of, gradients = short_way_to_gradients() or (get_gradient_edge, _gradients)
+    edges = [edge_of(each) for each in inputs]
     loss = _checked(loss_of(*inputs))
     try:
-        grads = torch.autograd.grad(loss, points, allow_unused=True)
+        grads = gradients(loss, edges)
     except RuntimeError as error:
         if "use_reentrant" in str(error) or "Checkpointing is not compatible" in str(error):
             raise _ReentrantCheckpointError(str(error)) from error
         raise
     return _complete(grads)
+
+
+def _gradients(loss: Tensor, edges: Sequence[Any]) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(loss, edges, allow_unused=True)
 
 
 def _by_backward(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,6 @@ cancel when the two distributions are nearly equal; ``backend="torch"`` is bit f
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from . import autograd, parallel
 from ._checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
-from .backends import backend_of_caller, check_name, select
-from .backends.base import FUSED_DTYPES, REDUCTIONS
+from .backends import backend_of_caller, check_name, plain_divergence, select
+from .backends.base import REDUCTIONS
 
 __all__ = ["hellinger_loss", "js_loss", "kl_loss", "stable_sym_kl_loss", "sym_kl_loss"]
 
@@ -161,14 +160,11 @@ def _divergence(
 ) -> Tensor:
     check_choice("reduction", reduction, REDUCTIONS)
     backend = _backend(backend)
-    if (
-        mask is None
-        and type(temperature) is float
-        and temperature == 1.0
-        and group is None
-        and _plain(input, target, alpha)
-    ):
-        return autograd.divergence(select(backend, input), input, target, kind, reduction, alpha, None)
+    if mask is None and group is None and type(alpha) is float and type(temperature) is float and temperature == 1.0:
+        short = plain_divergence(backend)
+        loss = None if short is None else short(input, target, kind, reduction, alpha)
+        if loss is not None:
+            return loss
     if parallel.is_dtensor(input) or parallel.is_dtensor(target):
         input, target, mask, group, rewrap = parallel.local(input, target, mask, group)
         loss = _divergence(kind, input, target, reduction, alpha, mask, temperature, backend, group)
@@ -190,21 +186,6 @@ def _divergence(
     if group is not None:
         return autograd.parallel_divergence(fused, input, target, kind, reduction, alpha, mask, temperature, group)
     return autograd.divergence(fused, input, target, kind, reduction, alpha, mask, temperature)
-
-
-def _plain(input: Any, target: Any, alpha: Any) -> bool:
-    """Whether there is nothing else to check: two ordinary tensors of one shape that kernels take, and a factor."""
-    return (
-        type(input) is Tensor
-        and type(target) is Tensor
-        and type(alpha) is float
-        and input.dtype in FUSED_DTYPES
-        and target.dtype in FUSED_DTYPES
-        and input.shape == target.shape
-        and input.numel() > 0
-        and input.device == target.device
-        and math.isfinite(alpha)
-    )
 
 
 def _backend(backend: str | None) -> str:

@@ -28,7 +28,15 @@ import torch
 FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"] + (
     ["-fopenmp"] if sys.platform == "linux" else []
 )
-CPU_SOURCES = ("bindings.cpp", "autograd.cpp", "cpu/dispatch.cpp", "cpu/portable.cpp", "cpu/avx2.cpp", "cpu/avx512.cpp")
+CPU_SOURCES = (
+    "bindings.cpp",
+    "autograd.cpp",
+    "eager.cpp",
+    "cpu/dispatch.cpp",
+    "cpu/portable.cpp",
+    "cpu/avx2.cpp",
+    "cpu/avx512.cpp",
+)
 _SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 _STAMP = "smart_fast.built"
 

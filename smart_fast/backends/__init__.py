@@ -10,6 +10,7 @@ import importlib.util
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -223,6 +224,20 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any
         return module
     _warn_once(f"backend {backend!r} falls back to PyTorch: {reason}")
     return None
+
+
+def plain_divergence(backend: str) -> Callable[..., Tensor | None] | None:
+    """The short way to a divergence in eager mode (`native_backend.plain_divergence`), if ``backend`` has one."""
+    if backend == "auto":
+        backend = default_backend()
+    if backend == "torch" or backend == "triton" or not isinstance(_native, ModuleType):
+        return None
+    return None if torch.compiler.is_compiling() else _native.plain_divergence
+
+
+def short_way_to_gradients() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """`torch.autograd.graph.get_gradient_edge` and `torch.autograd.grad` without what Python adds, if C++ is there."""
+    return (_native.extension.edge, _native.extension.gradients) if isinstance(_native, ModuleType) else None
 
 
 _said: dict[Any, Any] = {}

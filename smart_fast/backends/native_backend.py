@@ -6,7 +6,7 @@ An operator in C++ costs little enough that eager mode and torch.compile take th
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ differentiable = True
 
 _operators = torch.ops.smart_fast
 _perturb = _operators.native_perturb.default
-_perturb_fresh = _operators.native_perturb_fresh.default
 _ascend_measure = _operators.native_ascend_measure.default
 _ascend = _operators.native_ascend.default
 _divergence = _operators.native_divergence.default
@@ -30,7 +29,7 @@ _divergence_backward = _operators.native_divergence_backward.default
 _divergence_measure = _operators.native_divergence_measure.default
 _divergence_finish = _operators.native_divergence_finish.default
 
-extension: ModuleType | None = None  # set by smart_fast.backends
+extension: Any = None  # the loaded module; set by smart_fast.backends
 
 
 def perturb(
@@ -46,7 +45,7 @@ def perturb_fresh(
     embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
 ) -> tuple[Tensor, Tensor]:
     """`perturb` with its autograd node, by a seed that the operator draws as `smart_fast.noise` would."""
-    perturbed, noise = _perturb_fresh(embed, generator, noise_var, mask, keep_noise)
+    perturbed, noise = extension.perturb(embed, generator, noise_var, mask, keep_noise)
     return perturbed, noise
 
 
@@ -57,12 +56,19 @@ def _noise_alone(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | N
 def ascend(
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
 ) -> tuple[Tensor, Tensor | None]:
-    return fused.ascend(_ascend_measure, _ascend, _noise_alone, embed, grad, noise, step, mask, keep_noise)
+    move = _ascend if torch.compiler.is_compiling() else extension.ascend
+    return fused.ascend(_ascend_measure, move, _noise_alone, embed, grad, noise, step, mask, keep_noise)
 
 
 def divergence(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
     """The loss of `divergence_forward`, with its autograd node."""
     loss: Tensor = _divergence(input, target, mask, *spec)
+    return loss
+
+
+def plain_divergence(input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
+    """The reduced divergence of two ordinary CPU tensors of one shape, at the least cost; None for anything else."""
+    loss: Tensor | None = extension.divergence(input, target, kind, reduction, alpha)
     return loss
 
 

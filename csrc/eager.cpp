@@ -1,0 +1,101 @@
+// What eager mode calls instead of torch.ops: parsing a schema's arguments takes longer than small kernels do. The
+// operators are the same, dispatched as ever.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/ones_like.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cmath>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "eager.h"
+
+namespace smart_fast {
+namespace {
+
+using at::Tensor;
+using std::optional;
+using std::string_view;
+using torch::autograd::Edge;
+
+template <class Signature>
+auto operator_handle(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const optional<at::Generator>& generator, double noise_var,
+                                   const optional<Tensor>& mask, bool keep_noise) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, optional<at::Generator>, double, const optional<Tensor>&,
+                                               bool);
+  static const auto handle = operator_handle<Signature>("smart_fast::native_perturb_fresh");
+  return handle.call(embed, generator, noise_var, mask, keep_noise);
+}
+
+std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
+                                  const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
+                                  string_view scope, double noise_var, double step_size, string_view update,
+                                  double epsilon, bool keep_noise) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
+                                               const optional<Tensor>&, string_view, string_view, double, double,
+                                               string_view, double, bool);
+  static const auto handle = operator_handle<Signature>("smart_fast::native_ascend");
+  return handle.call(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise);
+}
+
+// A tensor and nothing else: no subclass, which may bring rules of its own.
+const Tensor* plain(pybind11::handle object) {
+  return THPVariable_CheckExact(object.ptr()) ? &THPVariable_Unpack(object.ptr()) : nullptr;
+}
+
+bool has_kernel(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+// The divergence `kind` of logits, reduced, if nothing about them needs a word in Python; else None.
+pybind11::object divergence(pybind11::handle input, pybind11::handle target, string_view kind, string_view reduction,
+                            double alpha) {
+  const Tensor *x = plain(input), *t = plain(target);
+  if (x == nullptr || t == nullptr || !has_kernel(x->scalar_type()) || !has_kernel(t->scalar_type()) ||
+      x->sizes() != t->sizes() || !x->is_cpu() || !t->is_cpu() || x->numel() == 0 || x->dim() == 0 ||
+      !std::isfinite(alpha))
+    return pybind11::none();
+  double weight = 1;
+  if (reduction == "batchmean")
+    weight = 1.0 / double(x->size(0));
+  else if (reduction == "mean")
+    weight = 1.0 / double(x->numel());
+  else if (reduction != "sum")
+    return pybind11::none();
+  using Signature = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, string_view, string_view, double,
+                           double, double, bool);
+  static const auto handle = operator_handle<Signature>("smart_fast::native_divergence");
+  return pybind11::cast(handle.call(*x, *t, std::nullopt, kind, "sum", alpha, weight, 1.0, false));
+}
+
+Edge edge(const Tensor& tensor) { return torch::autograd::impl::gradient_edge(tensor); }
+
+// d loss / d the tensors that had these edges; undefined (None) where the loss does not depend on one.
+std::vector<Tensor> gradients(const Tensor& loss, const std::vector<Edge>& edges) {
+  const Tensor one = at::ones_like(loss);
+  const pybind11::gil_scoped_release no_gil;
+  return torch::autograd::Engine::get_default_engine().execute({torch::autograd::impl::gradient_edge(loss)}, {one},
+                                                               /*keep_graph=*/false, /*create_graph=*/false,
+                                                               /*accumulate_grad=*/false, edges);
+}
+
+}  // namespace
+
+void define_eager(pybind11::module_& module) {
+  pybind11::class_<Edge>(module, "Edge", pybind11::module_local());
+  module.def("perturb", torch::wrap_pybind_function(&perturb));
+  module.def("ascend", torch::wrap_pybind_function(&ascend));
+  module.def("divergence", torch::wrap_pybind_function(&divergence));
+  module.def("edge", &edge);
+  module.def("gradients", torch::wrap_pybind_function(&gradients));
+}
+
+}  // namespace smart_fast
