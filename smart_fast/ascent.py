@@ -135,6 +135,8 @@ def _checked(loss: Any) -> Tensor:
 
 
 def _complete(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    if len(grads) == 1 and grads[0] is not None:  # the usual case, without further ado
+        return [grads[0]]
     missing = [index for index, grad in enumerate(grads) if grad is None]
     if missing:
         which = "the perturbed embedding" if len(grads) == 1 else f"the perturbed embeddings {missing}"

@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["ascent", "check_loss", "eagerly", "is_wrapped"]
+__all__ = ["ascent", "check_loss", "eagerly", "in_use", "is_wrapped"]
 
 _CALLABLES = (nn.Module, FunctionType, MethodType, functools.partial)
 
 
 def ascent(eval_fn: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
     """Around forward and backward passes of ``eval_fn`` that make no gradients of parameters."""
-    if torch.compiler.is_compiling() or not _in_use():
+    if torch.compiler.is_compiling() or not in_use():
         return contextlib.nullcontext()
     ddp, sharded = _wrappers(eval_fn)
     stack = contextlib.ExitStack()
@@ -38,7 +38,7 @@ def ascent(eval_fn: Callable[..., Any]) -> contextlib.AbstractContextManager[Any
 def is_wrapped(eval_fn: Callable[..., Any]) -> bool:
     """Whether `ascent` has anything to do; a compiler must then leave the ascent to `eagerly`."""
     global _uncompiled
-    wrapped = _in_use() and any(_wrappers(eval_fn))
+    wrapped = in_use() and any(_wrappers(eval_fn))
     if wrapped and _uncompiled is None:  # not before, since it imports the compiler, as DDP and FSDP2 do
         _uncompiled = torch.compiler.disable(
             lambda function, *args: function(*args),
@@ -61,7 +61,7 @@ def check_loss(loss: Any) -> None:
     Raises:
         RuntimeError: one does, and would leave the gradients of each process as they are.
     """
-    if torch.compiler.is_compiling() or not (_in_use() and isinstance(loss, torch.Tensor)):
+    if torch.compiler.is_compiling() or not (in_use() and isinstance(loss, torch.Tensor)):
         return
     # Only the nodes next to the loss: what a DDP returns is what is compared, or nearly so.
     nodes = [loss.grad_fn]
@@ -76,7 +76,8 @@ def check_loss(loss: Any) -> None:
             nodes += [each for each, _ in node.next_functions if each is not None]
 
 
-def _in_use() -> bool:
+def in_use() -> bool:
+    """Whether this is one of several processes that work together."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -74,7 +74,9 @@ class KnownNorm(NamedTuple):
     scope: str
 
 
-_KINDS: dict[Norm, str] = {inf_norm: "inf", l2_norm: "l2", l1_norm: "l1"}
+_KNOWN: dict[Norm, KnownNorm] = {
+    norm: KnownNorm(kind, "row") for norm, kind in ((inf_norm, "inf"), (l2_norm, "l2"), (l1_norm, "l1"))
+}
 
 
 def known_norm(norm_fn: Norm) -> KnownNorm | None:
@@ -83,7 +85,6 @@ def known_norm(norm_fn: Norm) -> KnownNorm | None:
         inner = known_norm(norm_fn.norm_fn)
         return KnownNorm(inner.kind, "group") if inner and inner.scope == "row" else None
     try:
-        kind = _KINDS.get(norm_fn)
+        return _KNOWN.get(norm_fn)
     except TypeError:  # an unhashable callable
         return None
-    return KnownNorm(kind, "row") if kind else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import precision, states
 from ._checks import check_bool, check_callable, check_choice, check_count, check_number
@@ -38,7 +38,9 @@ def check(smart: Any) -> Step:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(smart.generator).__name__}")
     _check_precision(smart.ascent_dtype, smart.loss_scale)
     _check_controls(smart)
-    return Step(smart.norm_fn, smart.noise_var, smart.step_size, smart.epsilon, smart.update)
+    numbers = smart.noise_var, smart.step_size, smart.epsilon
+    tensors = tuple(each for each in numbers if isinstance(each, Tensor))
+    return Step(smart.norm_fn, *numbers, smart.update, tensors)
 
 
 def _check_precision(ascent_dtype: Any, loss_scale: Any) -> None:

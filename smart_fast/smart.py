@@ -173,13 +173,9 @@ class SMARTLoss(nn.Module):
         for each in embeds:
             if each.numel() == 0:
                 return _nothing(embeds, state, self.parameters())
-        for each in embeds:
-            if not self._warned and precision.loses_noise(each.dtype, step, num_steps):
-                precision.warn_of_lost_noise(each.dtype, step.noise_var)
-                if not torch.compiler.is_compiling():  # there it is told when traced, and a flag would trace anew
-                    self._warned = True
-        numbers = (step.noise_var, step.step_size, step.epsilon)
-        backends = [select(self.backend, each, numbers=numbers) for each in embeds]
+            if each.dtype in precision.HALF and not self._warned:
+                self._warn_of_lost_noise(each.dtype, step)
+        backends = [select(self.backend, each, numbers=step.tensors) for each in embeds]
 
         each_embed = range(len(embeds))
         perturbed: list[Any] = [None] * len(embeds)
@@ -229,6 +225,12 @@ class SMARTLoss(nn.Module):
         self.__dict__["steps"] = number + 1
         return not always and (number < self.start_step or (number - self.start_step) % self.every_n_steps != 0)
 
+    def _warn_of_lost_noise(self, dtype: torch.dtype, step: Step) -> None:
+        if precision.loses_noise(dtype, step, self.num_steps):
+            precision.warn_of_lost_noise(dtype, step.noise_var)
+            if not torch.compiler.is_compiling():  # there it is told when traced, and a flag would trace anew
+                self._warned = True
+
     def _check_inputs(self, embeds: tuple[Any, ...], mask: Any, several: bool) -> tuple[Tensor | None, ...]:
         """Check embeddings, masks and generator; return one mask or None for each embedding."""
         if not embeds:
@@ -259,17 +261,21 @@ class SMARTLoss(nn.Module):
 
         def loss_of(*inputs: Tensor) -> Tensor:
             loss = self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
-            distributed.check_loss(loss)
+            if in_group:
+                distributed.check_loss(loss)
             return loss if scale is None else loss * scale
 
         in_autocast = passes.in_autocast(loss_of, self.ascent_dtype, device.type)
-        with torch.enable_grad(), distributed.ascent(eval_fn):
-            inputs = [autograd.track(each) for each in perturbed]
-            if not (frozen := self._freezes(eval_fn)) and self.ascent_dropout:
-                grads = self._input_gradients(in_autocast, inputs)
-            else:  # until the gradient is there, since checkpoints run eval_fn again
-                with passes.in_ascent(eval_fn, frozen, self.ascent_dropout):
-                    grads = self._input_gradients(in_autocast, inputs)
+        in_group, frozen = distributed.in_use(), self._freezes(eval_fn)
+        if torch.is_grad_enabled() and self.ascent_dropout and not (in_group or frozen):
+            grads = self._input_gradients(in_autocast, [autograd.track(each) for each in perturbed])
+        else:
+            with (
+                torch.enable_grad(),
+                distributed.ascent(eval_fn),
+                passes.in_ascent(eval_fn, frozen, self.ascent_dropout),  # to the end: checkpoints run eval_fn again
+            ):
+                grads = self._input_gradients(in_autocast, [autograd.track(each) for each in perturbed])
         return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
 
     def _freezes(self, eval_fn: Any) -> bool:

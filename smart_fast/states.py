@@ -14,6 +14,8 @@ Loss = Callable[..., Any]
 
 def detach(state: Any) -> Any:
     """``state`` with every tensor detached, in the same kinds of containers."""
+    if type(state) is Tensor:  # the usual case, and the fastest
+        return state.detach()
     return _detach(state) if hasattr(state, "detach") else tree_map(_detach, state)
 
 

@@ -29,8 +29,8 @@ class BackendFallbackWarning(UserWarning):
 
 class _Caller(threading.local):
     def __init__(self) -> None:  # in every thread; torch.compile cannot guard a default of the class
-        self.backend: str | None = None
-        self.ascending = False
+        #: The backend that losses take, and whether gradients to the perturbed embedding only are wanted.
+        self.state: tuple[str | None, bool] = (None, False)
 
 
 _caller = _Caller()
@@ -86,6 +86,8 @@ def _seek_native(build: bool) -> str:
 
 def _load_native(build: bool) -> ModuleType | str:
     """The native backend, or why not. Compiles it only if ``build``."""
+    if isinstance(_native, ModuleType):
+        return _native
     reason = _seek_native(build)
     if reason:
         return reason
@@ -177,21 +179,21 @@ class calling(contextlib.AbstractContextManager[None]):
         self._within = backend, ascent
 
     def __enter__(self) -> None:
-        self._before = _caller.backend, _caller.ascending
-        _caller.backend, _caller.ascending = self._within
+        self._before = _caller.state
+        _caller.state = self._within
 
     def __exit__(self, *error: object) -> None:
-        _caller.backend, _caller.ascending = self._before
+        _caller.state = self._before
 
 
 def backend_of_caller() -> str:
     """The backend of the `SMARTLoss` that is calling on this thread, else "auto"."""
-    return _caller.backend or "auto"
+    return _caller.state[0] or "auto"
 
 
 def ascending() -> bool:
     """Whether a `SMARTLoss` is calling on this thread that wants no gradients to the parameters of its loss."""
-    return _caller.ascending
+    return _caller.state[1]
 
 
 def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any:

@@ -34,6 +34,8 @@ class Step:
     step_size: float | Tensor
     epsilon: float | Tensor
     update: str
+    #: Those of the numbers that are tensors.
+    tensors: tuple[Tensor, ...] = ()
 
 
 class DivergenceSpec(NamedTuple):
