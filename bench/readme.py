@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from . import accuracy
 from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
-from .report import Report, duration, flop_rate, geometric_means, load_json, rate, share
+from .report import Report, duration, flop_rate, geometric_means, host_overheads, load_json, rate, share
 from .run import Row
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,7 +76,11 @@ def _speed(report: Report) -> str:
         times = (_time(rows.get(name)) for name in (EAGER, COMPILED, *ours))
         lines.append([case, *times, *ratios, _floor(best, rows.get(MODEL_ONLY))])
     title = f"Median time of a call, forward and backward ({_where(report.environment)}{_limits(report)}):"
-    return "\n".join([title, "", _markdown(lines), *_means(report), ""])
+    overheads = [
+        f"`{name}`, {case}: {part:.0%} of smart-pytorch's time beside the model."
+        for (case, name), part in host_overheads(report.rows).items()
+    ]
+    return "\n".join([title, "", _markdown(lines), *_means(report), *overheads, ""])
 
 
 def _median(row: Row) -> float:

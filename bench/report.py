@@ -26,7 +26,7 @@ import smart_fast
 from .cases import Case
 from .liger import LIGER
 from .measure import Timing, copy_bandwidth, gemm_rate
-from .peers import OURS
+from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
 from .run import Row
 
 SCHEMA = 1  # fields are only ever added: older files lack some, and readers pass over those they do not know
@@ -121,6 +121,22 @@ def geometric_means(rows: Iterable[Row]) -> dict[tuple[str, str], tuple[float, i
     return {key: (statistics.geometric_mean(values), len(values)) for key, values in speeds.items()}
 
 
+def host_overheads(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+    """``(case, contestant) -> time beside the model's own passes, as a share of that of smart-pytorch eager``, for the
+    cases of the group overhead that hold a model."""
+    medians: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.group == "overhead" and row.timing is not None and row.contestant != COMPILED:
+            medians.setdefault(row.case, {})[row.contestant] = row.timing.median
+    return {
+        (case, name): (median - times[MODEL_ONLY]) / (times[EAGER] - times[MODEL_ONLY])
+        for case, times in medians.items()
+        if MODEL_ONLY in times and EAGER in times
+        for name, median in times.items()
+        if name not in (MODEL_ONLY, EAGER)
+    }
+
+
 def save_json(report: Report, path: pathlib.Path) -> None:
     """Written whole or not at all: a run that is cut short leaves its last complete state."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +181,8 @@ def show(report: Report, console: Console) -> None:
         if contestant.startswith("smart-fast"):
             what = f"{contestant}, {group}: {speed:.2f} x the fastest rival"
             console.print(f"{what} (geometric mean of {cases} case{'s' if cases > 1 else ''})", highlight=False)
+    for (case, name), part in host_overheads(report.rows).items():
+        console.print(f"{name}, {case}: {part:.0%} of smart-pytorch's time beside the model", highlight=False)
     if report.busy is not None and report.busy > BUSY:
         console.print(
             f"[yellow]this machine was busy with other work ({report.busy:.0%} of its processors before or after the "

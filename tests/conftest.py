@@ -56,11 +56,21 @@ KERNELS = {
 }
 
 
+@pytest.fixture(scope="session")
+def native() -> ModuleType:
+    """The module of the native backend, compiled if need be."""
+    from smart_fast import native_build
+    from smart_fast.backends import build_native
+
+    if native_build.load() is None and (reason := native_build.missing()):
+        pytest.skip(reason)
+    return build_native()
+
+
 @pytest.fixture(params=[pytest.param(each, marks=[GPU] if "cuda" in each else []) for each in KERNELS])
 def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[ModuleType, torch.device]]:
     """The module of a fused backend, made the default one, and the device to run it on."""
-    from smart_fast import native_build
-    from smart_fast.backends import build_native, set_default_backend
+    from smart_fast.backends import set_default_backend
 
     name, device = KERNELS[request.param][0], torch.device(KERNELS[request.param][1])
     if name == "triton":
@@ -68,9 +78,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[ModuleType, torch.
             pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 with CUDA_VISIBLE_DEVICES= interprets them")
         module = pytest.importorskip("smart_fast.backends.triton_backend")
     else:
-        if native_build.load() is None and (reason := native_build.missing()):
-            pytest.skip(reason)
-        module = build_native()
+        module = request.getfixturevalue("native")
         if reason := module.cannot_serve(device):
             pytest.skip(reason)
         chosen = request.param.removeprefix("native-")

@@ -253,6 +253,16 @@ def test_geometric_mean():
     assert report.geometric_means(rows) == {("ops", "smart-fast torch"): (pytest.approx(2.0), 2)}
 
 
+def test_host_overheads():
+    def row(contestant, median, case="overhead, head", group="overhead"):
+        timing = measure.Timing(median, median, median, 1, 1)
+        return Row(case, group, contestant, "ours", timing=timing)
+
+    rows = [row(peers.EAGER, 10.0), row(peers.MODEL_ONLY, 4.0), row(peers.COMPILED, 9.0), row("smart-fast torch", 7.0)]
+    rows += [row(peers.EAGER, 1.0, "overhead, kl"), row(peers.MODEL_ONLY, 1.0, "head", "regulariser")]
+    assert report.host_overheads(rows) == {("overhead, head", "smart-fast torch"): pytest.approx(0.5)}
+
+
 def test_peak_memory_counts_what_is_alive_at_once():
     def two_at_a_time(x):
         first = x + 1

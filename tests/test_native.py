@@ -13,19 +13,12 @@ import torch
 
 import smart_fast
 from smart_fast import native_build
-from smart_fast.backends import build_native, select
+from smart_fast.backends import select
 from smart_fast.backends.base import Step
 from tests import oracle
 
 LOSSES = [smart_fast.kl_loss, smart_fast.sym_kl_loss, smart_fast.js_loss]
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def native():
-    if native_build.load() is None and (reason := native_build.missing()):
-        pytest.skip(reason)
-    return build_native()
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
