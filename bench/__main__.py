@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch and rich are imported once the arguments are known to
 START = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
 QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
-GROUPS = ("all", "ops", "lm", "regulariser", "overhead")
+GROUPS = ("all", "ops", "lm", "regulariser", "train", "overhead")
 ALONE = ("accuracy", "report")  # what goes with no other group
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 
@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
         type=_group,
         metavar="GROUP",
         help=f"what to measure, among {', '.join(GROUPS)} (default all; lm: divergences at the size of a language "
-        "model); or accuracy: how exact the divergences of nearly equal logits are; or report: measure nothing, write "
-        "README.md's tables from bench/results",
+        "model; train: whole training steps); or accuracy: how exact the divergences of nearly equal logits are; or "
+        "report: measure nothing, write README.md's tables from bench/results",
     )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"

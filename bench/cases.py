@@ -20,9 +20,10 @@ from .divergences import Divergence, LinearDivergence
 from .operations import Ascend, Perturb
 from .regularizer import Regularizer, classifier, masked_lm, pooled_head
 from .task import Task
+from .training import TrainingStep
 
 FP32, BF16 = torch.float32, torch.bfloat16
-GROUPS = ("ops", "lm", "regulariser", "overhead")
+GROUPS = ("ops", "lm", "regulariser", "train", "overhead")
 DTYPES = {FP32: "fp32", BF16: "bf16"}
 
 
@@ -114,6 +115,21 @@ def regularizer(
     )
 
 
+def training(name: str, layers: int, width: int, shape: tuple[int, int], where: str) -> Case:
+    """A whole training step on ``[B, S]`` tokens."""
+    dtype = BF16 if where == "cuda" else FP32
+    return Case(
+        name=f"step of {name}, {list(shape)} {DTYPES[dtype]}",
+        group="train",
+        shape=(*shape, width),
+        dtype=dtype,
+        bytes=None,
+        where=tuple(where.split()),
+        build=functools.partial(TrainingStep, layers, width, shape),
+        needs="transformers",
+    )
+
+
 def overhead(case: Case) -> Case:
     """A case so small that what is timed is the host: Python, autograd and launches."""
     return dataclasses.replace(case, group="overhead", name=f"overhead, {case.name}")
@@ -175,6 +191,10 @@ TABLE: tuple[Case, ...] = (
     regularizer("bert-base classifier 12x768", (32, 128, 768), "cuda", BASE),
     regularizer("bert-base classifier 12x768", (2, 32, 768), "cpu", BASE),
     regularizer("bert classifier 2x768", (4, 32, 768), "quick", SHALLOW),
+    training("bert classifier 1x64", 1, 64, (4, 16), "quick"),
+    training("bert classifier 2x128", 2, 128, (8, 32), "cpu"),
+    training("bert-base classifier", 12, 768, (16, 128), "cuda"),
+    training("bert-base classifier", 12, 768, (64, 128), "cuda"),
     overhead(regularizer("head 8 to 2", (1, 8), "quick cpu cuda", TINY_HEAD, needs=None)),
     overhead(perturb((1, 8), FP32, "cpu cuda")),
     overhead(ascend((1, 8), FP32, "cpu cuda")),

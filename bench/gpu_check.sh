@@ -2,7 +2,7 @@
 # The whole GPU check in one call of under nine minutes: versions, build, GPU tests, bench. Needs nothing from outside.
 #
 #   bench/gpu_check.sh                    from anywhere; results go to ${OUT:-bench/out/gpu}
-#   bench/gpu_check.sh bench-lm           only the parts named: versions build tests tests-native bench bench-lm bench-native
+#   bench/gpu_check.sh bench-lm           only the parts named: versions build tests tests-native bench bench-lm bench-train bench-native
 #   GPU_CHECK_DEVICE=cpu bench/gpu_check.sh   its CPU form: the tests of the bench itself, then the quick cases
 #
 # PYTHON names the interpreter (default python3). A package that the machine lacks (smart-pytorch, usually) can be put
@@ -36,17 +36,19 @@ part() {
 }
 
 # Triton and native in processes of their own: a kernel that faults takes down whatever shares its process.
-# 20 + 90 + 130 + 60 + 95 + 100 + 40 = 535 s at most. A bench starts no case later than 20 s after its --limit.
+# 20 + 80 + 115 + 50 + 80 + 80 + 80 + 30 = 535 s at most. A bench starts no case later than 20 s after its --limit.
 part versions 20 "$python" -m smart_fast
 if [ "$device" = cuda ]; then
-    part build 90 "$python" -m smart_fast build
-    part tests 130 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k "not native" tests
-    part tests-native 60 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k native tests
-    part bench 95 "$python" -m bench ops regulariser overhead --device cuda --limit 60 --seconds 0.7 \
+    part build 80 "$python" -m smart_fast build
+    part tests 115 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k "not native" tests
+    part tests-native 50 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k native tests
+    part bench 80 "$python" -m bench ops regulariser overhead --device cuda --limit 50 --seconds 0.7 \
         --backends torch triton --json "$out/results.json" --plot "$out/speed.png"
-    part bench-lm 100 "$python" -m bench lm --device cuda --limit 60 --seconds 0.7 --backends torch triton \
+    part bench-lm 80 "$python" -m bench lm --device cuda --limit 50 --seconds 0.7 --backends torch triton \
         --json "$out/results-lm.json" --plot "$out/speed-lm.png"
-    part bench-native 40 "$python" -m bench ops --device cuda --limit 15 --seconds 0.5 --backends native \
+    part bench-train 80 "$python" -m bench train --device cuda --limit 50 --seconds 0.7 --backends triton \
+        --json "$out/results-train.json" --plot "$out/speed-train.png"
+    part bench-native 30 "$python" -m bench ops --device cuda --limit 8 --seconds 0.5 --backends native \
         --json "$out/results-native.json" --plot "$out/speed-native.png"
 else
     part tests 150 "$python" -m pytest -p no:cacheprovider tests/test_bench.py tests/test_bench_liger.py
@@ -54,7 +56,7 @@ else
 fi
 
 cat "$out/versions.log" 2>/dev/null
-for name in tests tests-native bench bench-lm bench-native; do
+for name in tests tests-native bench bench-lm bench-train bench-native; do
     if [ -f "$out/$name.log" ]; then
         echo "== $name"
         tail -n 70 "$out/$name.log"

@@ -19,6 +19,7 @@ EAGER = "smart-pytorch eager"
 COMPILED = "smart-pytorch torch.compile"
 MODEL_ONLY = "model passes only"
 OURS = "smart-fast "
+NOT_EAGER = ("torch.compile", "compiled", "CUDA graph")  # how contestants end that run no model eagerly
 
 
 def contestants(
@@ -40,9 +41,9 @@ def contestants(
 def _ours(task: Task, device: torch.device, backend: str) -> Iterator[Contestant]:
     reason = why_not(backend, device)
     yield Contestant(OURS + backend, "ours", None if reason else task.call(task.ours(backend)), backend, reason)
-    # On whole logits the torch backend is smart-pytorch's own operations, which are timed already.
-    if hasattr(task, "whole") and not reason and backend != "torch":
-        yield Contestant(f"{OURS}{backend}, whole logits", "ours", task.call(task.whole(backend)), backend)
+    if hasattr(task, "variants") and not reason:
+        for way, function in task.variants(backend).items():
+            yield Contestant(f"{OURS}{backend}, {way}", "ours", task.call(function), backend)
 
 
 def compiled(task: Task) -> Callable[..., Any]:

@@ -23,6 +23,15 @@ CHECK_SEED = 20
 TOLERANCE = 1e-3
 
 
+def drawn_noise(embed: Tensor, backend: str | None) -> Tensor:
+    """The noise that one of our backends, or smart-pytorch (None), draws next for ``embed``."""
+    if backend is None:
+        return torch.randn_like(embed) * NOISE_VAR
+    module = select(backend, embed)
+    _, noise = autograd.perturb(module, embed, NOISE_VAR, None, None, keep_noise=True)
+    return seeded_noise(embed, noise, NOISE_VAR) if noise.dtype == torch.int64 else noise
+
+
 class _Logits(nn.Module):
     """A transformers model as a function from input embeddings ``[B, S, D]`` to logits."""
 
@@ -120,7 +129,7 @@ class Regularizer:
         """The same call in float64, from the very noise that the contestant draws for one seed."""
         embed, state = inputs
         torch.manual_seed(CHECK_SEED)
-        noise = self._noise(embed.detach(), backend).double()
+        noise = drawn_noise(embed.detach(), backend).double()
         torch.manual_seed(CHECK_SEED)
         loss, d_embed, d_state, *d_parameters = run(*inputs)
         if self._reference is None or not torch.equal(self._reference[0], noise):
@@ -144,10 +153,3 @@ class Regularizer:
         moved.requires_grad_()
         exact = divergence64("sym_kl", model(moved).flatten(0, -2), clean.flatten(0, -2))
         return [exact.detach(), *torch.autograd.grad(exact, (moved, clean, *self._used(model)))]
-
-    def _noise(self, embed: Tensor, backend: str | None) -> Tensor:
-        if backend is None:
-            return torch.randn_like(embed) * NOISE_VAR
-        module = select(backend, embed)
-        _, noise = autograd.perturb(module, embed, NOISE_VAR, None, None, keep_noise=True)
-        return seeded_noise(embed, noise, NOISE_VAR) if noise.dtype == torch.int64 else noise

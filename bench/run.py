@@ -13,7 +13,7 @@ import torch
 
 from .cases import Case
 from .measure import Timing, input_sets, interleaved, peak_memory, synchronize
-from .peers import COMPILED, MODEL_ONLY, contestants
+from .peers import MODEL_ONLY, NOT_EAGER, contestants
 from .task import Contestant, Finding, Task
 
 CHECK_SEED = 1000
@@ -153,5 +153,5 @@ def _derive(rows: list[Row], case: Case) -> None:
             row.bytes, row.bandwidth = case.bytes, case.bytes / row.timing.median
         row.flops = case.flops
         # The model's passes were timed eagerly: they say nothing about a compiled model's.
-        if model is not None and row.contestant != COMPILED:
+        if model is not None and not row.contestant.endswith(NOT_EAGER):
             row.beside_model = 1 - model / row.timing.median

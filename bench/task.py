@@ -57,7 +57,7 @@ class Task(Protocol):
         ...
 
     def ours(self, backend: str) -> Callable[..., Any]:
-        """The same work by one of our backends; a task may have ``whole(backend)``, another way of ours."""
+        """The same work by one of our backends; a task may have ``variants(backend)``, other ways of ours by name."""
         ...
 
     def call(self, function: Callable[..., Any]) -> Callable[..., Any]:

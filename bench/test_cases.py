@@ -17,7 +17,11 @@ from .measure import input_sets, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases.select(DEVICE, quick=True)
-OURS = [f"{peers.OURS}{name}{way}" for name in peers.default_backends() for way in ("", ", whole logits")]
+OURS = [
+    f"{peers.OURS}{name}{way}"
+    for name in peers.default_backends()
+    for way in ("", ", whole logits", ", compiled", ", CUDA graph")
+]
 CONTESTANTS = [peers.EAGER, peers.COMPILED, *OURS]
 
 

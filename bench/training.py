@@ -1,0 +1,198 @@
+"""A whole training step as a task: forward, cross-entropy plus SMART regularizer, backward, optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import smart_pytorch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import smart_fast
+
+from .divergences import divergence64
+from .operations import EPSILON, STEP_SIZE
+from .regularizer import CHECK_SEED, drawn_noise
+from .task import Finding, deviation, finding
+
+LABELS = 3
+VOCABULARY = 1000  # of the word embeddings; the size matters to nobody but the optimizer
+# Under autocast contestants and reference differ by the rounding of every layer in bfloat16.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+
+
+class Classifier(nn.Module):
+    """BERT for sequence classification, in the two parts that SMART needs: words, and logits of embedded words."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+
+        heads = max(1, width // 64)
+        self.model = BertForSequenceClassification(
+            BertConfig(
+                num_hidden_layers=layers,
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_attention_heads=heads,
+                num_labels=LABELS,
+                vocab_size=VOCABULARY,
+            )
+        )
+
+    def words(self, ids: Tensor) -> Tensor:
+        embed: Tensor = self.model.get_input_embeddings()(ids)
+        return embed
+
+    def forward(self, embed: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs_embeds=embed).logits
+        return logits
+
+
+class TrainingStep:
+    """``cross_entropy + SMARTLoss(model, kl_loss, sym_kl_loss)`` at its defaults, all gradients, and one AdamW step.
+
+    On a GPU under autocast in bfloat16. Dropout is off and the learning rate is zero, so that all steps are the same
+    work on the same weights and results can be compared.
+    """
+
+    def __init__(self, layers: int, width: int, shape: tuple[int, int], device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.model = Classifier(layers, width).to(device).eval()
+        self.shape, self.device = shape, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=0.0, weight_decay=0.0, fused=True, capturable=device.type == "cuda"
+        )
+
+    def inputs(self, seed: int) -> tuple[Tensor, ...]:
+        """``(ids, labels)``: int64 ``[B, S]`` and ``[B]``."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(VOCABULARY, self.shape, generator=generator)
+        labels = torch.randint(LABELS, self.shape[:1], generator=generator)
+        return ids.to(self.device), labels.to(self.device)
+
+    def smart_pytorch(self) -> Callable[..., Tensor]:
+        return self._forward(smart_pytorch.SMARTLoss(self.model, smart_pytorch.kl_loss, smart_pytorch.sym_kl_loss))
+
+    def ours(self, backend: str) -> Callable[..., Tensor]:
+        losses = smart_fast.kl_loss, smart_fast.sym_kl_loss
+        return self._forward(smart_fast.SMARTLoss(self.model, *losses, backend=backend))
+
+    def variants(self, backend: str) -> dict[str, Callable[..., Any]]:
+        """Our step compiled into one graph, and on a GPU captured as a CUDA graph."""
+        found: dict[str, Callable[..., Any]] = {
+            "compiled": torch.compile(self.ours(backend), fullgraph=True, dynamic=False)
+        }
+        if self.device.type == "cuda":
+            found["CUDA graph"] = Captured(self.call(self.ours(backend)), self.optimizer)
+        return found
+
+    def _forward(self, regularizer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(ids: Tensor, labels: Tensor) -> Tensor:
+            embed = self.model.words(ids)
+            logits = self.model(embed)
+            return F.cross_entropy(logits.float(), labels) + regularizer(embed, logits)
+
+        return loss
+
+    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if isinstance(function, Captured):
+            return function
+
+        def step(ids: Tensor, labels: Tensor) -> Tensor:
+            self.optimizer.zero_grad()
+            with self._autocast():
+                loss: Tensor = function(ids, labels)
+            loss.backward()
+            self.optimizer.step()
+            return loss.detach()
+
+        return step
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def model_only(self) -> Callable[..., Any]:
+        """The model's passes of such a step and the optimizer, and nothing beside them: clean forward, forward and
+        input gradient of the ascent step, forward, backward through both."""
+
+        def passes(ids: Tensor, labels: Tensor) -> Tensor:
+            self.optimizer.zero_grad()
+            with self._autocast():
+                embed = self.model.words(ids)
+                clean = self.model(embed)
+                moved = embed.detach().requires_grad_()
+                torch.autograd.grad(self.model(moved).sum(), moved)
+                loss: Tensor = clean.sum() + self.model(embed).sum()
+            loss.backward()
+            self.optimizer.step()
+            return loss.detach()
+
+        return passes
+
+    def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
+        """The step in float64, from the very noise that the contestant draws for one seed."""
+        torch.manual_seed(CHECK_SEED)
+        noise = drawn_noise(self.model.words(inputs[0]).detach(), backend).double()
+        torch.manual_seed(CHECK_SEED)
+        loss = run(*inputs)
+        gradients = [each.grad for each in self.parameters]
+        e_loss, e_gradients = self._exact(*inputs, noise)
+        pairs = [(g, e) for g, e in zip(gradients, e_gradients, strict=True) if e is not None]
+        found, expected = [g for g, _ in pairs], [e for _, e in pairs]
+        tolerance = TOLERANCE[self.dtype]
+        return [
+            finding("loss", deviation([loss], [e_loss]), tolerance),
+            finding("gradient to the parameters", deviation(found, expected), tolerance),
+        ]
+
+    def _exact(self, ids: Tensor, labels: Tensor, noise: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        model = copy.deepcopy(self.model).double()
+        model.zero_grad()
+        embed = model.words(ids)
+        clean = model(embed)
+        start = (embed.detach() + noise).requires_grad_()
+        ascent = divergence64("kl", model(start), clean.detach()) / len(clean)
+        step = noise + STEP_SIZE * torch.autograd.grad(ascent, start)[0]
+        moved = embed + step / (step.abs().amax(-1, keepdim=True) + EPSILON)
+        loss = F.cross_entropy(clean, labels) + divergence64("sym_kl", model(moved), clean)
+        loss.backward()
+        return loss.detach(), [each.grad for each in model.parameters()]
+
+
+class Captured:
+    """A step as one CUDA graph, captured when it is first called; replays draw fresh noise."""
+
+    def __init__(self, step: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self._step, self._optimizer = step, optimizer
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._graph is None:
+            self._capture(inputs)
+        for static, each in zip(self._inputs, inputs, strict=True):
+            static.copy_(each)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._loss
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = [each.clone() for each in inputs]
+        before = torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # as PyTorch's notes on CUDA graphs want it
+            for _ in range(3):
+                self._step(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._optimizer.zero_grad()  # gradients are to be allocated by the graph
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = self._step(*self._inputs)
+        torch.cuda.set_rng_state(before)
