@@ -16,7 +16,7 @@ for package in ("smart_pytorch", "rich"):
 if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
     sys.path.insert(0, str(ROOT))
 
-from bench import accuracy, cases, divergences, measure, peers, readme, regularizer, report  # noqa: E402
+from bench import accuracy, cases, divergences, measure, peers, readme, regularizer, report, training  # noqa: E402
 from bench.run import Row, plain_error, run_case  # noqa: E402
 from bench.task import Contestant  # noqa: E402
 from smart_fast.backends import select  # noqa: E402
@@ -44,10 +44,11 @@ def run_small(*others, case=SMALL):
 def test_table_is_well_formed():
     names = [(case.name, tuple(case.where)) for case in cases.TABLE]
     assert len(set(names)) == len(names)
+    without_bytes = regularizer.Regularizer, training.TrainingStep, divergences.LinearDivergence
     for case in cases.TABLE:
         assert case.group in cases.GROUPS
         assert set(case.where) <= {"quick", "cpu", "cuda"}
-        assert (case.bytes is None) == (case.build.func in (regularizer.Regularizer, divergences.LinearDivergence))
+        assert (case.bytes is None) == (case.build.func in without_bytes)
         assert (case.flops is None) == (case.build.func is not divergences.LinearDivergence)
     for device, quick in ((CPU, True), (CPU, False), (torch.device("cuda"), True), (torch.device("cuda"), False)):
         chosen = cases.select(device, quick=quick)
@@ -300,7 +301,7 @@ def test_command_line_lists_the_cases():
         (["--cases", "no such case"], "no such case"),
         (["--backends", "cudnn"], "choose from torch, triton, native"),
         (["--seconds", "0"], "must be positive"),
-        (["train"], "invalid choice"),
+        (["training"], "invalid choice"),
         (["ops", "report"], "go with no other group"),
         (["--device", "abacus"], "abacus"),
     ],
