@@ -318,18 +318,16 @@ def test_padding_and_ignored_labels_do_not_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["classes", "next tokens"])
 def test_accumulated_batches_are_one_batch(name: str, tmp_path: Path) -> None:
-    """Of language models, whose loss Trainer counts by tokens; others if Trainer is told to average them."""
+    """Of causal language models, whose loss counts tokens; of others if Trainer is told that theirs does not."""
     head, found = HEADS[name], []
     model, inputs = head.model(), batch(head, 8)
-
-    class Averaging(SMARTTrainer):
-        loss_is_scaled_for_ga = None if name == "next tokens" else False
-
+    if name == "classes":
+        model.accepts_loss_kwargs = False
     for size, number in ((8, 1), (4, 2)):
         args = arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=number)
         # Noise of two halves is that of the whole: torch draws normal numbers in blocks of 16.
         trainer, gradients = train(
-            copy.deepcopy(model), args, inputs, Averaging, smart_weight=3.0, smart_noise_var=0.01, smart_backend="torch"
+            copy.deepcopy(model), args, inputs, smart_weight=3.0, smart_noise_var=0.01, smart_backend="torch"
         )
         found.append((gradients, logged(trainer, "smart_loss"), logged(trainer, "loss")))
     assert_close(found[1][0], found[0][0])
