@@ -338,15 +338,15 @@ def test_the_log_holds_a_mean_since_the_last(tmp_path: Path) -> None:
     head = HEADS["tokens"]
     model, inputs = head.model(), batch(head, 8)
     every, second = (
-        train(copy.deepcopy(model), arguments(tmp_path, max_steps=2, logging_steps=steps), inputs)[0]
+        train(copy.deepcopy(model), arguments(tmp_path, max_steps=3, logging_steps=steps), inputs)[0]
         for steps in (1, 2)
     )
     counts = [(inputs["labels"][rows] != -100).sum().item() for rows in (slice(0, 4), slice(4, 8))]
     assert counts[0] > 0
     each = logged(every, "smart_loss")
-    mean = sum(value * count for value, count in zip(each, counts, strict=True)) / sum(counts)
+    mean = sum(value * count for value, count in zip(each, counts, strict=False)) / sum(counts)
     assert all(math.isfinite(value) and value > 0 for value in each)
-    assert logged(second, "smart_loss") == pytest.approx([mean], rel=1e-5)
+    assert logged(second, "smart_loss") == pytest.approx([mean], rel=1e-5)  # and none in the summary of the run
 
 
 def test_losses_of_ones_own(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Tagger(nn.Module):
         self.words = nn.Embedding(WORDS, WIDTH)
         self.body = nn.GRU(WIDTH, WIDTH, batch_first=True)
         self.head = nn.Linear(WIDTH, KINDS)
+        self.losses = 0
 
     def get_input_embeddings(self) -> nn.Module:
         return self.words
@@ -50,6 +51,7 @@ class Tagger(nn.Module):
         logits = self.after_words(self.words(input_ids))
         if labels is None:
             return logits
+        self.losses += 1
         return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
@@ -195,6 +197,8 @@ def test_gradients_are_those_of_the_task_and_of_smart_loss(
     assert_close(module.seen[0], expected)
     assert logged == pytest.approx([smoothness], rel=1e-4)
     assert smoothness > 1e-4
+    if module_class in (Module, Positional):
+        assert module.model.losses == 3  # in training and in two validations, not in perturbed passes
 
 
 def test_accumulated_batches(tmp_path: Path) -> None:
