@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,43 @@ def test_several_processes(name: str, tmp_path: Path) -> None:
     assert float(losses[-1][0]) < 0.6 * float(losses[0][0])
     assert all(0 < float(smoothness) < 1 for _, smoothness in losses)
     assert float(re.fullmatch(r"accuracy (\S+) on 2 x cpu", lines[-1])[1]) > 0.8
+
+
+# Least accuracy or explained variance; by chance it is 0.33 or 0.
+METRICS = {
+    "pytorch_loop": 0.9,
+    "accelerate_loop": 0.8,
+    "lightning_callback": 0.8,
+    "sequence_classification": 0.85,
+    "token_classification": 0.95,
+    "regression": 0.8,
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_training(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, since importing transformers takes longer than they do."""
+    if name != "pytorch_loop":
+        pytest.importorskip("transformers")
+        pytest.importorskip("lightning" if name == "lightning_callback" else "accelerate")
+    if name == "accelerate_loop":
+        from accelerate.state import AcceleratorState
+
+        monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # of other tests
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"step \d+: loss (\S+), regularizer (\S+)", line) for line in lines]
+    if any(found):
+        values = [(float(each[1]), float(each[2])) for each in found if each]
+    else:  # what Trainer prints
+        logs = [ast.literal_eval(line) for line in lines]
+        values = [(float(each["loss"]), float(each["smart_loss"])) for each in logs if "smart_loss" in each]
+    assert len(values) >= 4
+    assert values[-1][0] < 0.7 * values[0][0]
+    assert all(0 < smoothness < 1 for _, smoothness in values)
+    assert float(re.fullmatch(r"(?:accuracy|explained variance) (\S+)", last)[1]) > METRICS[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import itertools
@@ -34,7 +35,7 @@ _LABELS = ("labels", "shift_labels", "start_positions", "end_positions")
 class SMARTCallback(Callback):
     """Adds ``smart_weight`` times the SMART regularizer to the loss that ``training_step`` returns.
 
-        trainer = Trainer(callbacks=[SMARTCallback(SMARTArguments(smart_weight=1.0))])
+        trainer = Trainer(callbacks=[SMARTCallback(smart_weight=1.0)])
 
     The LightningModule stays as it is. During ``training_step`` the one call of its model is watched; afterwards the
     model runs again on the same arguments, with perturbed embeddings and without ``labels``. Logs ``smart_loss``, the
@@ -42,38 +43,50 @@ class SMARTCallback(Callback):
     LightningModule, several models, or manual optimization: call `smart_fast.SMARTLoss` in ``training_step``.)
 
     Args:
-        smart: the settings; None: the defaults.
+        smart: the settings in one object, whose attributes may be changed between steps.
         model: path of the model in the LightningModule, ``""`` for the LightningModule itself. It returns logits, or an
             object with ``logits``.
         embeddings: path, from the LightningModule, of the module whose output ``[B, S, D]`` is perturbed; None:
             ``get_input_embeddings()`` of the model.
+        **settings: the fields of `SMARTArguments` (``smart_weight=``, ``smart_steps=``, ...) instead of ``smart``.
 
     Raises:
-        ValueError: when training starts: manual optimization, or a setting or model that does not fit (see
-            `ModelRegularizer`).
+        TypeError: ``smart`` of another type or together with one of its fields, or a field that does not exist.
+        ValueError: a setting that does not exist; when training starts: manual optimization, or a model that does not
+            fit (see `input_embeddings`); in training: inputs without input ids.
         AttributeError: when training starts: a path that does not exist.
-        RuntimeError: in training: a ``training_step`` that calls the model, or the model its embeddings, not exactly
-            once.
+        RuntimeError: in training: a ``training_step`` that calls the model not exactly once.
     """
 
     def __init__(
-        self, smart: SMARTArguments | None = None, model: str = "model", embeddings: str | None = None
+        self,
+        smart: SMARTArguments | None = None,
+        model: str = "model",
+        embeddings: str | None = None,
+        **settings: Any,
     ) -> None:
-        self.smart = SMARTArguments() if smart is None else smart
+        self.smart = SMARTArguments.of(smart, settings)
         self.model, self.embeddings = model, embeddings
         self._resources = contextlib.ExitStack()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if not pl_module.automatic_optimization:
-            raise ValueError("SMARTCallback adds to the loss of training_step: it needs automatic optimization")
-        model = pl_module.get_submodule(self.model)
-        embeddings = None if self.embeddings is None else pl_module.get_submodule(self.embeddings)
-        regularizer = ModelRegularizer(model, self.smart, embeddings)
+        @functools.cache
+        def prepare() -> tuple[nn.Module, ModelRegularizer]:
+            if not pl_module.automatic_optimization:
+                raise ValueError("SMARTCallback adds to the loss of training_step: it needs automatic optimization")
+            model = pl_module.get_submodule(self.model)
+            embeddings = None if self.embeddings is None else pl_module.get_submodule(self.embeddings)
+            regularizer = ModelRegularizer(model, self.smart, embeddings)
+            self._resources.callback(regularizer.close)
+            return model, regularizer
+
         original = pl_module.training_step
 
+        @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             if self.smart.smart_weight == 0:
                 return original(*args, **kwargs)
+            model, regularizer = prepare()
             with regularizer.clean_pass(), _calls_of(model) as calls:
                 result = original(*args, **kwargs)
             if result is None:  # Lightning skips the batch
@@ -88,7 +101,8 @@ class SMARTCallback(Callback):
             extra = self.smart.smart_weight * smooth
             return {**result, "loss": result["loss"] + extra} if isinstance(result, Mapping) else result + extra
 
-        self._resources.callback(regularizer.close)
+        if self.smart.smart_weight != 0:
+            prepare()  # errors now rather than in the first batch
         self._resources.callback(pl_module.__dict__.pop, "training_step", None)
         pl_module.training_step = training_step
 

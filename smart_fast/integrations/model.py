@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_choice, check_count, check_number
+from ..backends import check_name
+from ..backends.base import UPDATES
 from ..loss import js_loss, kl_loss, sym_kl_loss
 from ..norms import Norm, inf_norm, sentence_norm
 from ..smart import SMARTLoss
 
-__all__ = ["EmbeddingTap", "ModelRegularizer", "SMARTArguments", "Smoothness"]
+__all__ = ["EmbeddingTap", "ModelRegularizer", "SMARTArguments", "Smoothness", "input_embeddings"]
 
 _NORMS: dict[str, Norm] = {"token": inf_norm, "sentence": sentence_norm(inf_norm)}
 _DIVERGENCES = {"kl": kl_loss, "sym_kl": sym_kl_loss, "js": js_loss}
@@ -48,21 +52,56 @@ class SMARTArguments:
     smart_divergence: str = _option("sym_kl", "What is returned: kl, sym_kl or js. The ascent climbs kl.")
     smart_backend: str = _option("auto", "Backend: auto, torch, triton or native.")
 
-    def norm_fn(self) -> Norm:
-        """The norm that ``smart_norm`` names, or ``smart_norm`` itself if it is a function.
+    def __post_init__(self) -> None:
+        """Check the settings where they are made, under their own names.
 
         Raises:
-            ValueError: an unknown name.
+            TypeError, ValueError: a setting that does not exist, or of the wrong type.
         """
-        if callable(self.smart_norm):
-            return self.smart_norm
-        if self.smart_norm not in _NORMS:
-            raise ValueError(f"smart_norm must be one of {list(_NORMS)} or a function, got {self.smart_norm!r}")
-        return _NORMS[self.smart_norm]
+        for name in ("smart_weight", "smart_step_size", "smart_epsilon", "smart_noise_var"):
+            check_number(name, getattr(self, name))
+        if self.smart_weight < 0:
+            raise ValueError(f"smart_weight must not be negative, got {self.smart_weight}")
+        check_count("smart_steps", self.smart_steps)
+        check_choice("smart_update", self.smart_update, UPDATES)
+        check_choice("smart_divergence", self.smart_divergence, tuple(_DIVERGENCES))
+        if not callable(self.smart_norm):
+            check_choice("smart_norm", self.smart_norm, tuple(_NORMS))
+        check_name(self.smart_backend, "smart_backend")
+
+    @classmethod
+    def of(cls, smart: SMARTArguments | None, given: dict[str, Any]) -> SMARTArguments:
+        """The settings of somebody who takes ``smart=SMARTArguments(...)`` or the settings themselves.
+
+        Raises:
+            TypeError: both, ``smart`` of another type, or a setting that does not exist.
+        """
+        if smart is None:
+            return cls(**given)
+        if not isinstance(smart, cls):
+            raise TypeError(f"smart must be a SMARTArguments, got {type(smart).__name__}")
+        if given:
+            raise TypeError(f"give smart= or single settings, not both: got smart and {', '.join(given)}")
+        return smart
+
+    def loss(self, eval_fn: Callable[..., Tensor], comparison: Callable[[Any], Callable[..., Tensor]]) -> SMARTLoss:
+        """The `SMARTLoss` of ``eval_fn`` whose losses are ``comparison`` of a divergence."""
+        return SMARTLoss(
+            eval_fn,
+            comparison(kl_loss),
+            comparison(_DIVERGENCES[self.smart_divergence]),
+            self.smart_norm if callable(self.smart_norm) else _NORMS[self.smart_norm],
+            num_steps=self.smart_steps,
+            step_size=self.smart_step_size,
+            epsilon=self.smart_epsilon,
+            noise_var=self.smart_noise_var,
+            backend=self.smart_backend,
+            update=self.smart_update,
+        )
 
 
 class Smoothness(NamedTuple):
-    """The regularizer as a sum, and over how many items (sequences, tokens or targets) it was taken."""
+    """The regularizer as a sum, and the number of items (sequences, tokens or targets) that it was taken over."""
 
     total: Tensor
     items: Tensor
@@ -83,31 +122,24 @@ class EmbeddingTap:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._recording = False
-        self._seen: list[Tensor] = []
+        self._seen: list[Tensor] | None = None
         self._replacement: Tensor | None = None
-        self._replaced = 0
         self._handle = module.register_forward_hook(self._hook)
 
     def _hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if self._replacement is not None:
-            self._replaced += 1
-            return self._replacement
-        if self._recording:
+        if self._seen is not None:
             self._seen.append(output)
-        return output
+        return output if self._replacement is None else self._replacement
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
         """Within the context, outputs of the module are appended to the list that it gives."""
         seen: list[Tensor] = []
         self._seen = seen
-        self._recording = True
         try:
             yield seen
         finally:
-            self._recording = False
-            self._seen = []
+            self._seen = None
 
     @contextlib.contextmanager
     def replacing(self, output: Tensor) -> Iterator[None]:
@@ -116,13 +148,14 @@ class EmbeddingTap:
         Raises:
             RuntimeError: the module was not called.
         """
-        self._replacement, self._replaced = output, 0
+        self._replacement = output
         try:
-            yield
-            if self._replaced == 0:
-                raise RuntimeError("the model did not call its input embeddings in the perturbed pass")
+            with self.recording() as seen:
+                yield
         finally:
             self._replacement = None
+        if not seen:
+            raise RuntimeError("the model did not call its input embeddings in the perturbed pass")
 
     def close(self) -> None:
         self._handle.remove()
@@ -143,40 +176,13 @@ class ModelRegularizer:
         embeddings: the module whose output ``[B, S, D]`` is perturbed; None: ``model.get_input_embeddings()``.
 
     Raises:
-        ValueError: an encoder-decoder model (it embeds two sequences), a model without input embeddings, or a setting
-            that `SMARTLoss` does not know.
+        ValueError: a model that does not fit (see `input_embeddings`).
     """
 
     def __init__(self, model: nn.Module, arguments: SMARTArguments, embeddings: nn.Module | None = None) -> None:
-        name = type(model).__name__
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            raise ValueError(
-                f"{name} is an encoder-decoder model, which embeds two sequences: use smart_fast.SMARTLoss with both "
-                "embeddings, as a tuple"
-            )
-        find: Any = getattr(model, "get_input_embeddings", None)
-        if embeddings is None and find is not None:
-            embeddings = find()
-        if not isinstance(embeddings, nn.Module):
-            raise ValueError(f"{name} has no input embeddings (get_input_embeddings() gives {embeddings!r})")
-        if arguments.smart_divergence not in _DIVERGENCES:
-            raise ValueError(
-                f"smart_divergence must be one of {list(_DIVERGENCES)}, got {arguments.smart_divergence!r}"
-            )
         self.model, self.arguments = model, arguments
-        self.smart = SMARTLoss(
-            self._evaluate,
-            _Divergence("kl"),
-            _Divergence(arguments.smart_divergence),
-            arguments.norm_fn(),
-            num_steps=arguments.smart_steps,
-            step_size=arguments.smart_step_size,
-            epsilon=arguments.smart_epsilon,
-            noise_var=arguments.smart_noise_var,
-            backend=arguments.smart_backend,
-            update=arguments.smart_update,
-        )
-        self._tap = EmbeddingTap(embeddings)
+        self.embeddings = input_embeddings(model) if embeddings is None else embeddings
+        self._tap = EmbeddingTap(self.embeddings)
         self._embeds: list[Tensor] = []
         self._shifts = _predicts_the_next_token(model)
 
@@ -206,12 +212,12 @@ class ModelRegularizer:
             shift_labels: labels that are aligned with the logits already.
 
         Raises:
-            RuntimeError: the clean pass called the input embeddings not exactly once.
+            ValueError: the clean pass called the input embeddings not exactly once.
             TypeError: outputs without logits.
         """
         embeds, self._embeds = self._embeds, []
         if len(embeds) != 1:
-            raise RuntimeError(
+            raise ValueError(
                 f"SMART needs one call of the input embeddings of {type(self.model).__name__} in the clean pass, got "
                 f"{len(embeds)} (inputs_embeds= among the inputs bypasses them)"
             )
@@ -219,19 +225,26 @@ class ModelRegularizer:
         logits = logits_of(outputs)
         kind = _kind(getattr(self.model, "config", None), logits, labels)
         rows = self._rows(logits, labels, shift_labels, attention_mask) if kind == "classes" else None
-        clean = _State(_comparable(logits, kind), rows, kind)
-        mask = _token_mask(attention_mask, embed)
-        total = self.smart(embed, clean, forward, rows, kind, mask=mask)
-        return Smoothness(total, _items(clean))
+
+        def evaluate(embed: Tensor) -> Tensor:
+            with self._tap.replacing(embed):
+                perturbed = forward()
+            return _comparable(logits_of(perturbed), kind)
+
+        def comparison(divergence: Any) -> Callable[..., Tensor]:
+            # Sums over items: they do not depend on how a batch is cut into pieces.
+            return _squared_error if kind == "numbers" else partial(divergence, reduction="sum", mask=rows)
+
+        clean = _comparable(logits, kind)
+        total = self.arguments.loss(evaluate, comparison)(embed, clean, mask=_token_mask(attention_mask, embed))
+        if rows is not None:
+            return Smoothness(total, rows.sum())
+        shape = clean.shape if kind == "numbers" else clean.shape[:-1]
+        return Smoothness(total, torch.full((), shape.numel(), device=logits.device))
 
     def close(self) -> None:
         """Take the hook off the model."""
         self._tap.close()
-
-    def _evaluate(self, embed: Tensor, forward: Callable[[], Any], rows: Tensor | None, kind: str) -> _State:
-        with self._tap.replacing(embed):
-            outputs = forward()
-        return _State(_comparable(logits_of(outputs), kind), rows, kind)
 
     def _rows(
         self, logits: Tensor, labels: Tensor | None, aligned: Tensor | None, attention_mask: Tensor | None
@@ -248,26 +261,25 @@ class ModelRegularizer:
         return None
 
 
-class _State:
-    """Logits, and how they are compared: one opaque state for `SMARTLoss`, which detaches it."""
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """The module whose output is perturbed.
 
-    def __init__(self, logits: Tensor, rows: Tensor | None, kind: str) -> None:
-        self.logits, self.rows, self.kind = logits, rows, kind
-
-    def detach(self) -> _State:
-        return _State(self.logits.detach(), self.rows, self.kind)
-
-
-class _Divergence:
-    """The divergence of two states, summed over items: it does not depend on how a batch is cut into pieces."""
-
-    def __init__(self, name: str) -> None:
-        self.loss = _DIVERGENCES[name]
-
-    def __call__(self, perturbed: _State, clean: _State) -> Tensor:
-        if clean.kind == "numbers":
-            return (perturbed.logits.float() - clean.logits.float()).square().sum()
-        return self.loss(perturbed.logits, clean.logits, reduction="sum", mask=clean.rows)
+    Raises:
+        ValueError: an encoder-decoder model (it embeds two sequences), or a model without input embeddings.
+    """
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is an encoder-decoder model, which embeds two sequences: use smart_fast.SMARTLoss with both "
+            "embeddings, as a tuple"
+        )
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embeddings = None
+    with contextlib.suppress(NotImplementedError):  # what transformers raises
+        embeddings = find()
+    if not isinstance(embeddings, nn.Module):
+        raise ValueError(f"{name} has no input embeddings (get_input_embeddings() gives {embeddings!r})")
+    return embeddings
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -298,11 +310,8 @@ def _comparable(logits: Tensor, kind: str) -> Tensor:
     return torch.stack([logits, torch.zeros_like(logits)], dim=-1) if kind == "flags" else logits
 
 
-def _items(state: _State) -> Tensor:
-    if state.rows is not None:
-        return state.rows.sum()
-    shape = state.logits.shape if state.kind == "numbers" else state.logits.shape[:-1]
-    return torch.full((), shape.numel(), device=state.logits.device)
+def _squared_error(perturbed: Tensor, clean: Tensor) -> Tensor:
+    return (perturbed.float() - clean.float()).square().sum()
 
 
 def _token_mask(attention_mask: Tensor | None, embed: Tensor) -> Tensor | None:
@@ -315,5 +324,6 @@ def _token_mask(attention_mask: Tensor | None, embed: Tensor) -> Tensor | None:
 
 def _predicts_the_next_token(model: nn.Module) -> bool:
     """Whether the model's own loss compares logits with the labels one to the right (causal language models)."""
-    loss_function = getattr(model, "loss_function", None)
-    return getattr(loss_function, "__name__", "") == "ForCausalLMLoss"
+    if getattr(model, "loss_type", None) is None:  # unknown to transformers, whose loss_function is then a guess
+        return False
+    return getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"

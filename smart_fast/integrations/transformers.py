@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,7 +15,7 @@ except ImportError as error:
         "pip install 'smart-fast[transformers]'"
     ) from error
 
-from .model import ModelRegularizer, SMARTArguments, Smoothness
+from .model import ModelRegularizer, SMARTArguments, Smoothness, input_embeddings
 
 __all__ = ["SMARTArguments", "SMARTTrainer"]
 
@@ -24,7 +23,7 @@ __all__ = ["SMARTArguments", "SMARTTrainer"]
 class SMARTTrainer(Trainer):
     """``transformers.Trainer`` whose loss is that of the task plus ``smart_weight`` times the SMART regularizer.
 
-        trainer = SMARTTrainer(model, args, train_dataset=data, smart=SMARTArguments(smart_weight=1.0))
+        trainer = SMARTTrainer(model, args, train_dataset=data, smart_weight=1.0)
 
     For models of one sequence of input embeddings: ``...ForSequenceClassification`` (classes, several labels,
     regression), ``...ForTokenClassification``, ``...ForCausalLM``, ``...ForMaskedLM``, and others that return logits.
@@ -36,22 +35,23 @@ class SMARTTrainer(Trainer):
     Combines with other trainers: ``class Mine(SMARTTrainer, OtherTrainer)``.
 
     Args:
-        *args, **kwargs: those of Trainer.
-        smart: the settings; None: the defaults. Changes between steps of what is not ``smart_weight`` have no effect.
+        *args, **kwargs: those of Trainer, and fields of `SMARTArguments` (``smart_weight=``, ``smart_steps=``, ...).
+        smart: these fields in one object, whose attributes may be changed between steps.
 
     Raises:
-        TypeError: ``smart`` of another type.
-        ValueError: in training: a setting or model that does not fit (see `ModelRegularizer`), or
-            ``torch.nn.DataParallel``, which Trainer uses for several GPUs in one process.
+        TypeError: ``smart`` of another type or together with one of its fields, or a field that does not exist.
+        ValueError: a setting that does not exist or a model that does not fit (see `input_embeddings`); in training,
+            inputs without input ids, or ``torch.nn.DataParallel``, which Trainer uses for several GPUs in one process.
     """
 
     def __init__(self, *args: Any, smart: SMARTArguments | None = None, **kwargs: Any) -> None:
-        self.smart = SMARTArguments() if smart is None else smart
-        if not isinstance(self.smart, SMARTArguments):
-            raise TypeError(f"smart must be a SMARTArguments, got {type(smart).__name__}")
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("smart_")}
+        self.smart = SMARTArguments.of(smart, given)
         self._regularizer: ModelRegularizer | None = None
-        self._unlogged: list[Tensor] = []  # the sum of the regularizer and of items since the last log
+        self._unlogged: Smoothness | None = None  # since the last log
         super().__init__(*args, **kwargs)
+        if self.smart.smart_weight != 0:
+            input_embeddings(self._unwrapped(self.model))  # whether there are any
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -81,11 +81,14 @@ class SMARTTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, with ``smart_loss`` where the loss of training is logged."""
-        if "loss" in logs and self._unlogged:
-            sums = self.accelerator.reduce(torch.stack(self._unlogged), reduction="sum")
-            logs["smart_loss"] = Smoothness(sums[0], sums[1]).mean.item()
-            self._unlogged = []
+        if "loss" in logs and self._unlogged is not None:
+            total, items = (self.accelerator.reduce(each, reduction="sum") for each in self._unlogged)
+            logs["smart_loss"] = Smoothness(total, items).mean.item()
+            self._unlogged = None
         super().log(logs, *args, **kwargs)
+
+    def _unwrapped(self, model: nn.Module) -> Any:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _regularizer_of(self, model: nn.Module) -> ModelRegularizer:
         if isinstance(model, nn.DataParallel):
@@ -93,17 +96,18 @@ class SMARTTrainer(Trainer):
                 "SMARTTrainer does not work in torch.nn.DataParallel, which Trainer uses for several GPUs in one "
                 "process: start it with torchrun, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
             )
-        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if self._regularizer is None or self._regularizer.model is not unwrapped:  # model_init makes new models
+        unwrapped = self._unwrapped(model)
+        embeddings = input_embeddings(unwrapped)
+        if self._regularizer is None or self._regularizer.embeddings is not embeddings:  # of a new model, or resized
             if self._regularizer is not None:
                 self._regularizer.close()
-            self._regularizer = ModelRegularizer(unwrapped, self.smart)
+            self._regularizer = ModelRegularizer(unwrapped, self.smart, embeddings)
         return self._regularizer
 
     def _on_the_scale_of_the_loss(self, smoothness: Smoothness, num_items_in_batch: Any) -> Tensor:
         """A mean over this batch, or this batch's part of the mean over the batches of an optimizer step: what
         ``Trainer.training_step`` expects of a loss."""
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # not in transformers 5.0
         if scaled is None:
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = counted or self.compute_loss_func is not None
@@ -117,5 +121,8 @@ class SMARTTrainer(Trainer):
         return part
 
     def _remember(self, smoothness: Smoothness) -> None:
-        new = [smoothness.total.detach().double(), smoothness.items.double()]
-        self._unlogged = [a + b for a, b in zip(self._unlogged, new, strict=True)] if self._unlogged else new
+        total, items = smoothness.total.detach().float(), smoothness.items
+        before = self._unlogged
+        self._unlogged = (
+            Smoothness(total, items) if before is None else Smoothness(before[0] + total, before[1] + items)
+        )
