@@ -1,6 +1,8 @@
-"""Projection onto the ball of a norm, in PyTorch: what ``update="paper"`` ends a step with."""
+"""Norms of gradients and projections onto balls, in PyTorch: what ``update="paper"`` takes beside additions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,42 +10,55 @@ from torch import Tensor
 from ..norms import Norm, known_norm
 
 
+def norm(x: Tensor, norm_fn: Norm) -> Tensor:
+    """``norm_fn(x)``, of entries of any magnitude: squares of what the largest of them has divided do not vanish.
+
+    The largest of a row or of a sentence where the norm is known to be one of those, else of all.
+    """
+    known = known_norm(norm_fn)
+    if known is None:
+        dims = tuple(range(x.dim()))
+    else:
+        dims = (-1,) if known.scope == "row" else tuple(range(1, x.dim()))
+    peak = torch.linalg.vector_norm(x, float("inf"), dim=dims, keepdim=True)
+    return norm_fn(x / torch.where(peak > 0, peak, 1.0)) * peak
+
+
 def direction(grad: Tensor, norm_fn: Norm) -> Tensor:
-    """``grad / norm(grad)``, zero where the norm is zero: scaled first, so that squares of tiny entries do not vanish.
+    """``grad / norm(grad)``, zero where the norm is zero."""
+    size = norm(grad, norm_fn)
+    return torch.where(size > 0, grad / size, 0.0)
 
-    The first scale is one for all, or each row's own where the norm is one of a row.
+
+def project(x: Tensor, norm_fn: Norm, radius: float | Tensor) -> Tensor:
+    """The point of ``{y: norm(y) <= radius}`` nearest to ``x``.
+
+    Norms that are no `inf_norm`, `l2_norm` or `l1_norm` (of a sentence or not): the multiple of ``x`` in the ball.
     """
     known = known_norm(norm_fn)
-    dims = (-1,) if known is not None and known.scope == "row" else tuple(range(grad.dim()))
-    peak = torch.linalg.vector_norm(grad, float("inf"), dim=dims, keepdim=True)
-    grad = torch.where(peak > 0, grad / peak, 0.0)
-    norm = torch.as_tensor(norm_fn(grad), device=grad.device)
-    return torch.where(norm > 0, grad / norm, 0.0)
-
-
-def project(noise: Tensor, norm_fn: Norm, radius: float | Tensor) -> Tensor:
-    """The point of ``{x: norm(x) <= radius}`` nearest to ``noise``; ``radius`` broadcasts to the norm.
-
-    Norms that are no `inf_norm`, `l2_norm` or `l1_norm` (of a sentence or not): the multiple of ``noise`` in the ball.
-    """
-    known = known_norm(norm_fn)
-    radius = torch.as_tensor(radius, dtype=noise.dtype, device=noise.device)
     if known is not None and known.kind == "inf":
-        return noise.clamp(-radius, radius)
+        bound: Any = radius  # number or tensor, which the types of clamp keep apart
+        return x.clamp(-bound, bound)
+    shrink = shrinkage(x, norm_fn, radius)
     if known is not None and known.kind == "l1":
-        flat = noise if known.scope == "row" else noise.flatten(1)
-        limit = radius if radius.dim() == 0 or known.scope == "row" else radius.flatten(1)
-        return _onto_l1(flat, limit).reshape(noise.shape)
-    norm = torch.as_tensor(norm_fn(noise), dtype=noise.dtype, device=noise.device)
-    return torch.where(norm > radius, noise * (radius / norm), noise)
+        return x.sign() * (x.abs() - shrink).clamp(min=0)
+    return x * shrink
 
 
-def _onto_l1(noise: Tensor, radius: Tensor) -> Tensor:
-    """Duchi et al., Efficient projections onto the l1-ball, 2008: shrink all entries by one threshold, by sorting."""
-    sizes = noise.abs()
-    ordered = sizes.sort(dim=-1, descending=True).values
-    rank = torch.arange(1, noise.shape[-1] + 1, dtype=noise.dtype, device=noise.device)
+def shrinkage(x: Tensor, norm_fn: Norm, radius: float | Tensor) -> Tensor:
+    """What the projection of ``x`` takes, broadcastable to it: for l1 what absolute values lose, else a factor."""
+    known = known_norm(norm_fn)
+    if known is not None and known.kind == "l1":
+        threshold = _threshold(x if known.scope == "row" else x.flatten(1), radius)
+        return threshold.view(*threshold.shape[:-1], *([1] * (x.dim() - threshold.dim() + 1)))
+    size = torch.as_tensor(norm_fn(x))  # a plain number is a norm too
+    return torch.where(size > radius, radius / size, 1.0)
+
+
+def _threshold(x: Tensor, radius: float | Tensor) -> Tensor:
+    """Duchi et al., Efficient projections onto the l1-ball, 2008, by sorting each row."""
+    ordered = x.abs().sort(dim=-1, descending=True).values
+    rank = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     thresholds = (ordered.cumsum(-1) - radius) / rank
     count = (ordered > thresholds).sum(-1, keepdim=True).clamp(min=1)
-    threshold = thresholds.gather(-1, count - 1).clamp(min=0)
-    return noise.sign() * (sizes - threshold).clamp(min=0)
+    return thresholds.gather(-1, count - 1).clamp(min=0)

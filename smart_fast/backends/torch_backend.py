@@ -30,13 +30,13 @@ def ascend(
     """One update of ``noise``; returns ``(embed + noise, noise)``."""
     finite = _movable_rows(grad, mask)
     grad = torch.where(finite, grad, 0.0) if isinstance(finite, Tensor) else grad
+    if unit is not None and mask is not None:  # of masked rows it may be anything
+        unit = torch.where(mask.unsqueeze(-1), unit, 0.0)
     step_size: float | Tensor = step.step_size if unit is None else step.step_size * unit
     epsilon: float | Tensor = step.epsilon if unit is None else step.epsilon * unit
     if step.update == "paper":
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
         moved = noise + step_size * ball.direction(grad.to(noise.dtype), step.norm_fn)
-        if mask is not None:  # before the norm of a sentence is taken
-            moved = torch.where(mask.unsqueeze(-1), moved, 0.0)
         moved = _into_ball(moved, step, unit)
     elif step.update == "sift":
         scale = step.norm_fn(grad) + epsilon
@@ -45,7 +45,9 @@ def ascend(
         moved = noise + step_size * grad
         scale = step.norm_fn(moved) + epsilon
         moved = moved / scale
-    if step.update != "paper" and not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
+    if step.update != "paper" and unit is not None:  # an embedding of zeros has no noise
+        moved = torch.where(scale != 0, moved, noise)
+    elif step.update != "paper" and not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
         # Nothing to divide by: smart-pytorch's NaN only where smart-pytorch has it.
         moved = torch.where((scale != 0) | (finite & (step.update != "sift")), moved, noise)
     noise = moved.detach()
