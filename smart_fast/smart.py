@@ -37,15 +37,15 @@ class SMARTLoss(nn.Module):
         num_steps: number of ascent steps K, K >= 0. The cost is that of ``1 + K`` forward passes and
             ``1 + K`` backward passes of ``eval_fn``, K of them to the input only.
         step_size: length of the step along the gradient.
-        epsilon: added to the norm before dividing by it.
+        epsilon: added to the norm before dividing by it; with ``update="paper"`` the radius of the ball.
         noise_var: standard deviation of the initial noise (the name is smart-pytorch's).
         backend: ``"torch"``, ``"triton"``, ``"native"``, or ``"auto"``: the fastest one for the tensors at hand.
         update: ``"smart-pytorch"``, noise <- s / (norm(s) + epsilon) with s = noise + step_size * g; or ``"sift"``,
             noise <- noise + step_size * g / (norm(g) + epsilon); or ``"paper"`` (its Algorithm 1),
             noise + step_size * g / norm(g) projected onto the ball of radius epsilon.
         ascent: only ``"perturbed"`` in this version.
-        scale: ``"absolute"``; or ``"relative"``: noise_var, step_size and epsilon are in units of the root mean square of
-            each token's embedding, so that one setting suits word embeddings and normalized ones.
+        scale: ``"absolute"``; or ``"relative"``: noise_var, step_size and epsilon are in units of the root mean square
+            of each token's embedding, so that one setting suits word embeddings and normalized ones.
         ascent_dtype: `torch.bfloat16` or `torch.float16`: the passes of the ascent run under autocast in it. The final
             pass keeps the precision of the caller.
         generator: where noise is drawn from; None: torch's default generator of the embedding's device. It must live
@@ -177,15 +177,16 @@ class SMARTLoss(nn.Module):
         for each in embeds:
             if each.numel() == 0:
                 return _nothing(embeds, state, self.parameters())
+        relative = self.scale == "relative"
         for each in embeds:
-            if not self._warned and precision.loses_noise(each.dtype, step, num_steps):
-                precision.warn_of_lost_noise(each.dtype, step.noise_var)
+            if not self._warned and (lost := precision.lost_noise(each.dtype, step, num_steps, relative)):
+                precision.warn_of_lost_noise(each.dtype, *lost, relative)
                 if not torch.compiler.is_compiling():  # there it is told when traced, and a flag would trace anew
                     self._warned = True
         numbers = (step.noise_var, step.step_size, step.epsilon)
         backends = [select(self.backend, each, numbers=numbers) for each in embeds]
 
-        units = [token_rms(each) if self.scale == "relative" else None for each in embeds]
+        units = [token_rms(each) if relative else None for each in embeds]
         each_embed = range(len(embeds))
         perturbed: list[Any] = [None] * len(embeds)
         noises: list[Any] = [None] * len(embeds)
@@ -205,7 +206,7 @@ class SMARTLoss(nn.Module):
         return self._compare("loss_last_fn", self.loss_last_fn, perturbed_state, state)
 
     def extra_repr(self) -> str:
-        names = ("num_steps", "step_size", "epsilon", "noise_var", "backend", "update")
+        names = ("num_steps", "step_size", "epsilon", "noise_var", "backend", "update", "scale")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _check_settings(self) -> Step:
