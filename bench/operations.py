@@ -52,7 +52,7 @@ class Perturb:
         def perturb(embed: Tensor, mask: Tensor | None) -> Tensor:
             module = select(backend, embed)
             # As in a call with steps to come: on a CPU the native backend stores its noise here.
-            return autograd.perturb(module, embed, self.noise_var, None, mask, keep_noise=True)[0]
+            return autograd.perturb(module, embed, self.noise_var, None, mask, True, None)[0]
 
         return perturb
 
@@ -118,7 +118,7 @@ class Ascend:
         def ascend(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
             module = select(backend, embed)
             given = noise if module is None else kept if stored else seed
-            return autograd.ascend(module, embed, grad, given, step, None, keep_noise=False)[0]
+            return autograd.ascend(module, embed, grad, given, step, None, False, None)[0]
 
         return ascend
 
@@ -137,7 +137,7 @@ def seeded_noise(embed: Tensor, seed: Tensor, noise_var: float) -> Tensor:
     zeros = torch.zeros_like(embed, dtype=torch.float32)
     for name, reason in smart_fast.available_backends().items():
         if reason is None and name != "torch" and (module := select(name, zeros)) is not None:
-            noise: Tensor = module.perturb(zeros, seed, noise_var, None, False)[0]
+            noise: Tensor = module.perturb(zeros, seed, noise_var, None, False, None)[0]
             return noise
     generator = _generator(embed.device, int(seed))
     return torch.randn(embed.shape, device=embed.device, generator=generator) * noise_var
@@ -149,5 +149,5 @@ def _keeps_noise(backend: str, device: torch.device) -> bool:
     module = select(backend, probe)
     if module is None:
         return True
-    _, noise = autograd.perturb(module, probe, 1.0, None, None, keep_noise=True)
+    _, noise = autograd.perturb(module, probe, 1.0, None, None, True, None)
     return bool(noise.dtype != torch.int64)

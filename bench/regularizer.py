@@ -28,7 +28,7 @@ def drawn_noise(embed: Tensor, backend: str | None) -> Tensor:
     if backend is None:
         return torch.randn_like(embed) * NOISE_VAR
     module = select(backend, embed)
-    _, noise = autograd.perturb(module, embed, NOISE_VAR, None, None, keep_noise=True)
+    _, noise = autograd.perturb(module, embed, NOISE_VAR, None, None, True, None)
     return seeded_noise(embed, noise, NOISE_VAR) if noise.dtype == torch.int64 else noise
 
 

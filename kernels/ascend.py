@@ -1,31 +1,36 @@
 """ascend: noise, gradient step, norm, projection and add, from the gradient to the next perturbed embedding.
 
-With g the gradient of the ascent loss with respect to the noise (0 for rows where it is not finite):
+With g the gradient of the ascent loss with respect to the noise (0 for rows where it is not finite), and u the unit of
+a row (1 if there are none):
 
-    smart-pytorch   m = noise + step_size * g    noise <- m / (norm(m) + epsilon)
-    sift            m = g                        noise <- noise + step_size * m / (norm(m) + epsilon)
+    smart-pytorch  m = noise + step_size * u * g            noise <- m / (norm(m) + epsilon * u)
+    sift           m = g                                    noise <- noise + step_size * u * m / (norm(m) + epsilon * u)
+    paper          m = noise / u + step_size * g / norm(g)  noise <- u * (the point nearest to m with norm <= epsilon)
 
 Token norms need one kernel. A norm over more than a row needs `measure_kernel` first, which leaves either one partial
-norm per row or, for a norm that only Python can compute, m itself. Floor: read embed, read g, write the
-result; the initial noise is regenerated from its seed.
+norm per row or, for a norm that only Python can compute, m itself; for paper twice, of g and of m. Floor: read embed,
+read g, write the result; the initial noise is regenerated from its seed.
+
+Passes over a row are loops over its blocks. Where there is one, the compiler finds that all passes load and compute the
+same, and does it once: the row stays in registers.
 """
 
 import triton
 import triton.language as tl
 
-from .indexing import as_fp32, row_offset
+from .indexing import as_fp32, load_unit, row_offset
 from .philox import normal_tile
 
 
 @triton.jit
 def _noise_tile(
-    noise_ptr, seed, noise_var, row, real, block, width, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr,
+    noise_ptr, seed, noise_var, unit, row, real, block, width, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The current noise of a tile: regenerated before the first step, read back afterwards. Zero where masked."""
     first = (row * width)[:, None]
     if FROM_SEED:
-        noise = normal_tile(seed, first, block, ROWS, BLOCK, ALIGNED) * as_fp32(noise_var)
+        noise = normal_tile(seed, first, block, ROWS, BLOCK, ALIGNED) * (as_fp32(noise_var) * unit)[:, None]
     else:
         col = block * BLOCK + tl.arange(0, BLOCK)
         noise = tl.load(noise_ptr + first + col[None, :], mask=real[:, None] & (col < width)[None, :], other=0.0)
@@ -33,26 +38,26 @@ def _noise_tile(
 
 
 @triton.jit
-def _grad_tile(grad_ptr, base, real, block, width, BLOCK: tl.constexpr):
+def _raw_grad_tile(grad_ptr, base, real, block, width, BLOCK: tl.constexpr):
     col = block * BLOCK + tl.arange(0, BLOCK)
     inside = real[:, None] & (col < width)[None, :]
     return tl.load(grad_ptr + base[:, None] + col[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _finite(grad):
-    """1 for each row of the tile in which every gradient is finite, else 0."""
-    return tl.min((tl.abs(grad) < float("inf")).to(tl.int32), axis=1)
+def _finite_rows(grad_ptr, base, real, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """1 for each row in which every gradient is finite, else 0."""
+    finite = tl.full([ROWS], 1, tl.int32)
+    for block in range(BLOCKS):
+        grad = _raw_grad_tile(grad_ptr, base, real, block, width, BLOCK)
+        finite = tl.minimum(finite, tl.min((tl.abs(grad) < float("inf")).to(tl.int32), axis=1))
+    return finite
 
 
 @triton.jit
-def _measured(noise, grad, finite, step_size, inside, UPDATE: tl.constexpr):
-    grad = tl.where(finite[:, None] > 0, grad, 0.0)
-    if UPDATE == "sift":
-        measured = grad
-    else:
-        measured = noise + as_fp32(step_size) * grad
-    return tl.where(inside, measured, 0.0)
+def _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK: tl.constexpr):
+    """The gradient, zero where masked or outside, and in rows that are not finite."""
+    return tl.where(finite[:, None] > 0, _raw_grad_tile(grad_ptr, base, real, block, width, BLOCK), 0.0)
 
 
 @triton.jit
@@ -67,83 +72,202 @@ def _accumulate(norm, measured, NORM: tl.constexpr):
 
 
 @triton.jit
-def _project(noise, measured, norm, step_size, epsilon, UPDATE: tl.constexpr):
-    """The update rule. A zero denominator leaves the noise where it is."""
-    denominator = norm + as_fp32(epsilon)
+def _grad_norm(
+    grad_ptr, base, real, finite, width, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The norm of the gradient of each row, whatever its magnitude: l2 squares what the largest entry has divided."""
+    norm = tl.zeros([ROWS], tl.float32)
+    if NORM != "l2":
+        for block in range(BLOCKS):
+            norm = _accumulate(norm, _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK), NORM)
+        return norm
+    else:
+        peak = tl.zeros([ROWS], tl.float32)
+        for block in range(BLOCKS):
+            peak = _accumulate(peak, _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK), "inf")
+        peak = tl.minimum(tl.maximum(peak, 1e-37), 1e37)  # its reciprocal is a normal number
+        for block in range(BLOCKS):
+            grad = _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK)
+            norm = _accumulate(norm, grad * (1.0 / peak)[:, None], NORM)
+        return peak * tl.sqrt(norm)
+
+
+@triton.jit
+def _tile(
+    grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
+    UPDATE: tl.constexpr, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``(noise, m)`` of a tile, m zero where masked or outside. ``norm``: of the gradient, read by paper only."""
+    grad = _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK)
+    noise = _noise_tile(noise_ptr, seed, noise_var, unit, row, real, block, width, FROM_SEED, ALIGNED, ROWS, BLOCK)
+    if UPDATE == "sift":
+        measured = grad
+    elif UPDATE == "paper":
+        moving, known = norm > 0.0, unit > 0.0
+        direction = tl.where(moving[:, None], grad / tl.where(moving, norm, 1.0)[:, None], 0.0)
+        measured = noise / tl.where(known, unit, 1.0)[:, None] + as_fp32(step_size) * direction
+        measured = tl.where(known[:, None], measured, 0.0)  # an embedding of zeros has no noise
+    else:
+        measured = noise + (as_fp32(step_size) * unit)[:, None] * grad
+    inside = real[:, None] & (block * BLOCK + tl.arange(0, BLOCK) < width)[None, :]
+    return noise, tl.where(inside, measured, 0.0)
+
+
+@triton.jit
+def _divided(noise, measured, norm, step_size, epsilon, unit, UPDATE: tl.constexpr):
+    """The new noise of smart-pytorch or sift. A zero denominator leaves the noise where it is."""
+    denominator = norm + as_fp32(epsilon) * unit
     dead = denominator == 0.0
     scale = 1.0 / tl.where(dead, 1.0, denominator)
     if UPDATE == "sift":
-        moved = noise + as_fp32(step_size) * measured * scale[:, None]
+        moved = noise + (as_fp32(step_size) * unit)[:, None] * measured * scale[:, None]
     else:
         moved = measured * scale[:, None]
     return tl.where(dead[:, None], noise, moved)
 
 
 @triton.jit
-def measure_kernel(
-    grad_ptr, noise_ptr, seed_ptr, mask_ptr, out_ptr,
-    rows, width, size1, size2, grad_stride0, grad_stride1, grad_stride2, noise_var, step_size,
-    UPDATE: tl.constexpr, NORM: tl.constexpr, FROM_SEED: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Writes one partial norm per row (``out``: fp32 ``[rows]``), or ``measured`` (fp32 ``[rows, width]``).
+def _projected(measured, shrink, epsilon, NORM: tl.constexpr):
+    """The point of the ball that is nearest to m, where `_shrink` is known."""
+    if NORM == "inf":
+        radius = as_fp32(epsilon)
+        return tl.minimum(tl.maximum(measured, -radius), radius)
+    elif NORM == "l2":
+        return measured * shrink[:, None]
+    else:
+        left = tl.maximum(tl.abs(measured) - shrink[:, None], 0.0)
+        return tl.where(measured < 0.0, -left, left)
 
-    NORM is "inf", "l2" (writes the sum of squares), "l1", or "opaque", which asks for ``measured``.
+
+@triton.jit
+def _above(measured, threshold):
+    """Number and sum of the absolute values above a threshold, of each row."""
+    size = tl.abs(measured)
+    above = size > threshold[:, None]
+    return tl.sum(above.to(tl.float32), axis=1), tl.sum(tl.where(above, size, 0.0), axis=1)
+
+
+@triton.jit
+def _shrink(
+    grad_ptr, base, noise_ptr, seed, noise_var, step_size, epsilon, unit, norm, finite, row, real, width,
+    NORM: tl.constexpr, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """What the projection of each row takes: a factor (l2), or the threshold that all absolute values lose (l1).
+
+    Michelot, A finite algorithm for finding the projection of a point onto the canonical simplex, 1986: the threshold
+    is the average excess of what is above the last one, until nothing more falls below. It only grows.
     """
+    radius = as_fp32(epsilon)
+    if NORM == "l2":
+        size = tl.zeros([ROWS], tl.float32)
+        for block in range(BLOCKS):
+            _, measured = _tile(
+                grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
+                "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
+            )  # fmt: skip
+            size = _accumulate(size, measured, NORM)
+        size = tl.sqrt(size)
+        return tl.where(size > radius, radius / tl.where(size > radius, size, 1.0), 1.0)
+    else:
+        _, first = _tile(
+            grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, 0, width,
+            "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
+        )  # fmt: skip
+        threshold = tl.zeros([ROWS], tl.float32)
+        count = tl.full([ROWS], -1.0, tl.float32)  # 0 once it stays: in the loop's own state, as Triton 3.7 needs it
+        while tl.max((count != 0.0).to(tl.int32), axis=0) > 0:
+            above, total = _above(first, threshold)
+            for block in range(1, BLOCKS):
+                _, measured = _tile(
+                    grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
+                    "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
+                )  # fmt: skip
+                more, sizes = _above(measured, threshold)
+                above, total = above + more, total + sizes
+            threshold = tl.maximum(threshold, (total - radius) / tl.maximum(above, 1.0))
+            count = tl.where((above == count) | (count == 0.0), 0.0, above)
+        return threshold
+
+
+@triton.jit
+def measure_kernel(
+    grad_ptr, noise_ptr, seed_ptr, norm_ptr, mask_ptr, unit_ptr, out_ptr,
+    rows, width, size1, size2, grad_stride0, grad_stride1, grad_stride2, noise_var, step_size,
+    UPDATE: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr, FROM_SEED: tl.constexpr, MASKED: tl.constexpr,
+    RELATIVE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Writes one partial norm of m per row (``out``: fp32 ``[rows]``), or m itself (fp32 ``[rows, width]``).
+
+    NORM is "inf", "l2", "l1", or "opaque", which asks for m. The partial norm of l2 is the sum of squares; for paper it
+    is the norm. For paper m is g, unless GIVEN: ``norm`` holds the norm of g for each row.
+    """
+    OF: tl.constexpr = "sift" if UPDATE == "paper" and not GIVEN else UPDATE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = row < rows
     if MASKED:
         real = tl.load(mask_ptr + row, mask=real, other=0) != 0
+    unit = load_unit(unit_ptr, row, rows, RELATIVE, ROWS)
     base = row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)
     seed = tl.load(seed_ptr)
+    finite = _finite_rows(grad_ptr, base, real, width, ROWS, BLOCK, BLOCKS)
+    given = tl.zeros([ROWS], tl.float32)
+    if GIVEN:
+        given = tl.load(norm_ptr + row, mask=row < rows, other=0.0)
 
-    finite = tl.full([ROWS], 1, tl.int32)
-    if BLOCKS > 1:
+    if UPDATE == "paper" and not GIVEN and NORM != "opaque":
+        norm = _grad_norm(grad_ptr, base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS)
+    else:
+        norm = tl.zeros([ROWS], tl.float32)
         for block in range(BLOCKS):
-            finite = tl.minimum(finite, _finite(_grad_tile(grad_ptr, base, real, block, width, BLOCK)))
-    norm = tl.zeros([ROWS], tl.float32)
-    for block in range(BLOCKS):
-        col = block * BLOCK + tl.arange(0, BLOCK)
-        inside = real[:, None] & (col < width)[None, :]
-        grad = _grad_tile(grad_ptr, base, real, block, width, BLOCK)
-        if BLOCKS == 1:
-            finite = _finite(grad)
-        noise = _noise_tile(noise_ptr, seed, noise_var, row, real, block, width, FROM_SEED, ALIGNED, ROWS, BLOCK)
-        measured = _measured(noise, grad, finite, step_size, inside, UPDATE)
-        if NORM == "opaque":
-            everywhere = (row < rows)[:, None] & (col < width)[None, :]
-            tl.store(out_ptr + (row * width)[:, None] + col[None, :], measured, mask=everywhere)
-        else:
-            norm = _accumulate(norm, measured, NORM)
+            _, measured = _tile(
+                grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, given, finite, row, real, block, width,
+                OF, FROM_SEED, ALIGNED, ROWS, BLOCK,
+            )  # fmt: skip
+            if NORM == "opaque":
+                col = block * BLOCK + tl.arange(0, BLOCK)
+                everywhere = (row < rows)[:, None] & (col < width)[None, :]
+                tl.store(out_ptr + (row * width)[:, None] + col[None, :], measured, mask=everywhere)
+            else:
+                norm = _accumulate(norm, measured, NORM)
+        if UPDATE == "paper" and NORM == "l2":
+            norm = tl.sqrt(norm)
     if NORM != "opaque":
         tl.store(out_ptr + row, norm, mask=row < rows)
 
 
 @triton.jit
 def ascend_kernel(
-    embed_ptr, grad_ptr, noise_ptr, seed_ptr, mask_ptr, norm_ptr, out_ptr, noise_out_ptr,
+    embed_ptr, grad_ptr, noise_ptr, seed_ptr, norm_ptr, shrink_ptr, mask_ptr, unit_ptr, out_ptr, noise_out_ptr,
     rows, width, size1, size2,
     embed_stride0, embed_stride1, embed_stride2, grad_stride0, grad_stride1, grad_stride2,
     group, noise_var, step_size, epsilon,
     UPDATE: tl.constexpr, NORM: tl.constexpr, SCOPE: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    FROM_SEED: tl.constexpr, KEEP_NOISE: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    FROM_SEED: tl.constexpr, KEEP_NOISE: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` = embed + the updated noise, and that noise itself (fp32) when KEEP_NOISE.
 
-    SCOPE says where the norm comes from: "row", computed here; "group", the partial norms of ``group`` consecutive
-    rows (at most GROUP_BLOCK of them), left by `measure_kernel`; "given", one value per row in ``norm``.
-    Rows whose mask byte is zero get no noise.
+    SCOPE says where norms come from: "row", computed here; "group", the partial norms of ``group`` consecutive rows (at
+    most GROUP_BLOCK of them), left by `measure_kernel`; "given", one value per row in ``norm`` and, for paper, one in
+    ``shrink`` (see `_shrink`). paper knows no "group". Rows whose mask byte is zero get no noise.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
+    unit = load_unit(unit_ptr, row, rows, RELATIVE, ROWS)
     embed_base = row_offset(row, size1, size2, embed_stride0, embed_stride1, embed_stride2)
     grad_base = row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)
     seed = tl.load(seed_ptr)
+    if BLOCKS == 1:  # asked for before the reductions wait for the gradient
+        col = tl.arange(0, BLOCK)
+        everywhere = valid[:, None] & (col < width)[None, :]
+        embed = tl.load(embed_ptr + embed_base[:, None] + col[None, :], mask=everywhere).to(tl.float32)
 
+    finite = _finite_rows(grad_ptr, grad_base, real, width, ROWS, BLOCK, BLOCKS)
     norm = tl.zeros([ROWS], tl.float32)
     if SCOPE == "given":
         norm = tl.load(norm_ptr + row, mask=valid, other=0.0)
@@ -155,39 +279,44 @@ def ascend_kernel(
             norm = tl.max(partial, axis=1)
         else:
             norm = tl.sum(partial, axis=1)
-
-    finite = tl.full([ROWS], 1, tl.int32)
-    if BLOCKS > 1:
+    elif UPDATE == "paper":
+        norm = _grad_norm(grad_ptr, grad_base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS)
+    else:
         for block in range(BLOCKS):
-            finite = tl.minimum(finite, _finite(_grad_tile(grad_ptr, grad_base, real, block, width, BLOCK)))
-        if SCOPE == "row":
-            for block in range(BLOCKS):
-                inside = real[:, None] & (block * BLOCK + tl.arange(0, BLOCK) < width)[None, :]
-                grad = _grad_tile(grad_ptr, grad_base, real, block, width, BLOCK)
-                noise = _noise_tile(
-                    noise_ptr, seed, noise_var, row, real, block, width, FROM_SEED, ALIGNED, ROWS, BLOCK
-                )
-                norm = _accumulate(norm, _measured(noise, grad, finite, step_size, inside, UPDATE), NORM)
-            if NORM == "l2":
-                norm = tl.sqrt(norm)
-    if SCOPE == "group" and NORM == "l2":
+            if UPDATE == "sift":  # the noise can wait
+                measured = _grad_tile(grad_ptr, grad_base, real, finite, block, width, BLOCK)
+            else:
+                _, measured = _tile(
+                    grad_ptr, grad_base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block,
+                    width, UPDATE, FROM_SEED, ALIGNED, ROWS, BLOCK,
+                )  # fmt: skip
+            norm = _accumulate(norm, measured, NORM)
+    if UPDATE != "paper" and SCOPE != "given" and NORM == "l2":
         norm = tl.sqrt(norm)
+
+    shrink = tl.zeros([ROWS], tl.float32)
+    if UPDATE == "paper" and NORM != "inf":
+        if SCOPE == "given":
+            shrink = tl.load(shrink_ptr + row, mask=valid, other=0.0)
+        else:
+            shrink = _shrink(
+                grad_ptr, grad_base, noise_ptr, seed, noise_var, step_size, epsilon, unit, norm, finite, row, real,
+                width, NORM, FROM_SEED, ALIGNED, ROWS, BLOCK, BLOCKS,
+            )  # fmt: skip
 
     for block in range(BLOCKS):
         col = block * BLOCK + tl.arange(0, BLOCK)
         everywhere = valid[:, None] & (col < width)[None, :]
-        inside = real[:, None] & (col < width)[None, :]
-        grad = _grad_tile(grad_ptr, grad_base, real, block, width, BLOCK)
-        embed = tl.load(embed_ptr + embed_base[:, None] + col[None, :], mask=everywhere).to(tl.float32)
-        if BLOCKS == 1:
-            finite = _finite(grad)
-        noise = _noise_tile(noise_ptr, seed, noise_var, row, real, block, width, FROM_SEED, ALIGNED, ROWS, BLOCK)
-        measured = _measured(noise, grad, finite, step_size, inside, UPDATE)
-        if BLOCKS == 1 and SCOPE == "row":
-            norm = _accumulate(norm, measured, NORM)
-            if NORM == "l2":
-                norm = tl.sqrt(norm)
-        moved = _project(noise, measured, norm, step_size, epsilon, UPDATE)
+        if BLOCKS > 1:
+            embed = tl.load(embed_ptr + embed_base[:, None] + col[None, :], mask=everywhere).to(tl.float32)
+        noise, measured = _tile(
+            grad_ptr, grad_base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
+            UPDATE, FROM_SEED, ALIGNED, ROWS, BLOCK,
+        )  # fmt: skip
+        if UPDATE == "paper":
+            moved = _projected(measured, shrink, epsilon, NORM) * unit[:, None]
+        else:
+            moved = _divided(noise, measured, norm, step_size, epsilon, unit, UPDATE)
         moved = tl.where(real[:, None], moved, 0.0)
         out_offset = (row * width)[:, None] + col[None, :]
         tl.store(out_ptr + out_offset, (embed + moved).to(out_ptr.dtype.element_ty), mask=everywhere)

@@ -1,4 +1,4 @@
-"""Arguments of kernels: rows of a dense last dimension, host numbers."""
+"""Arguments of kernels: rows of a dense last dimension, numbers of rows, host numbers."""
 
 import triton
 import triton.language as tl
@@ -17,6 +17,15 @@ def row_offset(row, size1, size2, stride0, stride1, stride2):
     i0 = (rest // size1).to(tl.int64)
     i1 = (rest % size1).to(tl.int64)
     return i0 * stride0 + i1 * stride1 + i2.to(tl.int64) * stride2
+
+
+@triton.jit
+def load_unit(unit_ptr, row, rows, RELATIVE: tl.constexpr, ROWS: tl.constexpr):
+    """The fp32 unit of each row; one where there are none, which multiplies nothing once compiled."""
+    if RELATIVE:
+        return tl.load(unit_ptr + row, mask=row < rows, other=0.0)
+    else:
+        return tl.full([ROWS], 1.0, tl.float32)
 
 
 @triton.jit

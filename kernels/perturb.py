@@ -1,9 +1,9 @@
-"""perturb: embed + noise_var * normal(seed), the noise never touching memory. Floor: read embed, write the result."""
+"""perturb: embed + noise_var * unit * normal(seed), the noise never in memory. Floor: read embed, write the result."""
 
 import triton
 import triton.language as tl
 
-from .indexing import as_fp32, row_offset
+from .indexing import as_fp32, load_unit, row_offset
 from .philox import normal_tile
 
 
@@ -12,6 +12,7 @@ def perturb_kernel(
     embed_ptr,
     seed_ptr,
     mask_ptr,
+    unit_ptr,
     out_ptr,
     rows,
     width,
@@ -22,6 +23,7 @@ def perturb_kernel(
     stride2,
     noise_var,
     MASKED: tl.constexpr,
+    RELATIVE: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -40,7 +42,7 @@ def perturb_kernel(
     base = row_offset(row, size1, size2, stride0, stride1, stride2)
     embed = tl.load(embed_ptr + base[:, None] + col[None, :], mask=inside).to(tl.float32)
     noise = normal_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED)
-    noise = noise * as_fp32(noise_var)
+    noise = noise * (as_fp32(noise_var) * load_unit(unit_ptr, row, rows, RELATIVE, ROWS))[:, None]
     if MASKED:
         real = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0
         noise = tl.where(real[:, None], noise, 0.0)

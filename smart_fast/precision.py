@@ -43,31 +43,44 @@ def unscale(grad: Tensor, scale: float | Tensor) -> Tensor:
     return grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
 
 
-def loses_noise(dtype: torch.dtype, step: Step, num_steps: int) -> bool:
-    """Whether most of the final noise cannot change an embedding of ``dtype``, however small its entries usually are.
+def lost_noise(dtype: torch.dtype, step: Step, num_steps: int, relative: bool) -> tuple[str, float] | None:
+    """The setting, if there is one, that keeps most of the final noise too small to change an embedding of ``dtype``.
 
-    Told from settings alone, since looking at the embedding would synchronize its device.
+    Told from settings alone, since looking at the embedding would synchronize its device: ``relative`` ones are in
+    units of its entries, others are compared with entries as small as they usually get.
     """
     if dtype not in HALF or isinstance(step.noise_var, Tensor) or isinstance(step.step_size, Tensor):
-        return False
-    size = abs(step.noise_var)
+        return None
+    name, size = "noise_var", abs(step.noise_var)
+    value = step.noise_var
     if num_steps > 0:
         if step.update == "smart-pytorch":
-            return False  # its noise has a norm near one, whatever it was drawn as
+            return None  # its noise has a norm near one, whatever it was drawn as
         size = max(size, num_steps * abs(step.step_size))
-    return 0 < size < torch.finfo(dtype).eps * _TYPICAL / 8  # of which a fifth of the entries change
+        if step.update == "paper":
+            if isinstance(step.epsilon, Tensor):
+                return None
+            if abs(step.epsilon) < size:
+                name, size, value = "epsilon", abs(step.epsilon), step.epsilon
+    least = torch.finfo(dtype).eps * (1.0 if relative else _TYPICAL) / 8  # of which a fifth of the entries change
+    return (name, value) if 0 < size < least else None
 
 
 @when_traced
-def warn_of_lost_noise(dtype: torch.dtype, noise_var: Any) -> None:
+def warn_of_lost_noise(dtype: torch.dtype, name: str, value: float, relative: bool) -> None:
     epsilon = torch.finfo(dtype).eps
     enough = 4 * epsilon
-    name = str(dtype).removeprefix("torch.")
+    kind = str(dtype).removeprefix("torch.")
+    if relative:
+        remedy = "works"
+    else:
+        remedy = (
+            f"times the root mean square of the embedding works: {enough * _TYPICAL:.1e} for word embeddings (rms"
+            f" {_TYPICAL:g}), {enough:.1e} after a LayerNorm (rms 1)"
+        )
     warnings.warn(
-        f"noise_var={noise_var:g} is mostly lost when it is added to a {name} embedding: rounding takes what is below"
-        f" {epsilon / 4:.1e} of an entry. noise_var of {enough:.1e} times the root mean square of the embedding works:"
-        f" {enough * _TYPICAL:.1e} for word embeddings (rms {_TYPICAL:g}), {enough:.1e} after a LayerNorm (rms 1); so"
-        " does a float32 embedding (autocast)",
+        f"{name}={value:g} is mostly lost when it is added to a {kind} embedding: rounding takes what is below"
+        f" {epsilon / 4:.1e} of an entry. {name} of {enough:.1e} {remedy}; so does a float32 embedding (autocast)",
         UserWarning,
         stacklevel=6,
     )

@@ -93,18 +93,34 @@ def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wr
     kept = torch.empty(2, 3, width, device="meta")
     mask = torch.empty(2, 3, dtype=torch.bool, device="meta") if masked else None
     norm = torch.empty(6, device="meta")
+    unit = torch.empty(2, 3, 1, device="meta")
     for embed in (x, strided):
-        ops.perturb(embed, seed, 1e-5, mask, wrap=wrap)
+        ops.perturb(embed, seed, 1e-5, mask, None, wrap=wrap)
+    ops.perturb(strided, seed, 1e-5, mask, unit, wrap=wrap)
     for update, kind, noise in itertools.product(
         ("smart-pytorch", "sift") if every else ("sift",), ("inf", "l2", "l1") if every else ("l2",), (seed, kept)
     ):
         step = (1e-5, 1e-3, update)
-        ops.ascend_measure(x, noise, mask, kind, *step, wrap=wrap)
-        ops.ascend_measure(x, noise, mask, "opaque", *step, wrap=wrap)
+        ops.ascend_measure(x, noise, None, mask, None, kind, *step, wrap=wrap)
+        ops.ascend_measure(x, noise, None, mask, None, "opaque", *step, wrap=wrap)
         for keep in (False, True) if every else (True,):
-            ops.ascend(strided, x, noise, None, mask, kind, "row", *step, 1e-6, keep, wrap=wrap)
-            ops.ascend(strided, x, noise, norm, mask, kind, "group", *step, 1e-6, keep, wrap=wrap)
-            ops.ascend(strided, x, noise, norm, mask, "inf", "given", *step, 1e-6, keep, wrap=wrap)
+            ops.ascend(strided, x, noise, None, None, mask, None, kind, "row", *step, 1e-6, keep, wrap=wrap)
+            ops.ascend(strided, x, noise, norm, None, mask, None, kind, "group", *step, 1e-6, keep, wrap=wrap)
+            ops.ascend(strided, x, noise, norm, None, mask, None, "inf", "given", *step, 1e-6, keep, wrap=wrap)
+    step = (1e-5, 1e-3, "paper")
+    for kind, noise in itertools.product(("inf", "l2", "l1") if every else ("l1",), (seed, kept) if every else (kept,)):
+        for units in (None, unit) if every else (unit,):
+            ops.ascend(strided, x, noise, None, None, mask, units, kind, "row", *step, 1e-6, True, wrap=wrap)
+        if every:
+            shrink = None if kind == "inf" else norm
+            ops.ascend(strided, x, noise, norm, shrink, mask, unit, kind, "given", *step, 1e-6, True, wrap=wrap)
+        ops.ascend_measure(x, noise, None, mask, None, "l2" if kind == "l1" else kind, *step, wrap=wrap)
+        ops.ascend_measure(x, noise, norm, mask, unit, "opaque" if kind == "l1" else kind, *step, wrap=wrap)
+    if every:
+        for update in ("smart-pytorch", "sift"):
+            step = (1e-5, 1e-3, update)
+            ops.ascend_measure(x, seed, None, mask, unit, "l2", *step, wrap=wrap)
+            ops.ascend(strided, x, kept, None, None, mask, unit, "l2", "row", *step, 1e-6, True, wrap=wrap)
 
 
 def _record_divergence(dtype: torch.dtype, width: int, masked: bool, every: bool, full: bool, wrap: Any) -> None:

@@ -6,6 +6,7 @@ distributions by series, so that the oracle stays accurate where float64 itself 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -110,6 +111,7 @@ def divergence_grads(kind: str, x: Tensor, t: Tensor, alpha: float, upstream: Te
     return alpha * toward_p(g * mean), alpha * toward_q(g * mean)
 
 
+@functools.lru_cache(maxsize=32)  # Python is slow, and tests ask for the same noise again: not to be written to
 def philox_normal(seed: int, count: int, start: int = 0) -> np.ndarray:
     """The noise of elements start … start + count - 1, float64: Philox-4x32-7 and Box-Muller from their papers.
 
@@ -148,18 +150,41 @@ def norm_rows(kind: str, scope: str, x: Tensor) -> Tensor:
     return value.reshape(*value.shape, *([1] * (x.dim() - value.dim())))
 
 
+def ball_projection(kind: str, scope: str, x: Tensor, radius: float) -> Tensor:
+    """The point nearest to x of the ball of a norm, float64; that of l1 by bisection for what each entry loses."""
+    x = x.double()
+    if kind == "inf":
+        return x.clamp(-radius, radius)
+    if kind == "l2":
+        return x * (radius / norm_rows(kind, scope, x).clamp_min(1e-300)).clamp_max(1.0)
+    low, high = torch.zeros_like(norm_rows("inf", scope, x)), norm_rows("inf", scope, x)
+    for _ in range(200):
+        middle = (low + high) / 2
+        outside = norm_rows("l1", scope, (x.abs() - middle).clamp_min(0.0)) > radius
+        low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
+    inside = norm_rows("l1", scope, x) <= radius
+    return torch.where(inside, x, x.sign() * (x.abs() - high).clamp_min(0.0))
+
+
 def ascend(noise: Tensor, grad: Tensor, update: str, kind: str, scope: str, step_size: float, epsilon: float,
-           mask: Tensor | None) -> Tensor:  # fmt: skip
-    """The next noise, float64: non-finite gradient rows count as zero, masked rows get none."""
+           mask: Tensor | None, unit: Tensor | None = None) -> Tensor:  # fmt: skip
+    """The next noise, float64: non-finite gradient rows count as zero, masked rows get none, nor those of unit 0."""
     noise, grad = noise.double(), grad.double()
+    unit = torch.ones_like(noise[..., :1]) if unit is None else unit.double()
     finite = grad.isfinite().all(-1, keepdim=True)
     if mask is not None:
         finite = finite & mask.unsqueeze(-1)
-        noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
+        noise, unit = (torch.where(mask.unsqueeze(-1), each, 0.0) for each in (noise, unit))
     grad = torch.where(finite, grad, 0.0)
+    if update == "paper":
+        norm = norm_rows(kind, scope, grad)
+        step = noise + step_size * unit * torch.where(norm > 0, grad / norm, 0.0)
+        return unit * ball_projection(kind, scope, torch.where(unit > 0, step / unit, 0.0), epsilon)
     if update == "sift":
-        moved = noise + step_size * grad / (norm_rows(kind, scope, grad) + epsilon)
+        step = unit * grad / (norm_rows(kind, scope, grad) + epsilon * unit)
+        moved = noise + step_size * torch.where(unit > 0, step, 0.0)
     else:
-        step = noise + step_size * grad
-        moved = step / (norm_rows(kind, scope, step) + epsilon)
+        step = noise + step_size * unit * grad
+        size = norm_rows(kind, scope, step) + epsilon * unit
+        moved = torch.where(size > 0, step / size, 0.0)
     return moved if mask is None else torch.where(mask.unsqueeze(-1), moved, 0.0)

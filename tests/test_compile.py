@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smart_fast import SMARTLoss, js_loss, kl_loss, sentence_norm, sym_kl_loss
 from smart_fast.backends import select
-from smart_fast.norms import l2_norm
+from smart_fast.norms import inf_norm, l1_norm, l2_norm
 
 SETTINGS = {"step_size": 10.0, "noise_var": 0.1}  # so that the ascent matters
 
@@ -105,6 +105,15 @@ def test_inductor(num_steps, backend):
     net, embed = classifier(), torch.randn(5, 8, requires_grad=True)
     smart = SMARTLoss(net, kl_loss, sym_kl_loss, num_steps=num_steps, backend=backend, **SETTINGS)
     check(lambda: smart(embed, net(embed)), [embed, *net.parameters()], "inductor")
+
+
+@pytest.mark.parametrize("norm", [inf_norm, l1_norm, sentence_norm(l1_norm), lambda x: x.abs().amax()])
+def test_paper_and_relative(norm, backend):
+    net, embed = classifier(), torch.randn(5, 8, requires_grad=True)
+    smart = SMARTLoss(
+        net, kl_loss, sym_kl_loss, norm, 2, 1.0, 0.3, 0.1, update="paper", scale="relative", backend=backend
+    )
+    check(lambda: smart(embed, net(embed)), [embed, *net.parameters()])
 
 
 def test_a_whole_step_compiles_with_inductor():
@@ -350,9 +359,11 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("update", ["smart-pytorch", "sift"])
+@pytest.mark.parametrize("update", ["smart-pytorch", "sift", "paper"])
 @pytest.mark.parametrize(
-    "norm", [None, sentence_norm(l2_norm), lambda x: x.abs().amax()], ids=["inf", "sentence", "own"]
+    "norm",
+    [None, sentence_norm(l2_norm), sentence_norm(l1_norm), lambda x: x.abs().amax()],
+    ids=["inf", "sentence", "l1", "own"],
 )
 def test_triton_reads_nothing_back(norm, update):
     if select("triton", torch.zeros(1, 1)) is None:

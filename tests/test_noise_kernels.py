@@ -19,7 +19,7 @@ from tests import oracle
 def noise_like(backend: ModuleType, embed: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The noise that `perturb` adds to zeros of the shape and strides of ``embed``."""
     seeds = torch.tensor([seed], dtype=torch.int64, device=embed.device)
-    return backend.perturb(torch.zeros_like(embed), seeds, 1.0, mask, False)[0]
+    return backend.perturb(torch.zeros_like(embed), seeds, 1.0, mask, False, None)[0]
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def test_pure_function_of_the_index(width: int, backend: ModuleType, device: tor
 
     seed = torch.tensor([7], device=device)
     strided = row_major(4, 2, 3, width, device=device).permute(1, 2, 0, 3)
-    assert torch.equal(backend.perturb(strided, seed, 1.0, None, False)[0], shaped)
+    assert torch.equal(backend.perturb(strided, seed, 1.0, None, False, None)[0], shaped)
     mask = torch.rand(2, 3, 4, device=device) < 0.5
-    masked = backend.perturb(strided, seed, 1.0, mask, False)[0]
+    masked = backend.perturb(strided, seed, 1.0, mask, False, None)[0]
     assert torch.equal(masked, torch.where(mask.unsqueeze(-1), shaped, 0.0))
 
 
@@ -109,11 +109,25 @@ def test_another_block_size(monkeypatch: pytest.MonkeyPatch, backend: ModuleType
 def test_added_in_fp32(dtype: torch.dtype, backend: ModuleType, device: torch.device, poison: None) -> None:
     embed = torch.randn(6, 20, device=device).to(dtype)
     seed = torch.tensor([5], device=device)
-    got = backend.perturb(embed, seed, 0.1, None, False)[0]
+    got = backend.perturb(embed, seed, 0.1, None, False, None)[0]
     exact = embed.cpu().double() + 0.1 * torch.from_numpy(oracle.philox_normal(5, 120)).view(6, 20)
     ulp = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert got.dtype == dtype
     assert ((got.cpu().double() - exact).abs() <= ulp * exact.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("width", [1, 7, 768, 1500])
+def test_units_scale_the_noise_of_rows(width: int, backend: ModuleType, device: torch.device, poison: None) -> None:
+    embed, seed = torch.randn(4, 2, 3, width, device=device).permute(1, 2, 0, 3), torch.tensor([5], device=device)
+    unit = torch.rand(2, 3, 4, 1, device=device)
+    unit[0, 0, 0] = 0.0
+    mask = torch.rand(2, 3, 4, device=device) < 0.5
+    normal = torch.from_numpy(oracle.philox_normal(5, embed.numel())).view(embed.shape)
+    for rows in (None, mask):
+        got, _ = backend.perturb(embed, seed, 0.1, rows, False, unit)
+        noise = 0.1 * unit.cpu().double() * normal
+        noise = noise if rows is None else torch.where(rows.cpu().unsqueeze(-1), noise, 0.0)
+        assert oracle.relative_error(got, embed.cpu().double() + noise) < 2e-7
 
 
 @triton.jit
@@ -135,13 +149,13 @@ def test_beyond_32_bits(first: int, device: torch.device) -> None:
 def test_seeds_follow_torch(backend: ModuleType, device: torch.device) -> None:
     embed = torch.zeros(3, 8, device=device)
     torch.manual_seed(0)
-    first = autograd.perturb(backend, embed, 1.0, None, None, False)[0]
-    second = autograd.perturb(backend, embed, 1.0, None, None, False)[0]
+    first = autograd.perturb(backend, embed, 1.0, None, None, False, None)[0]
+    second = autograd.perturb(backend, embed, 1.0, None, None, False, None)[0]
     torch.manual_seed(0)
-    again = autograd.perturb(backend, embed, 1.0, None, None, False)[0]
+    again = autograd.perturb(backend, embed, 1.0, None, None, False, None)[0]
     own = torch.Generator(device).manual_seed(9)
     state = torch.get_rng_state()
-    private = autograd.perturb(backend, embed, 1.0, own, None, False)[0]
+    private = autograd.perturb(backend, embed, 1.0, own, None, False, None)[0]
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     assert not torch.equal(first, private)

@@ -20,14 +20,21 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
     x, t = torch.randn(2, 3, 10, device=device), torch.randn(2, 3, 10, device=device)
     seed = torch.tensor([3], device=device)
     mask = torch.tensor([[True, False, True], [True, True, True]], device=device)
+    unit, norm = torch.rand(2, 3, 1, device=device), torch.rand(2, 3, 1, device=device)
     stats = torch.rand(6, 6, device=device)
     one = torch.ones((), device=device)
     found = {
-        "perturb": [(x, seed, 0.1, None), (x.transpose(0, 1), seed, 0.1, mask.T)],
-        "ascend_measure": [(x, seed, None, *STEP), (x, seed, mask, "opaque", *STEP[1:])],
+        "perturb": [(x, seed, 0.1, None, None), (x.transpose(0, 1), seed, 0.1, mask.T, unit.view(3, 2, 1))],
+        "ascend_measure": [
+            (x, seed, None, None, None, *STEP),
+            (x, seed, None, mask, unit, "opaque", *STEP[1:]),
+            (x, seed, norm, mask, unit, "l2", 1e-5, 1e-3, "paper"),
+        ],
         "ascend": [
-            (x, t, seed, None, None, "inf", "row", 1e-5, 1e-3, "smart-pytorch", 1e-6, True),
-            (x, t, seed, None, mask, "l2", "row", 1e-5, 1e-3, "sift", 1e-6, False),
+            (x, t, seed, None, None, None, None, "inf", "row", 1e-5, 1e-3, "smart-pytorch", 1e-6, True),
+            (x, t, seed, None, None, mask, unit, "l2", "row", 1e-5, 1e-3, "sift", 1e-6, False),
+            (x, t, seed, None, None, mask, unit, "l1", "row", 1e-5, 1e-3, "paper", 1e-6, True),
+            (x, t, seed, norm, norm, None, unit, "l2", "given", 1e-5, 1e-3, "paper", 1e-6, False),
         ],
         "divergence_forward": [
             (x, t, None, "kl", "sum", 1.0, 1.0, 1.0, False, True),

@@ -198,12 +198,15 @@ def warned(dtype, **options):
         (torch.bfloat16, {"num_steps": 0}),
         (torch.bfloat16, {"num_steps": 1, "update": "sift", "step_size": 1e-5}),
         (torch.float16, {"num_steps": 0, "noise_var": 1e-6}),
+        (torch.bfloat16, {"update": "paper", "step_size": 1e-2}),
+        (torch.bfloat16, {"update": "sift", "scale": "relative", "noise_var": 5e-4, "step_size": 5e-4}),
     ],
 )
 def test_lost_noise_is_told_once(dtype, options):
     (message,) = warned(dtype, **options)
     assert str(dtype).removeprefix("torch.") in message
-    assert f"noise_var={options.get('noise_var', 1e-5):g}" in message
+    name, value = ("epsilon", 1e-6) if options.get("update") == "paper" else ("noise_var", 1e-5)
+    assert f"{name}={options.get(name, value):g}" in message
 
 
 @pytest.mark.parametrize(
@@ -215,6 +218,8 @@ def test_lost_noise_is_told_once(dtype, options):
         (torch.bfloat16, {"num_steps": 0, "noise_var": 1e-2}),
         (torch.bfloat16, {"num_steps": 0, "noise_var": 0.0}),  # asked for
         (torch.bfloat16, {"num_steps": 1, "update": "sift", "step_size": 1e-2}),
+        (torch.bfloat16, {"num_steps": 1, "update": "paper", "epsilon": 1e-2, "step_size": 1e-2}),
+        (torch.bfloat16, {"num_steps": 0, "scale": "relative", "noise_var": 1e-2}),
         (torch.float16, {"num_steps": 0}),
     ],
 )

@@ -9,74 +9,96 @@ import torch
 from torch import Tensor
 
 from ..norms import known_norm
+from . import ball, torch_backend
 from .base import STATISTICS, Step, new_output
 
 
 def ascend(
     measure: Callable[..., Tensor], move: Callable[..., tuple[Tensor, Tensor]], perturb: Callable[..., Any],
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+    unit: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`FusedBackend.ascend` by the operators ``ascend_measure``, ``ascend`` and ``perturb`` of a backend.
 
-    A token norm takes one kernel. A norm over more than a row is measured first; one that only Python can compute is
-    called in between.
+    A token norm takes one kernel. A norm over more than a row is measured first, twice for paper; one that only Python
+    can compute is called in between.
     """
     known = known_norm(step.norm_fn)
+    if known is not None and known.scope == "group" and embed.dim() < 2:
+        step.norm_fn(embed)  # raises, saying why
+    paper = step.update == "paper"
     common = (step.noise_var, step.step_size, step.update)
     norm: Tensor | None = None
-    if known is not None and known.scope == "row":
-        kind, scope = known.kind, "row"
-    elif known is not None:
-        if embed.dim() < 2:
-            step.norm_fn(embed)  # raises, saying why
-        norm = measure(grad, noise, mask, known.kind, *common)
-        kind, scope = known.kind, "group"
+    shrink: Tensor | None = None
+    if known is not None and (known.scope == "row" or not paper):
+        kind, scope = known
+        if scope == "group":
+            norm = measure(grad, noise, None, mask, unit, kind, *common)
     else:
-        measured = measure(grad, noise, mask, "opaque", *common)
-        norm = torch.as_tensor(step.norm_fn(measured), device=measured.device)  # a plain number is a norm too
-        try:
-            torch.broadcast_to(norm, measured.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"norm_fn must return a norm that broadcasts to {tuple(measured.shape)}, got shape {tuple(norm.shape)}"
-            ) from None
-        if norm.dim() > 0 and norm.shape[-1] != 1:
-            return _elementwise_norm(perturb, embed, noise, measured, norm, step, mask, keep_noise)
-        norm = norm.expand(*embed.shape[:-1], 1).to(torch.float32).contiguous()
-        kind, scope = "inf", "given"
-    perturbed, new_noise = move(embed, grad, noise, norm, mask, kind, scope, *common, step.epsilon, keep_noise)
+        kind, scope = known.kind if known else "opaque", "given"
+        # The norm of the norms of the rows of a sentence is that of the sentence.
+        shape = grad.shape if known is None else (*grad.shape[:-1], 1)
+        measured = measure(grad, noise, None, mask, unit, kind, *common).view(shape)
+        found = _broadcastable(ball.norm(measured, step.norm_fn) if paper else step.norm_fn(measured), grad)
+        if found.dim() > 0 and found.shape[-1] != 1:
+            return _elementwise_norm(perturb, embed, grad, noise, step, mask, keep_noise, unit)
+        norm = _for_each_row(found, grad)
+        if paper and kind != "inf":
+            if kind == "l2":
+                moved = measure(grad, noise, norm, mask, unit, "l2", *common).view(shape)
+            else:
+                moved = measure(grad, noise, norm, mask, unit, "opaque", *common)
+            shrink = _for_each_row(ball.shrinkage(moved, step.norm_fn, step.epsilon), grad)
+        if kind == "opaque":
+            kind = "l2" if paper else "inf"
+    perturbed, new_noise = move(
+        embed, grad, noise, norm, shrink, mask, unit, kind, scope, *common, step.epsilon, keep_noise
+    )
     return perturbed, new_noise if keep_noise else None
 
 
+def _broadcastable(norm: Any, grad: Tensor) -> Tensor:
+    """What a norm returned, checked."""
+    norm = torch.as_tensor(norm, device=grad.device)  # a plain number is a norm too
+    try:
+        torch.broadcast_to(norm, grad.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"norm_fn must return a norm that broadcasts to {tuple(grad.shape)}, got shape {tuple(norm.shape)}"
+        ) from None
+    return norm
+
+
+def _for_each_row(value: Tensor, grad: Tensor) -> Tensor:
+    return value.expand(*grad.shape[:-1], 1).to(grad.device, torch.float32).contiguous()
+
+
 def _elementwise_norm(
-    perturb: Callable[..., Any], embed: Tensor, noise: Tensor, measured: Tensor, norm: Tensor, step: Step,
-    mask: Tensor | None, keep_noise: bool,
+    perturb: Callable[..., Any], embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None,
+    keep_noise: bool, unit: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """A user's norm that differs within a row: nothing is left to fuse."""
-    update = measured / (norm + step.epsilon)
-    if step.update == "sift":
-        if noise.dtype == torch.int64:
-            zeros = torch.zeros_like(embed, dtype=torch.float32)
-            noise = perturb(zeros, noise, float(step.noise_var), mask)
-        update = noise + step.step_size * update
-    if mask is not None:
-        update = torch.where(mask.unsqueeze(-1), update, 0.0)
-    return (embed + update).to(embed.dtype), update if keep_noise else None
+    if noise.dtype == torch.int64:
+        noise = perturb(torch.zeros_like(embed, dtype=torch.float32), noise, float(step.noise_var), mask, unit)
+    perturbed, new_noise = torch_backend.ascend(embed, grad.float(), noise, step, mask, unit)
+    return perturbed, new_noise if keep_noise else None
 
 
 # ---- fake implementations: what the operators return, without computing it -------------------------------------------
 
 
 def fake_ascend_measure(
-    grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float, update: str
-) -> Tensor:
+    grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
+    noise_var: float, step_size: float, update: str,
+) -> Tensor:  # fmt: skip
     shape = grad.shape if kind == "opaque" else (grad.numel() // grad.shape[-1],)
     return new_output(shape, torch.float32, grad.device)
 
 
 def fake_ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
-    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, shrink: Tensor | None, mask: Tensor | None,
+    unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
+    keep_noise: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
     return new_output(embed.shape, embed.dtype, embed.device), noise_out

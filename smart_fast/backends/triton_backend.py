@@ -36,14 +36,14 @@ def _call(eager: Callable[..., Any], registered: Callable[..., Any], anchor: Ten
 
 
 def perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     # The seed is all that is kept: a GPU computes noise again sooner than it reads it back.
-    return _noise_alone(embed, seed, noise_var, mask), seed
+    return _noise_alone(embed, seed, noise_var, mask, unit), seed
 
 
-def _noise_alone(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
-    perturbed: Tensor = _call(ops.perturb, torch.ops.smart_fast.perturb, embed, embed, seed, noise_var, mask)
+def _noise_alone(embed: Tensor, *args: Any) -> Tensor:
+    perturbed: Tensor = _call(ops.perturb, torch.ops.smart_fast.perturb, embed, embed, *args)
     return perturbed
 
 
@@ -58,9 +58,10 @@ def _move(embed: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
-) -> tuple[Tensor, Tensor | None]:
-    return fused.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise)
+    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+    unit: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    return fused.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
 
 
 def divergence_forward(

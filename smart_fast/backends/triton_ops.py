@@ -72,16 +72,22 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
+def _flags(mask: Tensor | None, unit: Tensor | None, width: int) -> dict[str, bool]:
+    return {"MASKED": mask is not None, "RELATIVE": unit is not None, "ALIGNED": _aligned(width)}
+
+
 def _aligned(width: int) -> bool:
     return width % 4 == 0
 
 
-def perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, wrap: Wrap = _plain) -> Tensor:
+def perturb(
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None, wrap: Wrap = _plain
+) -> Tensor:
     """See `FusedBackend.perturb`."""
     out = new_output(embed.shape, embed.dtype, embed.device)
     width = embed.shape[-1]
     rows = as_rows(embed)
-    if mask is None and rows.tensors[0].is_contiguous():
+    if mask is None and unit is None and rows.tensors[0].is_contiguous():
         # One long row: the element index is what counts, so that any width is aligned.
         rows = Rows(1, 1, 1, rows.tensors, ((0, 0, 0),))
         width = embed.numel()
@@ -89,18 +95,21 @@ def perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, 
     else:
         tile = launch.flat_tile(width)
     wrap(perturb_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
-        rows.tensors[0], seed, _bytes(mask), out, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
-        noise_var, MASKED=mask is not None, ALIGNED=rows.count == 1 or _aligned(width), ROWS=tile.rows,
-        BLOCK=tile.block, **_resources(tile, wrap),
+        rows.tensors[0], seed, _bytes(mask), unit, out, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
+        noise_var, MASKED=mask is not None, RELATIVE=unit is not None, ALIGNED=rows.count == 1 or _aligned(width),
+        ROWS=tile.rows, BLOCK=tile.block, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
 
 def ascend_measure(
-    grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float, update: str,
-    wrap: Wrap = _plain,
+    grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
+    noise_var: float, step_size: float, update: str, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
-    """What the norm is taken of (fp32 like ``grad``, kind "opaque"), or its partial norm per row (fp32 ``[N]``)."""
+    """What the norm is taken of (fp32 like ``grad``, kind "opaque"), or its partial norm per row (fp32 ``[N]``).
+
+    For paper that is the gradient, or, given its ``norm`` for each row, what will be projected.
+    """
     width = grad.shape[-1]
     rows = as_rows(grad)
     shape = grad.shape if kind == "opaque" else (rows.count,)
@@ -108,20 +117,25 @@ def ascend_measure(
     tile = launch.row_tile(width)
     from_seed = noise.dtype == torch.int64
     wrap(measure_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
-        rows.tensors[0], noise, noise if from_seed else rows.tensors[0], _bytes(mask), out, rows.count, width,
-        rows.size1, rows.size2, *rows.strides[0], noise_var, step_size, UPDATE=update, NORM=kind,
-        FROM_SEED=from_seed, MASKED=mask is not None, ALIGNED=_aligned(width), ROWS=tile.rows, BLOCK=tile.block,
+        rows.tensors[0], noise, noise if from_seed else rows.tensors[0], norm, _bytes(mask), unit, out, rows.count,
+        width, rows.size1, rows.size2, *rows.strides[0], noise_var, step_size, UPDATE=update, NORM=kind,
+        GIVEN=norm is not None, FROM_SEED=from_seed, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block,
         BLOCKS=tile.blocks, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
 
 def ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
-    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool, wrap: Wrap = _plain,
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, shrink: Tensor | None, mask: Tensor | None,
+    unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
+    keep_noise: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `FusedBackend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
-    `ascend_measure`, grouped by the first dimension; "given" one norm per row."""
+    `ascend_measure`, grouped by the first dimension; "given" one norm per row.
+
+    paper takes given norms of the gradient, and for its projection ``shrink`` per row: a factor for kind "l2", what
+    absolute values lose for "l1", None for "inf".
+    """
     width = embed.shape[-1]
     rows = as_rows(embed, grad)
     group = rows.count // embed.shape[0] if scope == "group" else 1
@@ -139,12 +153,12 @@ def ascend(
     tile = launch.row_tile(width)
     from_seed = noise.dtype == torch.int64
     wrap(ascend_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
-        *rows.tensors, noise, noise if from_seed else rows.tensors[0], _bytes(mask), norm, out, noise_out,
-        rows.count, width, rows.size1, rows.size2, *rows.strides[0], *rows.strides[1], group, noise_var, step_size,
-        epsilon, UPDATE=update, NORM=kind, SCOPE=scope,
+        *rows.tensors, noise, noise if from_seed else rows.tensors[0], norm, shrink, _bytes(mask), unit, out,
+        noise_out, rows.count, width, rows.size1, rows.size2, *rows.strides[0], *rows.strides[1], group, noise_var,
+        step_size, epsilon, UPDATE=update, NORM=kind, SCOPE=scope,
         GROUP_BLOCK=launch.next_power_of_two(group) if scope == "group" else 1, FROM_SEED=from_seed,
-        KEEP_NOISE=keep_noise, MASKED=mask is not None, ALIGNED=_aligned(width), ROWS=tile.rows, BLOCK=tile.block,
-        BLOCKS=tile.blocks, **_resources(tile, wrap),
+        KEEP_NOISE=keep_noise, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
+        **_resources(tile, wrap),
     )  # fmt: skip
     return out, noise_out
 
@@ -293,7 +307,7 @@ def divergence_backward(
     return dx, dt
 
 
-def _fake_perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
+def _fake_perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None) -> Tensor:
     return new_output(embed.shape, embed.dtype, embed.device)
 
 
