@@ -44,8 +44,8 @@ class SMARTLoss(nn.Module):
             noise <- noise + step_size * g / (norm(g) + epsilon); or ``"paper"`` (its Algorithm 1),
             noise + step_size * g / norm(g) projected onto the ball of radius epsilon.
         ascent: only ``"perturbed"`` in this version.
-        scale: ``"absolute"``; or ``"relative"``: noise_var, step_size and epsilon are in units of the root mean square of
-            each token's embedding, so that one setting suits word embeddings and normalized ones.
+        scale: ``"absolute"``; or ``"relative"``: noise_var, step_size and epsilon are in units of the root mean square
+            of each token's embedding, so that one setting suits word embeddings and normalized ones.
         ascent_dtype: `torch.bfloat16` or `torch.float16`: the passes of the ascent run under autocast in it. The final
             pass keeps the precision of the caller.
         generator: where noise is drawn from; None: torch's default generator of the embedding's device. It must live

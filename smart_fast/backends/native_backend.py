@@ -34,30 +34,34 @@ extension: ModuleType | None = None  # set by smart_fast.backends
 
 
 def perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     # On a CPU noise is read back sooner than it is computed again.
     keep_noise = keep_noise and embed.device.type == "cpu"
-    perturbed, noise = _perturb(embed, seed, noise_var, mask, keep_noise)
+    perturbed, noise = _perturb(embed, seed, noise_var, mask, keep_noise, unit)
     return perturbed, noise if keep_noise else seed
 
 
 def perturb_fresh(
-    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
-) -> tuple[Tensor, Tensor]:
+    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`perturb` with its autograd node, by a seed that the operator draws as `smart_fast.noise` would."""
-    perturbed, noise = _perturb_fresh(embed, generator, noise_var, mask, keep_noise)
+    perturbed, noise = _perturb_fresh(embed, generator, noise_var, mask, keep_noise, unit)
     return perturbed, noise
 
 
-def _noise_alone(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
-    return perturb(embed, seed, noise_var, mask, False)[0]
+def _noise_alone(
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None = None
+) -> Tensor:
+    return perturb(embed, seed, noise_var, mask, False, unit)[0]
 
 
 def ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
-) -> tuple[Tensor, Tensor | None]:
-    return fused.ascend(_ascend_measure, _ascend, _noise_alone, embed, grad, noise, step, mask, keep_noise)
+    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    return fused.ascend(_ascend_measure, _ascend, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
 
 
 def divergence(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
@@ -104,15 +108,16 @@ def cannot_serve(device: torch.device) -> str | None:
 
 
 def _fake_perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     noise = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
     return new_output(embed.shape, embed.dtype, embed.device), noise
 
 
 def _fake_perturb_fresh(
-    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
-) -> tuple[Tensor, Tensor]:
+    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if embed.device.type == "cuda":
         return new_output(embed.shape, embed.dtype, embed.device), new_output((1,), torch.int64, embed.device)
     return _fake_perturb(embed, embed, noise_var, mask, keep_noise)
