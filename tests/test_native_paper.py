@@ -176,6 +176,16 @@ def test_paper(width, kind, scope, native):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", NORMS)
+def test_long_rows(kind, scope, native):
+    """Beyond what kernels keep of a row."""
+    embed, grad = torch.randn(2, 2, 9001), torch.randn(2, 2, 9001)
+    for factor in (1e-2, 1.0):
+        step = step_of(kind, scope, "paper", 2e-3, factor * radius_of(kind, 9001))
+        check(native, embed, grad, step, kind, scope, None, units(embed.shape)["zeros"])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("update", ["smart-pytorch", "sift"])
 @pytest.mark.parametrize("kind", NORMS)
 def test_other_updates_in_units(kind, update, scope, native):
