@@ -62,6 +62,7 @@ inline Norm norm_of(string_view name) {
 
 inline Update update_of(string_view name) {
   if (name == "sift") return Update::sift;
+  if (name == "paper") return Update::paper;
   TORCH_CHECK_VALUE(name == "smart-pytorch", "smart_fast: unknown update ", name);
   return Update::smart_pytorch;
 }
@@ -138,6 +139,22 @@ inline const uint8_t* mask_bytes(const optional<Tensor>& mask, int64_t rows, Ten
   TORCH_CHECK_VALUE(mask->numel() == rows, "smart_fast: a mask of ", mask->numel(), " entries for ", rows, " rows");
   holder = mask->contiguous();
   return reinterpret_cast<const uint8_t*>(holder.const_data_ptr<bool>());
+}
+
+// One fp32 number for each row, if there are any.
+inline const float* row_units(const optional<Tensor>& unit, int64_t rows) {
+  if (!unit) return nullptr;
+  TORCH_CHECK_TYPE(unit->scalar_type() == at::kFloat, "smart_fast: units are float32, got ", unit->scalar_type());
+  TORCH_CHECK_VALUE(unit->numel() == rows && unit->is_contiguous(), "smart_fast: units must be contiguous, one for each of ",
+                    rows, " rows, got shape ", unit->sizes());
+  return unit->const_data_ptr<float>();
+}
+
+// Norms, or what they are made of, one for each row.
+inline Tensor row_norms(const optional<Tensor>& norm, int64_t rows, string_view scope) {
+  TORCH_CHECK_VALUE(norm && norm->numel() == rows && norm->scalar_type() == at::kFloat, "smart_fast: scope ", scope,
+                    " takes a float32 norm for each row");
+  return norm->contiguous();
 }
 
 }  // namespace smart_fast

@@ -69,13 +69,13 @@ variable_list only_once(variable_list gradients, const char* what) {
 // ---- embeddings ----------------------------------------------------------------------------------------------------
 
 using PerturbSignature = std::tuple<Tensor, Tensor>(const Tensor&, optional<at::Generator>, double,
-                                                    const optional<Tensor>&, bool);
+                                                    const optional<Tensor>&, bool, const optional<Tensor>&);
 
 std::tuple<Tensor, Tensor> call_perturb(const Tensor& embed, const optional<at::Generator>& generator, double noise_var,
-                                        const optional<Tensor>& mask, bool keep_noise) {
+                                        const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
   static const auto handle = operator_handle<PerturbSignature>("smart_fast::native_perturb_fresh");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return handle.call(embed, generator, noise_var, mask, keep_noise);
+  return handle.call(embed, generator, noise_var, mask, keep_noise, unit);
 }
 
 // embed -> embed + something constant: the gradient passes through, except at masked rows.
@@ -105,29 +105,33 @@ std::tuple<Tensor, Tensor> shifting(const Tensor& embed, const optional<Tensor>&
 }
 
 std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
-                                         const optional<Tensor>& mask, bool keep_noise) {
-  return shifting(embed, mask, call_perturb(embed, generator, noise_var, mask, keep_noise));
+                                         const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
+  return shifting(embed, mask, call_perturb(embed, generator, noise_var, mask, keep_noise, unit));
 }
 
 using AscendSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
                                                    const optional<Tensor>&, string_view, string_view, double, double,
-                                                   string_view, double, bool);
+                                                   string_view, double, bool, const optional<Tensor>&,
+                                                   const optional<Tensor>&);
 
 std::tuple<Tensor, Tensor> call_ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                        const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
                                        string_view scope, double noise_var, double step_size, string_view update,
-                                       double epsilon, bool keep_noise) {
+                                       double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
+                                       const optional<Tensor>& unit) {
   static const auto handle = operator_handle<AscendSignature>("smart_fast::native_ascend");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return handle.call(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise);
+  return handle.call(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise,
+                     moved_norm, unit);
 }
 
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                   const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise) {
+                                  double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
+                                  const optional<Tensor>& unit) {
   return shifting(embed, mask, call_ascend(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update,
-                                           epsilon, keep_noise));
+                                           epsilon, keep_noise, moved_norm, unit));
 }
 
 // ---- divergences ---------------------------------------------------------------------------------------------------

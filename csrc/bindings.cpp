@@ -103,13 +103,13 @@ void parallel(int64_t chunks, int64_t elements_per_chunk, int64_t scratch, const
 // ---- operators -----------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, uint64_t seed, double noise_var,
-                                       const optional<Tensor>& mask, bool keep_noise) {
+                                       const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
   const View view({embed});
   Tensor out = new_output(embed.sizes(), embed.scalar_type());
   Tensor noise = keep_noise ? new_output(embed.sizes(), at::kFloat) : nothing(at::kFloat);
   Tensor holder;
   cpu::Perturb args = {view.shape, view.rows[0], mask_bytes(mask, view.shape.rows, holder),
-                       seed, float(noise_var), out.mutable_data_ptr(),
+                       row_units(unit, view.shape.rows), seed, float(noise_var), out.mutable_data_ptr(),
                        keep_noise ? noise.mutable_data_ptr<float>() : nullptr, stream(out)};
   const auto run = cpu::kernels().perturb;
   parallel((embed.numel() + cpu::perturb_chunk - 1) / cpu::perturb_chunk, cpu::perturb_chunk, 0,
@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, uint64_t seed, doubl
 }
 
 std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
-                                   const optional<Tensor>& mask, bool keep_noise) {
-  return run_perturb(embed, uint64_t(*seed.const_data_ptr<int64_t>()), noise_var, mask, keep_noise);
+                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
+  return run_perturb(embed, uint64_t(*seed.const_data_ptr<int64_t>()), noise_var, mask, keep_noise, unit);
 }
 
 // The seed that torch.randint(2**63 - 1, (1,)) would draw.
@@ -130,12 +130,29 @@ uint64_t draw(const optional<at::Generator>& generator) {
 }
 
 std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
-                                         const optional<Tensor>& mask, bool keep_noise) {
-  return run_perturb(embed, draw(generator), noise_var, mask, keep_noise);
+                                         const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
+  return run_perturb(embed, draw(generator), noise_var, mask, keep_noise, unit);
+}
+
+// Norms of groups of rows from the partial norms of the rows.
+std::vector<float> group_norms(const Tensor& partial, int64_t group, Norm norm, Update update) {
+  const float* value = partial.const_data_ptr<float>();
+  std::vector<float> norms(size_t(partial.numel() / group));
+  for (size_t g = 0; g < norms.size(); ++g) {
+    float largest = 0;
+    double sum = 0;
+    for (int64_t i = 0; i < group; ++i, ++value) {
+      largest = std::max(largest, *value);
+      sum += norm == Norm::l2 && update == Update::paper ? double(*value) * *value : *value;
+    }
+    norms[g] = float(norm == Norm::inf ? largest : norm == Norm::l1 ? sum : std::sqrt(sum));
+  }
+  return norms;
 }
 
 Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
-                      double noise_var, double step_size, string_view update) {
+                      double noise_var, double step_size, string_view update, const optional<Tensor>& norm,
+                      const optional<Tensor>& unit) {
   const View view({grad});
   const Shape& shape = view.shape;
   cpu::Ascend args = {};
@@ -148,6 +165,13 @@ Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Te
   args.step_size = float(step_size);
   args.update = update_of(update);
   args.norm = norm_of(kind);
+  args.unit = row_units(unit, shape.rows);
+  std::vector<float> norms;
+  if (norm) {
+    args.group = shape.rows / grad.size(0);
+    norms = group_norms(row_norms(norm, shape.rows, "group"), args.group, args.norm, args.update);
+    args.norms = norms.data();
+  }
   Tensor out = args.norm == Norm::opaque ? new_output(grad.sizes(), at::kFloat) : new_output({shape.rows}, at::kFloat);
   args.measured = out.mutable_data_ptr<float>();
   const auto run = cpu::kernels().measure;
@@ -157,26 +181,11 @@ Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Te
   return out;
 }
 
-// Norms of groups of rows from the partial norms of the rows.
-std::vector<float> group_norms(const Tensor& partial, int64_t group, Norm norm) {
-  const float* value = partial.const_data_ptr<float>();
-  std::vector<float> norms(size_t(partial.numel() / group));
-  for (size_t g = 0; g < norms.size(); ++g) {
-    float largest = 0;
-    double sum = 0;
-    for (int64_t i = 0; i < group; ++i, ++value) {
-      largest = std::max(largest, *value);
-      sum += *value;
-    }
-    norms[g] = norm == Norm::inf ? largest : norm == Norm::l1 ? float(sum) : std::sqrt(float(sum));
-  }
-  return norms;
-}
-
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                   const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise) {
+                                  double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
+                                  const optional<Tensor>& unit) {
   const View view({embed, grad});
   const Shape& shape = view.shape;
   Tensor out = new_output(embed.sizes(), embed.scalar_type());
@@ -193,17 +202,21 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
   args.epsilon = float(epsilon);
   args.update = update_of(update);
   args.norm = norm_of(kind);
+  args.unit = row_units(unit, shape.rows);
   args.group = 1;
-  std::vector<float> norms;
+  std::vector<float> norms, moved_norms;
   if (scope != "row") {
-    TORCH_CHECK_VALUE(norm && norm->numel() == shape.rows, "smart_fast: scope ", scope, " takes a norm for each row");
-    norm_holder = norm->contiguous();
+    norm_holder = row_norms(norm, shape.rows, scope);
     args.norms = norm_holder.const_data_ptr<float>();
   }
   if (scope == "group") {
     args.group = shape.rows / embed.size(0);
-    norms = group_norms(norm_holder, args.group, args.norm);
+    norms = group_norms(norm_holder, args.group, args.norm, args.update);
     args.norms = norms.data();
+    if (moved_norm) {
+      moved_norms = group_norms(row_norms(moved_norm, shape.rows, scope), args.group, args.norm, args.update);
+      args.moved_norms = moved_norms.data();
+    }
   }
   args.out = out.mutable_data_ptr();
   args.stream = stream(out);
@@ -365,16 +378,16 @@ pybind11::dict built_with() {
 
 TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  library.def("native_perturb(Tensor embed, Tensor seed, float noise_var, Tensor? mask, bool keep_noise)"
-              " -> (Tensor, Tensor)", tags);
+  library.def("native_perturb(Tensor embed, Tensor seed, float noise_var, Tensor? mask, bool keep_noise,"
+              " Tensor? unit=None) -> (Tensor, Tensor)", tags);
   // Draws its own seed. The second result is what ascend takes as noise: its values, or on a GPU the seed.
-  library.def("native_perturb_fresh(Tensor embed, Generator? generator, float noise_var, Tensor? mask, bool keep_noise)"
-              " -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
+  library.def("native_perturb_fresh(Tensor embed, Generator? generator, float noise_var, Tensor? mask, bool keep_noise,"
+              " Tensor? unit=None) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
   library.def("native_ascend_measure(Tensor grad, Tensor noise, Tensor? mask, str kind, float noise_var,"
-              " float step_size, str update) -> Tensor", tags);
+              " float step_size, str update, Tensor? norm=None, Tensor? unit=None) -> Tensor", tags);
   library.def("native_ascend(Tensor embed, Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, str kind, str scope,"
-              " float noise_var, float step_size, str update, float epsilon, bool keep_noise) -> (Tensor, Tensor)",
-              tags);
+              " float noise_var, float step_size, str update, float epsilon, bool keep_noise, Tensor? moved_norm=None,"
+              " Tensor? unit=None) -> (Tensor, Tensor)", tags);
   library.def("native_divergence(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
               " float weight, float scale, bool relative) -> Tensor", tags);
   library.def("native_divergence_forward(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"

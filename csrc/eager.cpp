@@ -30,22 +30,25 @@ auto operator_handle(const char* name) {
 }
 
 std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const optional<at::Generator>& generator, double noise_var,
-                                   const optional<Tensor>& mask, bool keep_noise) {
+                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, optional<at::Generator>, double, const optional<Tensor>&,
-                                               bool);
+                                               bool, const optional<Tensor>&);
   static const auto handle = operator_handle<Signature>("smart_fast::native_perturb_fresh");
-  return handle.call(embed, generator, noise_var, mask, keep_noise);
+  return handle.call(embed, generator, noise_var, mask, keep_noise, unit);
 }
 
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                   const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise) {
+                                  double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
+                                  const optional<Tensor>& unit) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
                                                const optional<Tensor>&, string_view, string_view, double, double,
-                                               string_view, double, bool);
+                                               string_view, double, bool, const optional<Tensor>&,
+                                               const optional<Tensor>&);
   static const auto handle = operator_handle<Signature>("smart_fast::native_ascend");
-  return handle.call(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise);
+  return handle.call(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise,
+                     moved_norm, unit);
 }
 
 // A tensor and nothing else: no subclass, which may bring rules of its own.

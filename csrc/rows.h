@@ -27,9 +27,15 @@ SMART_FAST_INLINE int64_t row_offset(const Shape& shape, const Rows& tensor, int
   return rest / shape.size1 * tensor.stride0 + rest % shape.size1 * tensor.stride1 + row % shape.size2 * tensor.stride2;
 }
 
+// The unit of a row, from those of all or null.
+SMART_FAST_INLINE float unit_of(const float* units, int64_t row) { return units == nullptr ? 1.0f : units[row]; }
+
+// 1 / size, a number for any size: multiplied by it, numbers as large are about one, and so are their squares.
+SMART_FAST_INLINE float inverse_of(float size) { return 1.0f / (size < 1e-37f ? 1e-37f : size > 1e37f ? 1e37f : size); }
+
 enum class Kind : int { kl, sym_kl, js };
 enum class Norm : int { inf, l2, l1, opaque };
-enum class Update : int { smart_pytorch, sift };
+enum class Update : int { smart_pytorch, sift, paper };
 
 // Row statistics that a divergence keeps for its backward pass, one fp32 each.
 enum Statistic : int { stat_max_t, stat_inv_sum_t, stat_max_x, stat_inv_sum_x, stat_shift, stat_kl, statistics };

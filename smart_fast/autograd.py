@@ -73,7 +73,7 @@ def perturb(
     generator: torch.Generator | None,
     mask: Tensor | None,
     keep_noise: bool,
-    unit: Tensor | None,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
     if backend is None:
@@ -93,7 +93,7 @@ def _has_nodes(backend: FusedBackend) -> bool:
 
 def ascend(
     backend: FusedBackend | None, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None,
-    keep_noise: bool, unit: Tensor | None,
+    keep_noise: bool, unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``embed`` plus the noise moved along ``grad``, and that noise if another step will need it."""
     if backend is None:

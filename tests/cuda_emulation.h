@@ -155,6 +155,11 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return emulation::exchange(value, unsigned(emulation::current % 32) ^ unsigned(mask));
 }
 inline float __shfl_sync(unsigned, float value, int from) { return emulation::exchange(value, unsigned(from)); }
+inline int __any_sync(unsigned all, int flag) {
+  float any = flag ? 1.0f : 0.0f;
+  for (int offset = 16; offset > 0; offset /= 2) any += __shfl_xor_sync(all, any, offset);
+  return any > 0.0f;
+}
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }

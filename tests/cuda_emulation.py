@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from smart_fast.backends import fused
 from smart_fast.backends.base import DivergenceSpec, Step, as_rows
-from smart_fast.norms import known_norm
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
@@ -31,8 +31,7 @@ FLAGS = (
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"kl": 0, "sym_kl": 1, "js": 2}
 NORMS = {"inf": 0, "l2": 1, "l1": 2, "opaque": 3}
-UPDATES = {"smart-pytorch": 0, "sift": 1}
-MEASURE, ROW_NORM, GIVEN_NORM, GROUP_NORM = range(4)
+UPDATES = {"smart-pytorch": 0, "sift": 1, "paper": 2}
 STATISTICS = 6
 
 _Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -49,13 +48,13 @@ _Seed = _structure(
     offset=ctypes.c_uint64,
 )  # fmt: skip
 _Perturb = _structure(
-    "Perturb", shape=_Shape, embed=_Rows, mask=_Pointer, seed=_Seed, seed_out=_Pointer, noise_var=_Float, out=_Pointer,
-    noise_out=_Pointer,
+    "Perturb", shape=_Shape, embed=_Rows, mask=_Pointer, unit=_Pointer, seed=_Seed, seed_out=_Pointer,
+    noise_var=_Float, out=_Pointer, noise_out=_Pointer,
 )  # fmt: skip
 _Ascend = _structure(
-    "Ascend", shape=_Shape, embed=_Rows, grad=_Rows, mask=_Pointer, seed=_Pointer, noise=_Pointer, noise_var=_Float,
-    step_size=_Float, epsilon=_Float, update=_Int, norm=_Int, stage=_Int, norms=_Pointer, group=_Long, out=_Pointer,
-    noise_out=_Pointer, measured=_Pointer,
+    "Ascend", shape=_Shape, embed=_Rows, grad=_Rows, mask=_Pointer, unit=_Pointer, seed=_Pointer, noise=_Pointer,
+    noise_var=_Float, step_size=_Float, epsilon=_Float, update=_Int, norm=_Int, norms=_Pointer, moved_norms=_Pointer,
+    partial_norms=ctypes.c_bool, group=_Long, out=_Pointer, noise_out=_Pointer, measured=_Pointer,
 )  # fmt: skip
 _Divergence = _structure(
     "Divergence", shape=_Shape, x=_Rows, t=_Rows, mask=_Pointer, kind=_Int, alpha=_Float, weight=_Float, scale=_Float,
@@ -133,15 +132,17 @@ class Emulated:
         return view.tensors, shape, described
 
     def perturb(
-        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool = False,
+        unit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         alive, shape, (rows,) = self._rows(embed)
         mask = None if mask is None else mask.contiguous()
         out = new_output(embed.shape, embed.dtype)
         noise = new_output(embed.shape, torch.float32) if keep_noise else None
         args = _Perturb(
-            shape, rows, _pointer(mask), _Seed(given=_pointer(seed)), None, noise_var, _pointer(out), _pointer(noise)
-        )
+            shape, rows, _pointer(mask), _pointer(unit), _Seed(given=_pointer(seed)), None, noise_var, _pointer(out),
+            _pointer(noise),
+        )  # fmt: skip
         assert self.library.perturb(ctypes.byref(args)) == 0
         del alive
         check_guards(out, noise)
@@ -151,49 +152,67 @@ class Emulated:
         """The noise of a generator's state, and the seed that was drawn from it."""
         alive, shape, (rows,) = self._rows(embed)
         out, seed = new_output(embed.shape, embed.dtype), torch.full((1,), -1)
-        args = _Perturb(shape, rows, None, _Seed(**state), _pointer(seed), noise_var, _pointer(out), None)
+        args = _Perturb(shape, rows, None, None, _Seed(**state), _pointer(seed), noise_var, _pointer(out), None)
         assert self.library.perturb(ctypes.byref(args)) == 0
         del alive
         return out, seed
 
-    def _ascend(
-        self, stage: int, grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, step: Step,
-        embed: Tensor | None = None, norms: Tensor | None = None, group: int = 1, keep_noise: bool = False,
+    def ascend_measure(
+        self, grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float,
+        update: str, norm: Tensor | None = None, unit: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, norm, unit)
+        args.group = args.shape.rows // len(grad)
+        out = new_output(grad.shape if kind == "opaque" else (args.shape.rows,), torch.float32)
+        args.measured = _pointer(out)
+        assert self.library.ascend(ctypes.byref(args)) == 0
+        del alive
+        check_guards(out)
+        return out
+
+    def move(
+        self, embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str,
+        scope: str, noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
+        moved_norm: Tensor | None = None, unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        alive, shape, rows = self._rows(*([grad] if embed is None else [embed, grad]))
-        mask = None if mask is None else mask.contiguous()
-        args = _Ascend(
-            shape=shape, embed=rows[0], grad=rows[-1], mask=_pointer(mask), noise_var=step.noise_var,
-            step_size=step.step_size, epsilon=step.epsilon, update=UPDATES[step.update], norm=NORMS[kind], stage=stage,
-            norms=_pointer(norms), group=group,
-        )  # fmt: skip
-        setattr(args, "seed" if noise.dtype == torch.int64 else "noise", _pointer(noise))
-        kept = None
-        if embed is None:
-            out = new_output(grad.shape if kind == "opaque" else (shape.rows,), torch.float32)
-            args.measured = _pointer(out)
-        else:
-            out = new_output(embed.shape, embed.dtype)
-            kept = new_output(embed.shape, torch.float32) if keep_noise else None
-            args.out, args.noise_out = _pointer(out), _pointer(kept)
+        """The operator ``native_ascend``."""
+        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, norm, unit, embed)
+        args.epsilon, args.moved_norms = epsilon, _pointer(moved_norm)
+        args.partial_norms = scope == "group"
+        args.group = args.shape.rows // len(embed) if scope == "group" else 1
+        out = new_output(embed.shape, embed.dtype)
+        kept = new_output(embed.shape, torch.float32) if keep_noise else None
+        args.out, args.noise_out = _pointer(out), _pointer(kept)
         assert self.library.ascend(ctypes.byref(args)) == 0
         del alive
         check_guards(out, kept)
         return out, kept
 
+    def _ascend_arguments(
+        self, grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float,
+        update: str, norm: Tensor | None, unit: Tensor | None, embed: Tensor | None = None,
+    ) -> tuple:  # fmt: skip
+        alive, shape, rows = self._rows(*([grad] if embed is None else [embed, grad]))
+        mask = None if mask is None else mask.contiguous()
+        args = _Ascend(
+            shape=shape, embed=rows[0], grad=rows[-1], mask=_pointer(mask), unit=_pointer(unit), noise_var=noise_var,
+            step_size=step_size, update=UPDATES[update], norm=NORMS[kind], norms=_pointer(norm), partial_norms=True,
+        )  # fmt: skip
+        setattr(args, "seed" if noise.dtype == torch.int64 else "noise", _pointer(noise))
+        return (alive, mask), args
+
     def ascend(
-        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        known = known_norm(step.norm_fn)
-        if known is not None and known.scope == "row":
-            return self._ascend(ROW_NORM, grad, noise, mask, known.kind, step, embed, keep_noise=keep_noise)
-        if known is not None:
-            partial, _ = self._ascend(MEASURE, grad, noise, mask, known.kind, step)
-            group = partial.numel() // embed.shape[0]
-            return self._ascend(GROUP_NORM, grad, noise, mask, known.kind, step, embed, partial, group, keep_noise)
-        measured, _ = self._ascend(MEASURE, grad, noise, mask, "opaque", step)
-        norm = step.norm_fn(measured).expand(*embed.shape[:-1], 1).contiguous()
-        return self._ascend(GIVEN_NORM, grad, noise, mask, "inf", step, embed, norm, 1, keep_noise)
+        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        def noise_alone(
+            embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None
+        ) -> Tensor:
+            return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
+
+        return fused.ascend(
+            self.ascend_measure, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit
+        )
 
     def _divergence(
         self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, grad: Tensor | None = None

@@ -21,6 +21,7 @@ from smart_fast import inf_norm, l1_norm, l2_norm, sentence_norm
 from smart_fast.backends.base import DivergenceSpec, Step
 from tests import compile_cuda, cuda_emulation, oracle
 from tests import test_divergence_wide as wide
+from tests import test_native_paper as paper
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -212,6 +213,37 @@ def test_opaque_norms(update: str, emulated: cuda_emulation.Emulated) -> None:
         assert oracle.relative_error(got, embed.double() + torch.where(mask.unsqueeze(-1), want, 0.0)) < 1e-6
 
 
+PAPER = [
+    (paper.test_noise_in_units, {"width": [1, 3, 32, 1000], "dtype": DTYPES}),
+    (paper.test_units_of_one_change_nothing, {}),
+    (paper.test_paper, {"width": [1, 3, 768, 1000], "kind": NORMS, "scope": paper.SCOPES}),
+    (paper.test_long_rows, {"kind": NORMS, "scope": paper.SCOPES}),
+    (paper.test_other_updates_in_units, {"kind": NORMS, "update": UPDATES, "scope": paper.SCOPES}),
+    (paper.test_gradients_of_any_size, {"size": [1e-30, 1e30], "kind": NORMS, "scope": paper.SCOPES}),
+    (paper.test_rows_without_a_direction, {"kind": NORMS, "scope": paper.SCOPES}),
+    (paper.test_balls_of_nothing, {"kind": NORMS, "scope": paper.SCOPES}),
+    (paper.test_ties, {"kind": NORMS}),
+    (paper.test_views_and_mixed_dtypes, {"update": paper.UPDATES}),
+    (paper.test_norms_of_the_user, {"update": paper.UPDATES}),
+]
+
+
+def cases(contract: list) -> list:
+    return [
+        pytest.param(test, dict(zip(choices, values, strict=True)), id="-".join(map(str, (test.__name__[5:], *values))))
+        for test, choices in contract
+        for values in itertools.product(*choices.values())
+    ]
+
+
+@pytest.mark.parametrize(("test", "arguments"), cases(PAPER))
+def test_balls_and_units(
+    test: Callable[..., None], arguments: dict[str, object], emulated: cuda_emulation.Emulated
+) -> None:
+    """What the CPU kernels are held to."""
+    test(**arguments, native=emulated)
+
+
 # ---- divergences -----------------------------------------------------------------------------------------------------
 
 
@@ -388,14 +420,7 @@ CONTRACT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("test", "arguments"),
-    [
-        pytest.param(test, dict(zip(choices, values, strict=True)), id="-".join(map(str, (test.__name__[5:], *values))))
-        for test, choices in CONTRACT
-        for values in itertools.product(*choices.values())
-    ],
-)
+@pytest.mark.parametrize(("test", "arguments"), cases(CONTRACT))
 def test_contract_of_the_divergences(
     test: Callable[..., None], arguments: dict[str, object], emulated: cuda_emulation.Emulated
 ) -> None:
@@ -428,11 +453,13 @@ def test_device_agrees_with_triton(shape: tuple[int, ...], dtype: torch.dtype, o
     embed, grad = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
     seed = torch.tensor([SEED], device="cuda")
     ours, noise = operators.native_perturb(embed, seed, 1.0, None, True)
-    assert oracle.relative_error(ours, triton_ops.perturb(embed, seed, 1.0, None)) <= ULP[dtype]
+    assert oracle.relative_error(ours, triton_ops.perturb(embed, seed, 1.0, None, None)) <= ULP[dtype]
     assert oracle.relative_error(noise, expected_noise(shape)) < 1e-5
     for kind, update in itertools.product(NORMS, UPDATES):
-        arguments = embed, grad, seed, None, None, kind, "row", 1e-2, 0.5, update, 1e-6, True
-        for left, right in zip(operators.native_ascend(*arguments), triton_ops.ascend(*arguments), strict=True):
+        rest = kind, "row", 1e-2, 0.5, update, 1e-6, True
+        ours = operators.native_ascend(embed, grad, seed, None, None, *rest)
+        theirs = triton_ops.ascend(embed, grad, seed, None, None, None, None, *rest)
+        for left, right in zip(ours, theirs, strict=True):
             assert oracle.relative_error(left, right) <= max(1e-5, ULP[left.dtype])
     upstream = torch.tensor(1.3, device="cuda")
     for kind in KINDS:

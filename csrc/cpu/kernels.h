@@ -9,11 +9,12 @@
 namespace smart_fast {
 namespace cpu {
 
-// out = embed + noise_var * normal(seed). Masked rows (mask byte zero) are copied. Outputs are contiguous.
+// out = embed + noise_var * unit * normal(seed). Masked rows (mask byte zero) are copied. Outputs are contiguous.
 struct Perturb {
   Shape shape;
   Rows embed;
   const uint8_t* mask;  // a byte per row, or null
+  const float* unit;    // of each row, or null for 1
   uint64_t seed;
   float noise_var;
   void* out;         // in the dtype of embed
@@ -26,17 +27,21 @@ struct Ascend {
   Shape shape;
   Rows embed, grad;
   const uint8_t* mask;
+  const float* unit;   // of each row, or null for 1: noise_var, step_size and epsilon are multiples of it
   const float* noise;  // [rows, width], or null: from the seed
   uint64_t seed;
   float noise_var, step_size, epsilon;
   Update update;
   Norm norm;           // of each row, unless `norms` are given
   const float* norms;  // one for every `group` rows, or null
+  const float* moved_norms;  // paper, l2: those of the moved noise in units, one for every `group` rows, or null
   int64_t group;
   void* out;         // in the dtype of embed
   float* noise_out;  // the new noise, or null
   bool stream;
-  float* measured;   // `measure` only: a partial norm per row (l2: of squares), or m itself (Norm::opaque)
+  // `measure` only: a partial norm per row (l2: of squares, unless paper), or m itself (Norm::opaque). Paper: of the
+  // gradient, or, given its `norms`, of the moved noise in units.
+  float* measured;
 };
 
 struct Divergence {

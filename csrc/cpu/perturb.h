@@ -1,4 +1,4 @@
-// perturb: embed + noise_var * normal(seed), and the noise if asked for.
+// perturb: embed + noise_var * unit * normal(seed), and the noise if asked for.
 #pragma once
 
 #include "kernels.h"
@@ -22,7 +22,7 @@ inline void perturb_segment(const void* embed, Dtype dtype, const float* noise, 
 
 // `count` elements of dense memory, a multiple of NORMALS, in one pass: noise goes from registers to where it is needed.
 template <Dtype DTYPE, bool KEEP>
-inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count) {
+inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count, float scale) {
   const char* embed = advance(args.embed.data, DTYPE, first);
   char* out = advance(args.out, DTYPE, first);
   float* noise = KEEP ? args.noise_out + first : nullptr;
@@ -31,7 +31,7 @@ inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count
     prefetch<NORMALS, true>(out, DTYPE, i);
     if (KEEP) prefetch<NORMALS, true>(noise, Dtype::fp32, i);
   };
-  each_noise(args.seed, uint64_t(first) / 4, count, args.noise_var, ahead, [&](int64_t i, F lower, F upper) {
+  each_noise(args.seed, uint64_t(first) / 4, count, scale, ahead, [&](int64_t i, F lower, F upper) {
     if (KEEP) {
       store(noise + i, lower);
       store(noise + i + LANES, upper);
@@ -41,11 +41,11 @@ inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count
   });
 }
 
-inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count) {
-#define SMART_FAST_CASE(DTYPE)                                                            \
-  case DTYPE:                                                                             \
-    return args.noise_out == nullptr ? perturb_dense<DTYPE, false>(args, first, count)    \
-                                     : perturb_dense<DTYPE, true>(args, first, count);
+inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count, float scale) {
+#define SMART_FAST_CASE(DTYPE)                                                                   \
+  case DTYPE:                                                                                    \
+    return args.noise_out == nullptr ? perturb_dense<DTYPE, false>(args, first, count, scale)    \
+                                     : perturb_dense<DTYPE, true>(args, first, count, scale);
   switch (args.embed.dtype) {
     SMART_FAST_CASE(Dtype::fp32)
     SMART_FAST_CASE(Dtype::bf16)
@@ -59,15 +59,20 @@ inline void perturb(const cpu::Perturb& args, int64_t begin, int64_t end) {
   const Shape& shape = args.shape;
   const Dtype dtype = args.embed.dtype;
   const int64_t size = shape.rows * shape.width;
-  // The element index is what counts: dense memory is one long row.
-  const bool dense = args.mask == nullptr && shape.size1 == 1 && shape.size2 == 1 && args.embed.stride0 == shape.width;
+  // The element index is what counts: dense memory is one long row, or, with a unit for each, rows of whole vectors.
+  const bool dense = args.mask == nullptr && shape.size1 == 1 && shape.size2 == 1 &&
+                     args.embed.stride0 == shape.width && (args.unit == nullptr || shape.width % NORMALS == 0);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     int64_t first = chunk * cpu::perturb_chunk;
     const int64_t last = first + cpu::perturb_chunk < size ? first + cpu::perturb_chunk : size;
     if (dense) {
-      const int64_t whole_part = (last - first) / NORMALS * NORMALS;
-      perturb_dense(args, first, whole_part);
-      first += whole_part;
+      while (last - first >= NORMALS) {
+        const int64_t row = first / shape.width;
+        const int64_t end = args.unit != nullptr && (row + 1) * shape.width < last ? (row + 1) * shape.width : last;
+        const int64_t whole_part = (end - first) / NORMALS * NORMALS;
+        perturb_dense(args, first, whole_part, args.noise_var * unit_of(args.unit, row));
+        first += whole_part;
+      }
       if (first == last) continue;
     }
     make_noise(noise, args.seed, uint64_t(first) / 4, last - first, args.noise_var, [](int64_t) {});
@@ -80,6 +85,8 @@ inline void perturb(const cpu::Perturb& args, int64_t begin, int64_t end) {
         __builtin_memcpy(out, embed, size_t(count) * (dtype == Dtype::fp32 ? 4 : 2));
         __builtin_memset(noise + (i - first), 0, size_t(count) * 4);
       } else {
+        if (args.unit != nullptr)
+          for (int64_t j = i - first; j < i - first + count; ++j) noise[j] *= args.unit[row];
         perturb_segment(embed, dtype, noise + (i - first), count, out);
       }
       i += count;

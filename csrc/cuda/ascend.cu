@@ -2,12 +2,15 @@
 //
 //     smart-pytorch   m = noise + step_size * g    noise <- m / (norm(m) + epsilon)
 //     sift            m = g                        noise <- noise + step_size * m / (norm(m) + epsilon)
+//     paper           m = g                        noise <- the point of norm <= epsilon nearest to
+//                                                           s = noise + step_size * m / norm(m), m / norm(m) = 0 if m is
 //
-// with g = 0 for rows where it is not finite. Floor: read embed, read g, write the result.
+// with g = 0 for rows where it is not finite, and noise, step_size and epsilon in units of the row. Floor: read embed,
+// read g, write the result.
 //
-// Rows that fit stay in registers, noise and gradient. Longer ones, and tensors of mixed dtypes, are walked twice, the
-// noise regenerated. Whether a gradient is finite is known at the end of the first pass: the norm with and without it
-// are both taken.
+// Rows that fit stay in registers, noise and gradient. Longer ones, and tensors of mixed dtypes, are walked several
+// times, the noise regenerated. Either way a row is a function `each`, which calls another with the noise and the
+// gradient of chunk after chunk, zero beyond the row and where it is masked; and a rule says what becomes of them.
 #include "group.h"
 #include "launch.h"
 #include "noise.h"
@@ -28,33 +31,78 @@ struct Fold : Sum {};
 template <>
 struct Fold<Norm::inf> : Max {};
 
-// Norms so far with the gradient and without it, and whether it held anything that is not finite.
-struct Measure {
-  float with, without, broken;
+template <Norm NORM>
+SMART_FAST_INLINE float root(float folded) {
+  return NORM == Norm::l2 ? sqrtf(folded) : folded;
+}
 
-  template <Norm NORM, int SIZE>
-  SMART_FAST_INLINE void add(const Ascend& args, const float (&noise)[SIZE], const float (&grad)[SIZE]) {
-    const bool sift = args.update == Update::sift;
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) {
-      with = folded<NORM>(with, sift ? grad[i] : noise[i] + args.step_size * grad[i]);
-      without = folded<NORM>(without, sift ? 0.0f : noise[i]);
-      if (!(fabsf(grad[i]) < Scalar::infinity)) broken = 1.0f;
-    }
-  }
+// The row that a thread works on with its group.
+struct Place {
+  int64_t row;
+  bool valid, real;  // there is such a row; it is not masked
+  float unit;
 };
 
-// The norm of a row or of the rows it belongs to, and what becomes of the noise.
-struct Projection {
-  bool finite, sift, dead;
-  float step_size, scale;
+// Calls use(noise, gradient) for each element of a row.
+template <class Each, class Use>
+__device__ __forceinline__ void elements(const Each& each, const Use& use) {
+  each([&](int, int64_t, const auto& noise, const auto& grad) {
+#pragma unroll
+    for (int i = 0; i < int(sizeof(noise) / sizeof(float)); ++i) use(noise[i], grad[i]);
+  });
+}
 
-  SMART_FAST_INLINE Projection(const Ascend& args, bool finite, float norm)
-      : finite(finite), sift(args.update == Update::sift), step_size(args.step_size) {
-    const float denominator = norm + args.epsilon;
+// The norm of the group of a row, from norms of groups.
+SMART_FAST_INLINE float given_norm(const Ascend& args, const float* norms, const Place& at) {
+  return at.valid ? norms[at.row / args.group] : 0.0f;
+}
+
+// What is folded from the partial norms, times a factor, of the rows of that group.
+template <Norm NORM>
+__device__ __forceinline__ float fold_group(const Ascend& args, const float* norms, const Place& at, float factor,
+                                            Group& group) {
+  float norm[1] = {0.0f};
+  if (at.valid) {
+    const float* partial = norms + at.row / args.group * args.group;
+    for (int64_t i = group.rank(); i < args.group; i += group.size())
+      norm[0] = folded<NORM>(norm[0], partial[i] * factor);
+  }
+  group.reduce<Fold<NORM>>(norm);
+  return norm[0];
+}
+
+// ---- smart-pytorch and sift ----------------------------------------------------------------------------------------
+
+// Whether a gradient is finite is known at the end of the pass: the norm with and without it are both taken.
+template <Norm NORM>
+struct Scaled {
+  bool finite, sift, dead;
+  float step_size, partial, scale;
+
+  template <class Each>
+  __device__ __forceinline__ Scaled(const Ascend& args, const Place& at, const Each& each, Group& group)
+      : sift(args.update != Update::smart_pytorch), step_size(args.step_size * at.unit) {
+    float sums[3] = {0.0f, 0.0f, 0.0f};  // with the gradient, without it, and whether it is not finite
+    elements(each, [&](float noise, float grad) {
+      sums[0] = folded<NORM>(sums[0], sift ? grad : noise + step_size * grad);
+      sums[1] = folded<NORM>(sums[1], sift ? 0.0f : noise);
+      if (!(fabsf(grad) < Scalar::infinity)) sums[2] = 1.0f;
+    });
+    group.reduce<Fold<NORM>>(sums);
+    finite = sums[2] == 0.0f;
+    partial = finite ? sums[0] : sums[1];
+
+    float norm = root<NORM>(partial);
+    if (args.norms != nullptr) {
+      constexpr Norm OF_SQUARES = NORM == Norm::l2 ? Norm::l1 : NORM;
+      norm = args.partial_norms ? root<NORM>(fold_group<OF_SQUARES>(args, args.norms, at, 1.0f, group))
+                                : given_norm(args, args.norms, at);
+    }
+    const float denominator = norm + args.epsilon * at.unit;
     dead = denominator == 0.0f;  // leaves the noise where it is
     scale = 1.0f / (dead ? 1.0f : denominator);
   }
+
   SMART_FAST_INLINE float measured(float noise, float grad) const {
     const float g = finite ? grad : 0.0f;
     return sift ? g : noise + step_size * g;
@@ -66,61 +114,166 @@ struct Projection {
   }
 };
 
-// The noise of a chunk that may reach beyond its row: zero there, so that it adds nothing to a norm.
-template <int SIZE>
-SMART_FAST_INLINE void read_noise(const Ascend& args, uint64_t seed, int64_t row, int64_t first, float (&noise)[SIZE]) {
-  const int64_t width = args.shape.width;
-  if (args.noise != nullptr) return Floats<SIZE>::read(args.noise + row * width, first, width, noise);
-  normal(seed, row * width + first, noise);
-  const bool whole = inside(first, SIZE, width);
-#pragma unroll
-  for (int i = 0; i < SIZE; ++i)
-    noise[i] = whole || (first + i >= 0 && first + i < width) ? noise[i] * args.noise_var : 0.0f;
+// ---- paper ---------------------------------------------------------------------------------------------------------
+
+// The norm of the group of a row, from true norms of rows or of groups.
+template <Norm NORM>
+__device__ __forceinline__ float norm_of_group(const Ascend& args, const float* norms, const Place& at, Group& group) {
+  if (!args.partial_norms) return given_norm(args, norms, at);
+  const float peak = fold_group<Norm::inf>(args, norms, at, 1.0f, group);
+  if (NORM == Norm::inf) return peak;
+  const float inverse = inverse_of(peak);
+  return root<NORM>(fold_group<NORM>(args, norms, at, inverse, group)) / inverse;
 }
 
 template <Norm NORM>
-__device__ __forceinline__ float norm_of(const Ascend& args, int64_t row, bool valid, float row_norm, Group& group) {
-  float norm[1] = {row_norm};
-  if (args.stage == Stage::given_norm) return valid ? args.norms[row / args.group] : 0.0f;
-  if (args.stage == Stage::group_norm) {
-    norm[0] = 0.0f;
-    if (valid) {
-      const float* partial = args.norms + row / args.group * args.group;
-      for (int64_t i = group.rank(); i < args.group; i += group.size())
-        norm[0] = NORM == Norm::inf ? fmaxf(norm[0], partial[i]) : norm[0] + partial[i];
+struct Ball {
+  bool finite;      // the gradient
+  float inverse;    // of the largest entry of the gradient: squares of its multiples neither vanish nor overflow
+  float step;       // along those
+  float radius;
+  float partial;    // what is measured
+  float scale;      // l2: into the ball
+  float threshold;  // l1: by how much entries shrink, and what rounding has left of it
+  float rest;
+
+  template <class Each>
+  __device__ __forceinline__ Ball(const Ascend& args, const Place& at, const Each& each, Group& group)
+      : step(0.0f), radius(args.epsilon * at.unit), scale(1.0f), threshold(0.0f), rest(0.0f) {
+    float peak[2] = {0.0f, 0.0f};  // and whether the gradient is not finite
+    elements(each, [&](float, float grad) {
+      peak[0] = fmaxf(peak[0], fabsf(grad));
+      if (!(fabsf(grad) < Scalar::infinity)) peak[1] = 1.0f;
+    });
+    group.reduce<Max>(peak);
+    finite = peak[1] == 0.0f;
+    inverse = inverse_of(peak[0]);
+
+    float norm;
+    if (args.norms == nullptr) {
+      norm = NORM == Norm::inf ? peak[0] * inverse : fold<NORM>(each, group, [&](float, float g) { return g * inverse; });
+      partial = finite ? norm / inverse : 0.0f;
+      if (args.measured != nullptr) return;
+    } else {
+      norm = norm_of_group<NORM>(args, args.norms, at, group) * inverse;
     }
-    group.reduce<Fold<NORM>>(norm);
+    if (finite && norm > 0.0f) step = args.step_size * at.unit / norm;
+
+    if (args.measured != nullptr) {
+      const float share = at.unit > 0.0f ? 1.0f / at.unit : 0.0f;
+      partial = fold<NORM>(each, group, [&](float noise, float g) { return target(noise, g) * share; });
+    } else if (NORM == Norm::l2) {
+      const float reach = inverse_of(radius);
+      const float size = args.moved_norms == nullptr
+                             ? fold<NORM>(each, group, [&](float noise, float g) { return target(noise, g) * reach; })
+                             : norm_of_group<NORM>(args, args.moved_norms, at, group);
+      const float most = args.moved_norms == nullptr ? radius * reach : args.epsilon;
+      if (size > most) scale = most / size;
+    } else if (NORM == Norm::l1) {
+      find_threshold(args, each, group);
+    }
   }
-  return NORM == Norm::l2 ? sqrtf(norm[0]) : norm[0];
-}
 
+  SMART_FAST_INLINE float measured(float, float grad) const { return finite ? grad : 0.0f; }
+  SMART_FAST_INLINE float moved(float noise, float grad) const {
+    const float s = target(noise, grad);
+    if (NORM == Norm::inf) return fminf(fmaxf(s, -radius), radius);
+    if (NORM == Norm::l2) return s * scale;
+    return copysignf(fmaxf(fabsf(s) - threshold - rest, 0.0f), s);
+  }
+
+ private:
+  // s, where the step leads.
+  SMART_FAST_INLINE float target(float noise, float grad) const { return noise + measured(noise, grad) * inverse * step; }
+
+  // The norm KIND of `what` of the noise and the gradient of a row.
+  template <Norm KIND, class Each, class What>
+  static __device__ __forceinline__ float fold(const Each& each, Group& group, const What& what) {
+    float norm[1] = {0.0f};
+    elements(each, [&](float noise, float grad) { norm[0] = folded<KIND>(norm[0], what(noise, grad)); });
+    group.reduce<Fold<KIND>>(norm);
+    return root<KIND>(norm[0]);
+  }
+
+  // Michelot, "A finite algorithm for finding the projection of a point onto the canonical simplex of R^n", 1986: the
+  // threshold rises until the entries above it stay the same, here from a bound below it. The largest entry keeps no
+  // more than the radius, and no more than `width` entries share what is too much.
+  template <class Each>
+  __device__ __forceinline__ void find_threshold(const Ascend& args, const Each& each, Group& group) {
+    const auto reach = [&](float noise, float g) { return target(noise, g); };
+    const float peak = fold<Norm::inf>(each, group, reach), sum = fold<Norm::l1>(each, group, reach);
+    bool going = sum > radius;
+    if (going) threshold = fmaxf(peak - radius, (sum - radius) / float(args.shape.width));
+    for (float above = Scalar::infinity; group.any(going);) {
+      float over[2] = {0.0f, 0.0f};  // what is above the threshold, and how many entries
+      elements(each, [&](float noise, float grad) {
+        const float excess = fabsf(target(noise, grad)) - threshold;
+        over[0] += fmaxf(excess, 0.0f);
+        over[1] += excess >= 0.0f ? 1.0f : 0.0f;
+      });
+      group.reduce<Sum>(over);
+      if (!going) continue;  // but others of the warp
+      rest = over[1] > 0.0f ? (over[0] - radius) / over[1] : 0.0f;
+      going = over[1] > 0.0f && over[1] < above;
+      if (going) threshold += rest;
+      above = over[1];
+    }
+  }
+};
+
+// ---- kernels -------------------------------------------------------------------------------------------------------
+
+// The noise of a chunk that may reach beyond its row: zero there, so that it adds nothing to a norm.
 template <int SIZE>
-SMART_FAST_INLINE void write_measured(const Ascend& args, const Projection& projection, int64_t row, int64_t first,
-                                      bool real, const float (&noise)[SIZE], const float (&grad)[SIZE]) {
-  float m[SIZE];
+SMART_FAST_INLINE void read_noise(const Ascend& args, uint64_t seed, const Place& at, int64_t first,
+                                  float (&noise)[SIZE]) {
+  const int64_t width = args.shape.width;
+  if (args.noise != nullptr) return Floats<SIZE>::read(args.noise + at.row * width, first, width, noise);
+  normal(seed, at.row * width + first, noise);
+  const bool whole = inside(first, SIZE, width);
+  const float scale = args.noise_var * at.unit;
 #pragma unroll
-  for (int i = 0; i < SIZE; ++i) m[i] = real ? projection.measured(noise[i], grad[i]) : 0.0f;
-  Floats<SIZE>::write(args.measured + row * args.shape.width, first, args.shape.width, m);
+  for (int i = 0; i < SIZE; ++i) noise[i] = whole || (first + i >= 0 && first + i < width) ? noise[i] * scale : 0.0f;
 }
 
-template <class T>
-SMART_FAST_INLINE void write_moved(const Ascend& args, const Projection& projection, const Chunk<T>& embed, int64_t row,
-                                   int64_t first, bool real, const float (&noise)[Chunk<T>::size],
-                                   const float (&grad)[Chunk<T>::size]) {
+// All that follows the reading of a row. `embed_of(k, first)` is the chunk that `each` calls so.
+template <class T, class Rule, class Each, class EmbedOf>
+__device__ __forceinline__ void finish_row(const Ascend& args, const Place& at, const Each& each,
+                                           const EmbedOf& embed_of, Group& group) {
   constexpr int size = Chunk<T>::size;
   const int64_t width = args.shape.width;
-  float values[size], moved[size];
-  embed.unpack(values);
-#pragma unroll
-  for (int i = 0; i < size; ++i) {
-    moved[i] = real ? projection.moved(noise[i], grad[i]) : 0.0f;
-    values[i] += moved[i];
+  const Rule rule(args, at, each, group);
+  if (!at.valid) return;
+  if (args.measured != nullptr && args.norm != Norm::opaque) {
+    if (group.rank() == 0) args.measured[at.row] = rule.partial;
+    return;
   }
-  Writer<T>(args.out, args.embed.dtype, row, width).write(first, width, values);
-  if (args.noise_out != nullptr) Floats<size>::write(args.noise_out + row * width, first, width, moved);
+  each([&](int k, int64_t first, const auto& noise, const auto& grad) {
+    if (first >= width) return;
+    float moved[size];
+    if (args.measured != nullptr) {
+#pragma unroll
+      for (int i = 0; i < size; ++i) moved[i] = at.real ? rule.measured(noise[i], grad[i]) : 0.0f;
+      return Floats<size>::write(args.measured + at.row * width, first, width, moved);
+    }
+    float values[size];
+    embed_of(k, first).unpack(values);
+#pragma unroll
+    for (int i = 0; i < size; ++i) {
+      moved[i] = at.real ? rule.moved(noise[i], grad[i]) : 0.0f;
+      values[i] += moved[i];
+    }
+    Writer<T>(args.out, args.embed.dtype, at.row, width).write(first, width, values);
+    if (args.noise_out != nullptr) Floats<size>::write(args.noise_out + at.row * width, first, width, moved);
+  });
 }
 
-template <class T, Norm NORM>
+__device__ __forceinline__ Place place_of(const Ascend& args, int64_t row) {
+  const bool valid = row < args.shape.rows, real = valid && (args.mask == nullptr || args.mask[row] != 0);
+  return {valid ? row : 0, valid, real, real ? unit_of(args.unit, row) : 1.0f};
+}
+
+template <class T, class Rule>
 __global__ void __launch_bounds__(most_threads, 1) ascend_kernel(const Ascend args) {
   constexpr int size = Chunk<T>::size, CHUNKS = PER_THREAD / size;
   SMART_FAST_SHARED(Shared, shared);
@@ -130,62 +283,39 @@ __global__ void __launch_bounds__(most_threads, 1) ascend_kernel(const Ascend ar
 
   for (int64_t base = int64_t(blockIdx.x) * blockDim.y; base < shape.rows; base += int64_t(gridDim.x) * blockDim.y) {
     const int64_t row = base + threadIdx.y, skew = row * shape.width % size;
-    const bool valid = row < shape.rows, real = valid && (args.mask == nullptr || args.mask[row] != 0);
+    const Place at = place_of(args, row);
     const auto first_of = [&](int k) { return (int64_t(k) * group.size() + group.rank()) * size - skew; };
 
     Chunk<T> grads[CHUNKS], embeds[CHUNKS];
-    const bool moves = args.stage != Stage::measure;
 #pragma unroll
     for (int k = 0; k < CHUNKS; ++k) {
       grads[k] = Chunk<T>::filled(Fill::zero);
-      if (real) grads[k] = Reader<T>(shape, args.grad, row).read(first_of(k), shape.width, Fill::zero);
+      if (at.real) grads[k] = Reader<T>(shape, args.grad, row).read(first_of(k), shape.width, Fill::zero);
       embeds[k] = Chunk<T>::filled(Fill::zero);
-      if (valid && moves) embeds[k] = Reader<T>(shape, args.embed, row).read(first_of(k), shape.width, Fill::zero);
+      if (at.valid && args.measured == nullptr)
+        embeds[k] = Reader<T>(shape, args.embed, row).read(first_of(k), shape.width, Fill::zero);
     }
     float noise[CHUNKS][size];
-    Measure measure = {0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int k = 0; k < CHUNKS; ++k) {
 #pragma unroll
       for (int i = 0; i < size; ++i) noise[k][i] = 0.0f;
-      if (real && !outside(first_of(k), size, shape.width)) read_noise(args, seed, row, first_of(k), noise[k]);
-      float grad[size];
-      grads[k].unpack(grad);
-      measure.add<NORM>(args, noise[k], grad);
+      if (at.real && !outside(first_of(k), size, shape.width)) read_noise(args, seed, at, first_of(k), noise[k]);
     }
-    float sums[3] = {measure.with, measure.without, measure.broken};
-    group.reduce<Fold<NORM>>(sums);
-    const bool finite = sums[2] == 0.0f;
-    const float row_norm = finite ? sums[0] : sums[1];
-
-    if (!moves) {
-      const Projection projection(args, finite, 0.0f);
-      if (args.norm != Norm::opaque) {
-        if (valid && group.rank() == 0) args.measured[row] = row_norm;
-        continue;
-      }
+    const auto each = [&](const auto& use) {
 #pragma unroll
       for (int k = 0; k < CHUNKS; ++k) {
         float grad[size];
         grads[k].unpack(grad);
-        if (valid && first_of(k) < shape.width)
-          write_measured(args, projection, row, first_of(k), real, noise[k], grad);
+        use(k, first_of(k), noise[k], grad);
       }
-      continue;
-    }
-    const Projection projection(args, finite, norm_of<NORM>(args, row, valid, row_norm, group));
-#pragma unroll
-    for (int k = 0; k < CHUNKS; ++k) {
-      float grad[size];
-      grads[k].unpack(grad);
-      if (valid && first_of(k) < shape.width)
-        write_moved(args, projection, embeds[k], row, first_of(k), real, noise[k], grad);
-    }
+    };
+    finish_row<T, Rule>(args, at, each, [&](int k, int64_t) { return embeds[k]; }, group);
   }
 }
 
 // Any width, any dtypes.
-template <Norm NORM>
+template <class Rule>
 __global__ void __launch_bounds__(most_threads, 1) ascend_long_kernel(const Ascend args) {
   constexpr int size = 4;
   SMART_FAST_SHARED(Shared, shared);
@@ -196,60 +326,50 @@ __global__ void __launch_bounds__(most_threads, 1) ascend_long_kernel(const Asce
 
   for (int64_t base = int64_t(blockIdx.x) * blockDim.y; base < shape.rows; base += int64_t(gridDim.x) * blockDim.y) {
     const int64_t row = base + threadIdx.y, begin = group.rank() * size - row * shape.width % size;
-    const bool valid = row < shape.rows, real = valid && (args.mask == nullptr || args.mask[row] != 0);
-    const Reader<Any<size>> grads(shape, args.grad, valid ? row : 0);
-    Measure measure = {0.0f, 0.0f, 0.0f};
-    if (real)
+    const Place at = place_of(args, row);
+    const Reader<Any<size>> grads(shape, args.grad, at.row), embed(shape, args.embed, at.row);
+    const auto each = [&](const auto& use) {
+      if (!at.valid) return;
       for (int64_t first = begin; first < shape.width; first += step) {
-        float noise[size], grad[size];
-        grads.read(first, shape.width, Fill::zero).unpack(grad);
-        read_noise(args, seed, row, first, noise);
-        measure.add<NORM>(args, noise, grad);
+        float noise[size] = {}, grad[size] = {};
+        if (at.real) {
+          grads.read(first, shape.width, Fill::zero).unpack(grad);
+          read_noise(args, seed, at, first, noise);
+        }
+        use(0, first, noise, grad);
       }
-    float sums[3] = {measure.with, measure.without, measure.broken};
-    group.reduce<Fold<NORM>>(sums);
-    const bool finite = sums[2] == 0.0f, moves = args.stage != Stage::measure;
-    const float row_norm = finite ? sums[0] : sums[1];
-    const float norm = moves ? norm_of<NORM>(args, row, valid, row_norm, group) : 0.0f;
-    const Projection projection(args, finite, norm);
-    if (!valid) continue;
-    if (!moves && args.norm != Norm::opaque) {
-      if (group.rank() == 0) args.measured[row] = row_norm;
-      continue;
-    }
-    for (int64_t first = begin; first < shape.width; first += step) {
-      float noise[size] = {}, grad[size] = {};
-      if (real) {
-        grads.read(first, shape.width, Fill::zero).unpack(grad);
-        read_noise(args, seed, row, first, noise);
-      }
-      if (moves)
-        write_moved(args, projection, Reader<Any<size>>(shape, args.embed, row).read(first, shape.width, Fill::zero),
-                    row, first, real, noise, grad);
-      else
-        write_measured(args, projection, row, first, real, noise, grad);
-    }
+    };
+    const auto embed_of = [&](int, int64_t first) { return embed.read(first, shape.width, Fill::zero); };
+    finish_row<Any<size>, Rule>(args, at, each, embed_of, group);
   }
 }
 
-template <Norm NORM>
+template <class Rule>
 void run(const Ascend& args, cudaStream_t stream) {
   const Shape& shape = args.shape;
   const Dtype dtype = args.grad.dtype;
   const int size = chunk_size(dtype);
-  const bool moves = args.stage != Stage::measure;
+  const bool moves = args.measured == nullptr;
   const bool fits = chunks_of(shape, size) * size <= int64_t(PER_THREAD) * most_threads;
   const bool fast = aligned(shape, args.grad, size) &&
                     (!moves || (args.embed.dtype == dtype && aligned(shape, args.embed, size)));
   if (fits && fast) {
     const dim3 block = block_of(ceil_div(chunks_of(shape, size) * size, PER_THREAD));
     with_type(dtype, [&](auto tag) {
-      launch(ascend_kernel<typename decltype(tag)::type, NORM>, rows_grid(shape, block), block, 0, stream, args);
+      launch(ascend_kernel<typename decltype(tag)::type, Rule>, rows_grid(shape, block), block, 0, stream, args);
     });
   } else {
     const dim3 block = block_of(ceil_div(chunks_of(shape, 4), 2));
-    launch(ascend_long_kernel<NORM>, rows_grid(shape, block), block, 0, stream, args);
+    launch(ascend_long_kernel<Rule>, rows_grid(shape, block), block, 0, stream, args);
   }
+}
+
+template <Norm NORM>
+void run_rule(const Ascend& args, cudaStream_t stream) {
+  if (args.update == Update::paper && args.norm != Norm::opaque)
+    run<Ball<NORM>>(args, stream);
+  else
+    run<Scaled<NORM>>(args, stream);
 }
 
 }  // namespace
@@ -258,14 +378,14 @@ cudaError_t ascend(const Ascend& args, cudaStream_t stream) {
   if (args.shape.rows * args.shape.width == 0) return cudaSuccess;
   switch (args.norm) {
     case Norm::l2:
-      run<Norm::l2>(args, stream);
+      run_rule<Norm::l2>(args, stream);
       break;
     case Norm::l1:
-      run<Norm::l1>(args, stream);
+      run_rule<Norm::l1>(args, stream);
       break;
     case Norm::inf:
     case Norm::opaque:
-      run<Norm::inf>(args, stream);
+      run_rule<Norm::inf>(args, stream);
       break;
   }
   return cudaGetLastError();

@@ -26,7 +26,6 @@ using cuda::Ascend;
 using cuda::Divergence;
 using cuda::Perturb;
 using cuda::Seed;
-using cuda::Stage;
 
 constexpr int64_t most_in_kernel = 1024;  // partial norms that every row of a group adds up again
 
@@ -85,50 +84,54 @@ Seed draw(const optional<at::Generator>& generator, c10::DeviceIndex device) {
 }
 
 std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, const Seed& seed, int64_t* seed_out, double noise_var,
-                                       const optional<Tensor>& mask, bool keep_noise, const Launch& launch) {
+                                       const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
+                                       const Launch& launch) {
   const View view({embed});
   launch.same_device(mask);
+  launch.same_device(unit);
   const Tensor out = launch.output(embed.sizes(), embed.scalar_type());
   const Tensor noise = launch.output_if(keep_noise, embed.sizes(), at::kFloat);
   Tensor holder;
-  const Perturb args = {view.shape,       view.rows[0], mask_bytes(mask, view.shape.rows, holder),
-                        seed,             seed_out,     float(noise_var),
-                        out.mutable_data_ptr(), pointer_if<float>(keep_noise, noise)};
+  const Perturb args = {view.shape, view.rows[0], mask_bytes(mask, view.shape.rows, holder),
+                        row_units(unit, view.shape.rows), seed, seed_out, float(noise_var), out.mutable_data_ptr(),
+                        pointer_if<float>(keep_noise, noise)};
   C10_CUDA_CHECK(cuda::perturb(args, launch.stream()));
   return {out, noise};
 }
 
 std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
-                                   const optional<Tensor>& mask, bool keep_noise) {
+                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
   const Launch launch(embed);
   launch.same_device(seed);
   Seed given = {};
   given.given = seed.const_data_ptr<int64_t>();
-  return run_perturb(embed, given, nullptr, noise_var, mask, keep_noise, launch);
+  return run_perturb(embed, given, nullptr, noise_var, mask, keep_noise, unit, launch);
 }
 
 // Noise from the state of a generator instead of a seed in memory, without a launch of its own. A GPU computes noise again
 // sooner than it reads it back: the seed is all that is kept.
 std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
-                                         const optional<Tensor>& mask, bool) {
+                                         const optional<Tensor>& mask, bool, const optional<Tensor>& unit) {
   const Launch launch(embed);
   const Tensor seed = launch.output({1}, at::kLong);
   const Tensor out = std::get<0>(run_perturb(embed, draw(generator, embed.device().index()),
-                                             seed.mutable_data_ptr<int64_t>(), noise_var, mask, false, launch));
+                                             seed.mutable_data_ptr<int64_t>(), noise_var, mask, false, unit, launch));
   return {out, seed};
 }
 
 // What measuring and moving have in common. `noise` is the int64 seed or fp32 noise of the shape of the gradient.
 Ascend ascend_arguments(const View& view, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
-                        double noise_var, double step_size, string_view update, Tensor& noise_holder,
-                        Tensor& mask_holder, const Launch& launch) {
+                        double noise_var, double step_size, string_view update, const optional<Tensor>& unit,
+                        Tensor& noise_holder, Tensor& mask_holder, const Launch& launch) {
   launch.same_device(noise);
   launch.same_device(mask);
+  launch.same_device(unit);
   Ascend args = {};
   args.shape = view.shape;
   args.embed = view.rows.front();
   args.grad = view.rows.back();
   args.mask = mask_bytes(mask, view.shape.rows, mask_holder);
+  args.unit = row_units(unit, view.shape.rows);
   if (noise.scalar_type() == at::kLong) {
     args.seed = noise.const_data_ptr<int64_t>();
   } else {
@@ -146,54 +149,64 @@ Ascend ascend_arguments(const View& view, const Tensor& noise, const optional<Te
   return args;
 }
 
+// Norms of groups from the partial norms of their rows.
+Tensor group_norms(const Tensor& partial, const Ascend& args) {
+  const Tensor grouped = partial.view({-1, args.group});
+  if (args.norm == Norm::inf) return at::amax(grouped, 1);
+  if (args.norm == Norm::l1) return at::sum(grouped, 1);
+  if (args.update != Update::paper) return at::sqrt(at::sum(grouped, 1));
+  return at::sqrt(at::sum(grouped.to(at::kDouble).square(), 1)).to(at::kFloat);
+}
+
+// The norms that a scope comes with, kept alive by `holder`: partial ones where the kernel is to add them up itself.
+const float* norms_of(const optional<Tensor>& norm, string_view scope, Ascend& args, Tensor& holder) {
+  holder = row_norms(norm, args.shape.rows, scope);
+  args.partial_norms = scope == "group" && args.group <= most_in_kernel;
+  if (args.group > most_in_kernel) holder = group_norms(holder.view(-1), args);
+  return holder.const_data_ptr<float>();
+}
+
 Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
-                      double noise_var, double step_size, string_view update) {
+                      double noise_var, double step_size, string_view update, const optional<Tensor>& norm,
+                      const optional<Tensor>& unit) {
   const Launch launch(grad);
   const View view({grad});
-  Tensor noise_holder, mask_holder;
-  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, noise_holder, mask_holder, launch);
-  args.stage = Stage::measure;
+  const int64_t rows = view.shape.rows;
+  Tensor noise_holder, mask_holder, norm_holder;
+  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, unit, noise_holder, mask_holder,
+                                 launch);
+  if (norm && rows > 0) {
+    launch.same_device(norm);
+    args.group = rows / grad.size(0);
+    args.norms = norms_of(norm, "group", args, norm_holder);
+  }
   const Tensor out = args.norm == Norm::opaque ? launch.output(grad.sizes(), at::kFloat)
-                                               : launch.output({view.shape.rows}, at::kFloat);
+                                               : launch.output({rows}, at::kFloat);
   args.measured = out.mutable_data_ptr<float>();
   C10_CUDA_CHECK(cuda::ascend(args, launch.stream()));
   return out;
 }
 
-// Norms of groups from the partial norms of their rows.
-Tensor group_norms(const Tensor& partial, int64_t group, Norm norm) {
-  const Tensor grouped = partial.view({-1, group});
-  if (norm == Norm::inf) return at::amax(grouped, 1);
-  const Tensor sums = at::sum(grouped, 1);
-  return norm == Norm::l2 ? at::sqrt(sums) : sums;
-}
-
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                   const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise) {
+                                  double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
+                                  const optional<Tensor>& unit) {
   const Launch launch(embed);
   launch.same_device(grad);
   const View view({embed, grad});
-  Tensor noise_holder, mask_holder, norms;
-  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, noise_holder, mask_holder, launch);
-  args.stage = Stage::row_norm;
+  const int64_t rows = view.shape.rows;
+  Tensor noise_holder, mask_holder, norm_holder, moved_holder;
+  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, unit, noise_holder, mask_holder,
+                                 launch);
   args.epsilon = float(epsilon);
-  if (scope != "row" && view.shape.rows > 0) {
+  if (scope != "row" && rows > 0) {
     TORCH_CHECK_VALUE(scope == "group" || scope == "given", "smart_fast: unknown scope ", scope);
-    TORCH_CHECK_VALUE(norm && norm->numel() == view.shape.rows && norm->scalar_type() == at::kFloat, "smart_fast: scope ",
-                      scope, " takes a norm for each row");
     launch.same_device(norm);
-    norms = norm->contiguous();
-    args.stage = Stage::given_norm;
-    if (scope == "group") {
-      args.group = view.shape.rows / embed.size(0);
-      if (args.group > most_in_kernel)
-        norms = group_norms(norms.view(-1), args.group, args.norm);
-      else
-        args.stage = Stage::group_norm;
-    }
-    args.norms = norms.const_data_ptr<float>();
+    launch.same_device(moved_norm);
+    if (scope == "group") args.group = rows / embed.size(0);
+    args.norms = norms_of(norm, scope, args, norm_holder);
+    if (moved_norm) args.moved_norms = norms_of(moved_norm, scope, args, moved_holder);
   }
   const Tensor out = launch.output(embed.sizes(), embed.scalar_type());
   const Tensor noise_out = launch.output_if(keep_noise, embed.sizes(), at::kFloat);

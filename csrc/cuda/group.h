@@ -48,6 +48,9 @@ class Group {
     reduce_over<Op>(values, int(blockDim.x * blockDim.y));
   }
 
+  // Whether any thread of the warp says so: rows that share one stay together. Longer rows agree anyway.
+  __device__ __forceinline__ bool any(bool flag) const { return __any_sync(0xFFFFFFFFu, flag); }
+
  protected:
   Shared& shared_;
 

@@ -18,11 +18,12 @@ struct Seed {
   uint64_t generator_seed, offset;
 };
 
-// out = embed + noise_var * normal(seed). Masked rows (mask byte zero) are copied.
+// out = embed + noise_var * unit * normal(seed). Masked rows (mask byte zero) are copied.
 struct Perturb {
   Shape shape;
   Rows embed;
   const uint8_t* mask;  // a byte per row, or null
+  const float* unit;    // of each row, or null for 1
   Seed seed;
   int64_t* seed_out;  // the seed, for later steps, or null
   float noise_var;
@@ -30,29 +31,26 @@ struct Perturb {
   float* noise_out;  // the noise itself, or null
 };
 
-// What a step does: see kernels/ascend.py for the update rules.
-enum class Stage : int {
-  measure,      // a partial norm per row (l2: of squares), or the measured values themselves (Norm::opaque)
-  row_norm,     // the whole step, the norm being that of each row
-  given_norm,   // the step, one value of `norms` for every `group` rows
-  group_norm,   // the step, the norm of `group` rows from their partial norms
-};
-
+// One step, or what it measures first: see kernels/ascend.py for the update rules.
 struct Ascend {
   Shape shape;
   Rows embed, grad;
   const uint8_t* mask;
+  const float* unit;    // of each row, or null for 1: noise_var, step_size and epsilon are multiples of it
   const int64_t* seed;  // of the noise, if `noise` is null
   const float* noise;   // [rows, width], 16-byte aligned
   float noise_var, step_size, epsilon;
   Update update;
   Norm norm;
-  Stage stage;
-  const float* norms;
+  const float* norms;        // one for every `group` rows, or null: of each row itself
+  const float* moved_norms;  // paper, l2, groups: of the moved noise in units
+  bool partial_norms;        // both are partial norms of rows instead, to be folded over `group` of them
   int64_t group;
   void* out;         // in the dtype of embed
   float* noise_out;  // the new noise, or null
-  float* measured;   // Stage::measure
+  // Only measure: a partial norm per row (l2: of squares, unless paper), or the measured values themselves
+  // (Norm::opaque). Paper: of the gradient, or, given its `norms`, of the moved noise in units.
+  float* measured;
 };
 
 struct Divergence {

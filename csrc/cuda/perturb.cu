@@ -1,4 +1,4 @@
-// perturb: embed + noise_var * normal(seed), the noise never touching memory. Floor: read embed, write the result.
+// perturb: embed + noise_var * unit * normal(seed), the noise never touching memory. Floor: read embed, write the result.
 #include "launch.h"
 #include "noise.h"
 
@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(256, 3) perturb_kernel(const Perturb args) {
     const Writer<T> out(args.out, args.embed.dtype, row, shape.width);
     float* noise_out = args.noise_out == nullptr ? nullptr : args.noise_out + row * shape.width;
     const bool real = args.mask == nullptr || args.mask[row] != 0;
+    const float scale = args.noise_var * unit_of(args.unit, row);
     const int64_t skew = row * shape.width % size, stride = int64_t(gridDim.x) * blockDim.x * PER_THREAD * size;
 
     for (int64_t begin = (int64_t(blockIdx.x) * blockDim.x * PER_THREAD + threadIdx.x) * size - skew;
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(256, 3) perturb_kernel(const Perturb args) {
         normal(uint64_t(seed), row * shape.width + first, noise);
 #pragma unroll
         for (int i = 0; i < size; ++i) {
-          noise[i] = real ? noise[i] * args.noise_var : 0.0f;
+          noise[i] = real ? noise[i] * scale : 0.0f;
           values[i] += noise[i];
         }
         out.write(first, shape.width, values);
@@ -64,7 +65,7 @@ cudaError_t perturb(const Perturb& given, cudaStream_t stream) {
   if (args.shape.rows * args.shape.width == 0) return cudaSuccess;
   const bool flat = args.shape.size1 == 1 && args.shape.size2 == 1 && args.embed.column == 1 &&
                     (args.embed.stride0 == args.shape.width || args.shape.rows == 1);
-  if (flat && args.mask == nullptr) {  // one long row: only the element index counts
+  if (flat && args.mask == nullptr && args.unit == nullptr) {  // one long row: only the element index counts
     args.shape = {1, args.shape.rows * args.shape.width, 1, 1};
     args.embed.stride0 = 0;
   }

@@ -16,12 +16,13 @@ from .base import STATISTICS, Step, new_output
 def ascend(
     measure: Callable[..., Tensor], move: Callable[..., tuple[Tensor, Tensor]], perturb: Callable[..., Any],
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
-    unit: Tensor | None,
+    unit: Tensor | None, folds_groups: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`FusedBackend.ascend` by the operators ``ascend_measure``, ``ascend`` and ``perturb`` of a backend.
 
     A token norm takes one kernel. A norm over more than a row is measured first, twice for paper; one that only Python
-    can compute is called in between.
+    can compute is called in between. A backend whose ``ascend`` ``folds_groups`` makes norms of groups from those of
+    rows for paper too (in the place of ``shrink``: those of the moved noise); what it cannot fold, PyTorch projects.
     """
     known = known_norm(step.norm_fn)
     if known is not None and known.scope == "group" and embed.dim() < 2:
@@ -30,10 +31,14 @@ def ascend(
     common = (step.noise_var, step.step_size, step.update)
     norm: Tensor | None = None
     shrink: Tensor | None = None
-    if known is not None and (known.scope == "row" or not paper):
+    if known is not None and (known.scope == "row" or not paper or (folds_groups and known.kind != "l1")):
         kind, scope = known
         if scope == "group":
             norm = measure(grad, noise, None, mask, unit, kind, *common)
+            if paper and kind == "l2":
+                shrink = measure(grad, noise, norm, mask, unit, kind, *common)
+    elif paper and folds_groups:
+        return _in_pytorch(perturb, embed, grad, noise, step, mask, keep_noise, unit)
     else:
         kind, scope = known.kind if known else "opaque", "given"
         # The norm of the norms of the rows of a sentence is that of the sentence.
@@ -41,7 +46,7 @@ def ascend(
         measured = measure(grad, noise, None, mask, unit, kind, *common).view(shape)
         found = _broadcastable(ball.norm(measured, step.norm_fn) if paper else step.norm_fn(measured), grad)
         if found.dim() > 0 and found.shape[-1] != 1:
-            return _elementwise_norm(perturb, embed, grad, noise, step, mask, keep_noise, unit)
+            return _in_pytorch(perturb, embed, grad, noise, step, mask, keep_noise, unit)
         norm = _for_each_row(found, grad)
         if paper and kind != "inf":
             if kind == "l2":
@@ -73,11 +78,11 @@ def _for_each_row(value: Tensor, grad: Tensor) -> Tensor:
     return value.expand(*grad.shape[:-1], 1).to(grad.device, torch.float32).contiguous()
 
 
-def _elementwise_norm(
+def _in_pytorch(
     perturb: Callable[..., Any], embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None,
     keep_noise: bool, unit: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """A user's norm that differs within a row: nothing is left to fuse."""
+    """For norms that differ within a row, and other cases where little is left to fuse."""
     if noise.dtype == torch.int64:
         noise = perturb(torch.zeros_like(embed, dtype=torch.float32), noise, float(step.noise_var), mask, unit)
     perturbed, new_noise = torch_backend.ascend(embed, grad.float(), noise, step, mask, unit)

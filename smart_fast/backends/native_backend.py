@@ -33,31 +33,56 @@ extension: Any = None  # the loaded module; set by smart_fast.backends
 
 
 def perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     # On a CPU noise is read back sooner than it is computed again.
     keep_noise = keep_noise and embed.device.type == "cpu"
-    perturbed, noise = _perturb(embed, seed, noise_var, mask, keep_noise)
+    perturbed, noise = _perturb(embed, seed, noise_var, mask, keep_noise, unit)
     return perturbed, noise if keep_noise else seed
 
 
 def perturb_fresh(
-    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
-) -> tuple[Tensor, Tensor]:
+    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`perturb` with its autograd node, by a seed that the operator draws as `smart_fast.noise` would."""
-    perturbed, noise = extension.perturb(embed, generator, noise_var, mask, keep_noise)
+    perturbed, noise = extension.perturb(embed, generator, noise_var, mask, keep_noise, unit)
     return perturbed, noise
 
 
-def _noise_alone(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None) -> Tensor:
-    return perturb(embed, seed, noise_var, mask, False)[0]
+def _noise_alone(
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None = None
+) -> Tensor:
+    return perturb(embed, seed, noise_var, mask, False, unit)[0]
+
+
+def _measure(
+    grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
+    noise_var: float, step_size: float, update: str,
+) -> Tensor:  # fmt: skip
+    measured: Tensor = _ascend_measure(grad, noise, mask, kind, noise_var, step_size, update, norm, unit)
+    return measured
+
+
+def _move(
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None, mask: Tensor | None,
+    unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
+    keep_noise: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    operator = _ascend if torch.compiler.is_compiling() else extension.ascend
+    perturbed, new_noise = operator(
+        embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise, moved_norm, unit
+    )
+    return perturbed, new_noise
 
 
 def ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
-) -> tuple[Tensor, Tensor | None]:
-    move = _ascend if torch.compiler.is_compiling() else extension.ascend
-    return fused.ascend(_ascend_measure, move, _noise_alone, embed, grad, noise, step, mask, keep_noise)
+    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    return fused.ascend(
+        _measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit, folds_groups=True
+    )
 
 
 def divergence(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
@@ -110,18 +135,35 @@ def cannot_serve(device: torch.device) -> str | None:
 
 
 def _fake_perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     noise = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
     return new_output(embed.shape, embed.dtype, embed.device), noise
 
 
 def _fake_perturb_fresh(
-    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
-) -> tuple[Tensor, Tensor]:
+    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if embed.device.type == "cuda":
         return new_output(embed.shape, embed.dtype, embed.device), new_output((1,), torch.int64, embed.device)
     return _fake_perturb(embed, embed, noise_var, mask, keep_noise)
+
+
+def _fake_ascend_measure(
+    grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float, update: str,
+    norm: Tensor | None = None, unit: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return fused.fake_ascend_measure(grad, noise, norm, mask, unit, kind, noise_var, step_size, update)
+
+
+def _fake_ascend(
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
+    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
+    moved_norm: Tensor | None = None, unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
+    return new_output(embed.shape, embed.dtype, embed.device), noise_out
 
 
 def _fake_divergence_forward(
@@ -150,8 +192,8 @@ def _fake_divergence_finish(
 for _operator, _fake in (
     ("perturb", _fake_perturb),
     ("perturb_fresh", _fake_perturb_fresh),
-    ("ascend_measure", fused.fake_ascend_measure),
-    ("ascend", fused.fake_ascend),
+    ("ascend_measure", _fake_ascend_measure),
+    ("ascend", _fake_ascend),
     ("divergence_forward", _fake_divergence_forward),
     ("divergence_backward", fused.fake_divergence_backward),
     ("divergence_measure", _fake_divergence_measure),
