@@ -73,14 +73,15 @@ def perturb(
     generator: torch.Generator | None,
     mask: Tensor | None,
     keep_noise: bool,
+    unit: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
     if backend is None:
-        return torch_backend.perturb(embed, draw_normal(embed, generator), noise_var, mask)
+        return torch_backend.perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
     if _has_nodes(backend):
-        return backend.perturb_fresh(embed, generator, float(noise_var), mask, keep_noise)
+        return backend.perturb_fresh(embed, generator, float(noise_var), mask, keep_noise, unit)
     seed = draw_seed(embed.device, generator)
-    perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise)
+    perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise, unit)
     return _shift(embed, perturbed, mask), noise
 
 
@@ -92,14 +93,14 @@ def _has_nodes(backend: FusedBackend) -> bool:
 
 def ascend(
     backend: FusedBackend | None, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None,
-    keep_noise: bool,
+    keep_noise: bool, unit: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``embed`` plus the noise moved along ``grad``, and that noise if another step will need it."""
     if backend is None:
-        return torch_backend.ascend(embed, grad, noise, step, mask)
+        return torch_backend.ascend(embed, grad, noise, step, mask, unit)
     if _has_nodes(backend):
-        return backend.ascend(embed, grad, noise, step, mask, keep_noise)
-    perturbed, noise_out = backend.ascend(embed.detach(), grad.detach(), noise, step, mask, keep_noise)
+        return backend.ascend(embed, grad, noise, step, mask, keep_noise, unit)
+    perturbed, noise_out = backend.ascend(embed.detach(), grad.detach(), noise, step, mask, keep_noise, unit)
     return _shift(embed, perturbed, mask), noise_out
 
 

@@ -32,3 +32,10 @@ def remember_generators(device: torch.device) -> Callable[[], None]:
             module.set_rng_state(on_device, device)
 
     return rewind
+
+
+def token_rms(embed: Tensor) -> Tensor:
+    """Root mean square over the last dimension, ``[..., D] -> [..., 1]``, fp32 (fp64 of fp64): the unit of a token."""
+    dtype = torch.promote_types(embed.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(embed.detach(), dim=-1, keepdim=True, dtype=dtype)
+    return norm * embed.shape[-1] ** -0.5

@@ -12,6 +12,8 @@ from ._checks import check_bool, check_callable, check_choice, check_count, chec
 from .backends import check_name
 from .backends.base import UPDATES, Step
 
+SCALES = ("absolute", "relative")
+
 NAMES = frozenset(
     (
         *("eval_fn", "loss_fn", "loss_last_fn", "norm_fn", "num_steps", "step_size", "epsilon", "noise_var"),
@@ -31,9 +33,9 @@ def check(smart: Any) -> Step:
     for name in ("step_size", "epsilon", "noise_var"):
         check_number(name, getattr(smart, name))
     check_name(smart.backend)
-    check_choice("update", smart.update, UPDATES, planned=("paper",))
+    check_choice("update", smart.update, UPDATES)
     check_choice("ascent", smart.ascent, ("perturbed",), planned=("fisher",))
-    check_choice("scale", smart.scale, ("absolute",), planned=("relative",))
+    check_choice("scale", smart.scale, SCALES)
     if smart.generator is not None and not isinstance(smart.generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(smart.generator).__name__}")
     _check_precision(smart.ascent_dtype, smart.loss_scale)

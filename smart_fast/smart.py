@@ -14,6 +14,7 @@ from ._checks import check_mask, check_tensor
 from .ascent import InputGradients
 from .backends import calling, select
 from .backends.base import Step
+from .noise import token_rms
 from .norms import Norm, inf_norm
 
 __all__ = ["SMARTLoss"]
@@ -40,8 +41,11 @@ class SMARTLoss(nn.Module):
         noise_var: standard deviation of the initial noise (the name is smart-pytorch's).
         backend: ``"torch"``, ``"triton"``, ``"native"``, or ``"auto"``: the fastest one for the tensors at hand.
         update: ``"smart-pytorch"``, noise <- s / (norm(s) + epsilon) with s = noise + step_size * g; or ``"sift"``,
-            noise <- noise + step_size * g / (norm(g) + epsilon).
-        ascent, scale: only ``"perturbed"`` and ``"absolute"`` in this version.
+            noise <- noise + step_size * g / (norm(g) + epsilon); or ``"paper"`` (its Algorithm 1),
+            noise + step_size * g / norm(g) projected onto the ball of radius epsilon.
+        ascent: only ``"perturbed"`` in this version.
+        scale: ``"absolute"``; or ``"relative"``: noise_var, step_size and epsilon are in units of the root mean square of
+            each token's embedding, so that one setting suits word embeddings and normalized ones.
         ascent_dtype: `torch.bfloat16` or `torch.float16`: the passes of the ascent run under autocast in it. The final
             pass keeps the precision of the caller.
         generator: where noise is drawn from; None: torch's default generator of the embedding's device. It must live
@@ -177,22 +181,20 @@ class SMARTLoss(nn.Module):
                 self._warn_of_lost_noise(each.dtype, step)
         backends = [select(self.backend, each, numbers=step.tensors) for each in embeds]
 
+        units = [token_rms(each) if self.scale == "relative" else None for each in embeds]
         each_embed = range(len(embeds))
         perturbed: list[Any] = [None] * len(embeds)
         noises: list[Any] = [None] * len(embeds)
         for i in each_embed:
             perturbed[i], noises[i] = autograd.perturb(
-                backends[i], embeds[i], step.noise_var, self.generator, masks[i], keep_noise=num_steps > 0
+                backends[i], embeds[i], step.noise_var, self.generator, masks[i], num_steps > 0, units[i]
             )
         for taken in range(1, num_steps + 1):
             grads = self._ascent_gradients(eval_fn, perturbed, clean, args, kwargs)
             for i in each_embed:
-                dtype = perturbed[i].dtype
                 perturbed[i], noises[i] = autograd.ascend(
-                    backends[i], embeds[i], grads[i], noises[i], step, masks[i], keep_noise=taken < num_steps
+                    backends[i], embeds[i], grads[i], noises[i], step, masks[i], taken < num_steps, units[i]
                 )
-                if perturbed[i].dtype != dtype:  # unscaled gradients are float32
-                    perturbed[i] = perturbed[i].to(dtype)
         if torch.is_grad_enabled():
             perturbed = [autograd.track(each) for each in perturbed]
         perturbed_state = eval_fn(*perturbed, *args, **kwargs)

@@ -18,7 +18,7 @@ from ..norms import Norm
 #: The divergences: adding one is a row here, a formula per language, and a row in `smart_fast.loss`.
 DIVERGENCES = ("kl", "sym_kl", "js")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-UPDATES = ("smart-pytorch", "sift")
+UPDATES = ("smart-pytorch", "sift", "paper")
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: fp32 numbers that a divergence keeps of each row for its backward pass, and of a slice of a row to be merged.
@@ -27,7 +27,16 @@ STATISTICS = 6
 
 @dataclass(frozen=True)
 class Step:
-    """The hyper-parameters of one ascent step, as `SMARTLoss` documents them."""
+    """The hyper-parameters of one ascent step, as `SMARTLoss` documents them.
+
+    With u the unit of a row (1 unless ``scale="relative"``), g the gradient (0 for rows where it is not finite):
+
+        smart-pytorch   s = noise + step_size u g             noise <- s / (norm(s) + epsilon u)
+        sift            s = noise + step_size u g / (norm(g) + epsilon u)    noise <- s
+        paper           s = noise + step_size u g / norm(g)   noise <- u project(s / u onto norm <= epsilon)
+
+    where g / norm(g) is 0 if g is.
+    """
 
     norm_fn: Norm
     noise_var: float | Tensor
@@ -69,9 +78,12 @@ class FusedBackend(Protocol):
     differentiable: bool
 
     def perturb(
-        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool
-    ) -> tuple[Tensor, Tensor]:
-        """``embed + noise_var * normal(seed)``, in the dtype of ``embed``, masked rows unchanged; and the noise.
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``embed + noise_var * unit * normal(seed)``, in the dtype of ``embed``, masked rows unchanged; and the noise.
+
+        ``unit``: fp32 ``[..., 1]``, contiguous, or None for 1.
 
         ``seed``: int64 ``[1]`` on the device of ``embed``, read there. The noise is what `ascend` takes: the seed, or,
         where the backend prefers that and ``keep_noise`` says that a step follows, its values in fp32.
@@ -79,14 +91,16 @@ class FusedBackend(Protocol):
         ...
 
     def perturb_fresh(
-        self, embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool
-    ) -> tuple[Tensor, Tensor]:
+        self, embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`perturb` by a seed drawn from ``generator``, differentiable in ``embed``."""
         ...
 
     def ascend(
-        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """One update of the noise and its sum with ``embed``: ``(perturbed, new noise or None)``.
 
         ``noise`` is what `perturb` gave (an int64 seed or fp32 values), then the fp32 noise that the last step kept.

@@ -8,37 +8,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ball
 from .base import Step
 
 name = "torch"
 
 
-def perturb(embed: Tensor, normal: Tensor, noise_var: float | Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def perturb(
+    embed: Tensor, normal: Tensor, noise_var: float | Tensor, mask: Tensor | None, unit: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``(embed + noise, noise)``. Masked rows are passed on as constants."""
-    noise = normal * noise_var
+    noise = normal * noise_var if unit is None else normal * (noise_var * unit)
     if mask is not None:
         noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
     return _add(embed, noise, mask), noise
 
 
-def ascend(embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def ascend(
+    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, unit: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One update of ``noise``; returns ``(embed + noise, noise)``."""
     finite = _movable_rows(grad, mask)
     grad = torch.where(finite, grad, 0.0) if isinstance(finite, Tensor) else grad
-    if step.update == "sift":
-        scale = step.norm_fn(grad) + step.epsilon
-        moved = noise + step.step_size * (grad / scale)
+    step_size: float | Tensor = step.step_size if unit is None else step.step_size * unit
+    epsilon: float | Tensor = step.epsilon if unit is None else step.epsilon * unit
+    if step.update == "paper":
+        noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
+        moved = noise + step_size * ball.direction(grad.to(noise.dtype), step.norm_fn)
+        if mask is not None:  # before the norm of a sentence is taken
+            moved = torch.where(mask.unsqueeze(-1), moved, 0.0)
+        moved = _into_ball(moved, step, unit)
+    elif step.update == "sift":
+        scale = step.norm_fn(grad) + epsilon
+        moved = noise + step_size * (grad / scale)
     else:
-        moved = noise + step.step_size * grad
-        scale = step.norm_fn(moved) + step.epsilon
+        moved = noise + step_size * grad
+        scale = step.norm_fn(moved) + epsilon
         moved = moved / scale
-    if not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
+    if step.update != "paper" and not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
         # Nothing to divide by: smart-pytorch's NaN only where smart-pytorch has it.
         moved = torch.where((scale != 0) | (finite & (step.update != "sift")), moved, noise)
     noise = moved.detach()
     if mask is not None:
         noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
     return _add(embed, noise, mask), noise
+
+
+def _into_ball(noise: Tensor, step: Step, unit: Tensor | None) -> Tensor:
+    if unit is None:
+        return ball.project(noise, step.norm_fn, step.epsilon)
+    known = unit > 0  # an embedding of zeros has no noise
+    return torch.where(
+        known, ball.project(noise / torch.where(known, unit, 1.0), step.norm_fn, step.epsilon) * unit, 0.0
+    )
 
 
 def _movable_rows(grad: Tensor, mask: Tensor | None) -> Tensor | bool:
@@ -55,9 +77,8 @@ def _movable_rows(grad: Tensor, mask: Tensor | None) -> Tensor | bool:
 
 
 def _add(embed: Tensor, noise: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return embed + noise
-    return torch.where(mask.unsqueeze(-1), embed + noise, embed.detach())
+    perturbed = (embed + noise).to(embed.dtype)
+    return perturbed if mask is None else torch.where(mask.unsqueeze(-1), perturbed, embed.detach())
 
 
 def divergence(
