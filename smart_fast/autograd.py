@@ -85,6 +85,17 @@ def perturb(
     return _shift(embed, perturbed, mask), noise
 
 
+def noise_values(
+    backend: FusedBackend | None, embed: Tensor, noise: Tensor, noise_var: Any, mask: Tensor | None,
+    unit: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The noise itself, where `perturb` gave its seed."""
+    if backend is None or noise.dtype != torch.int64:
+        return noise
+    zeros = torch.zeros_like(embed, dtype=torch.float32)
+    return backend.perturb(zeros, noise, float(noise_var), mask, False, unit)[0]
+
+
 def _has_nodes(backend: FusedBackend) -> bool:
     """Whether the operators of ``backend`` are differentiable by themselves: in C++ that costs a fraction of what it
     costs here. A compiler traces the functions of this file instead."""

@@ -1,4 +1,4 @@
-"""What torch.compile needs to take a whole `SMARTLoss` into one graph. Nothing here runs in eager mode."""
+"""What torch.compile needs to take a whole `SMARTLoss` into one graph. Little here runs in eager mode."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def grad(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
     """`torch.autograd.grad`, into the graph: Dynamo has a setting for that, which holds for this call only."""
     with _trace_autograd():
         return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+def vector_jacobian_product(
+    outputs: list[Tensor], inputs: list[Tensor], vectors: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of several outputs, whose graph is kept; into the graph where torch.compile traces."""
+    if not torch.compiler.is_compiling():
+        return torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
+    with _trace_autograd():
+        return torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
 
 
 @when_traced

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._pytree import tree_iter
+
+from .noise import remember_generators
 
 
 @contextlib.contextmanager
@@ -55,6 +58,64 @@ def training_batch_norms(eval_fn: Any) -> list[nn.Module]:
         for each in eval_fn.modules()
         if isinstance(each, _BatchNorm) and each.training and each.track_running_stats
     ]
+
+
+class ReplayedDropout:
+    """Remembers where torch's generators were when a module was last called, and calls it again from there.
+
+    A forward pre-hook of the module, found again among its hooks: it is copied and pickled with the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._rewind: Callable[[], None] | None = None
+        self._replaying = False
+
+    @classmethod
+    def of(cls, module: Any) -> ReplayedDropout:
+        """The one of ``module``, made if need be."""
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, cls):
+                return hook
+        made = cls(module)
+        module.register_forward_pre_hook(made, prepend=True)
+        return made
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not self._replaying:
+            self._rewind = remember_generators(_device_of(args))
+
+    def replay(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with the random numbers of its last call. The generators then are where they were before.
+
+        Raises:
+            RuntimeError: there was no call; or inside torch.compile.
+        """
+        if torch.compiler.is_compiling():
+            raise RuntimeError("shared_dropout does not work inside torch.compile: compile eval_fn instead")
+        if self._rewind is None:
+            raise RuntimeError(
+                "shared_dropout=True: eval_fn has not been called since SMARTLoss was made, so there are no dropout"
+                " masks to share; compute state by calling eval_fn itself"
+            )
+        back = remember_generators(_device_of(args))
+        self._rewind()
+        self._replaying = True
+        try:
+            return self._module(*args, **kwargs)
+        finally:
+            self._replaying = False
+            back()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rewind": None}
+
+
+def _device_of(args: Any) -> torch.device:
+    for each in tree_iter(args):
+        if isinstance(each, torch.Tensor):
+            return each.device
+    return torch.device("cpu")
 
 
 def is_compiled(eval_fn: Any) -> bool:

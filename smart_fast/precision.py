@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,6 +43,52 @@ def current_scale(loss_scale: Any, device: torch.device) -> float | Tensor:
 def unscale(grad: Tensor, scale: float | Tensor) -> Tensor:
     """Divided in fp32 at least, where nothing underflows; exactly, if the scale is a power of two."""
     return grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
+
+
+def by_sample(*tensors: Tensor) -> bool:
+    """Whether the first dimension of all ``tensors`` is that of the samples of a batch."""
+    return all(each.dim() > 1 and each.shape[0] == tensors[0].shape[0] for each in tensors)
+
+
+def sample_scale(grads: Sequence[Tensor], own: bool) -> Tensor:
+    """A factor for each sample ``[B]``, or one for all ``[1]`` if not ``own``: a power of two that brings the largest
+    entry of ``grads`` near one. One for samples without an entry but zeros, or with infinite ones."""
+    peaks = [torch.linalg.vector_norm(each.flatten(1 if own else 0), float("inf"), dim=-1) for each in grads]
+    peak = functools.reduce(torch.maximum, peaks).float().reshape(-1)
+    exponent = peak.log2().floor().clamp(-120, 120)
+    return torch.where((peak > 0) & peak.isfinite(), torch.exp2(-exponent), 1.0)
+
+
+def like_samples(scale: Tensor, tensor: Tensor) -> Tensor:
+    """``scale``, ``[B]`` or one for all, shaped to multiply ``tensor`` ``[B, ...]``."""
+    if tensor.dim() < 2 or tensor.shape[0] != scale.shape[0]:
+        scale = scale[:1]
+    return scale.view(-1, *([1] * (tensor.dim() - 1)))
+
+
+class Rescale(torch.autograd.Function):
+    """``states`` in fp32. Their gradients, which come in fp32, go on in the states' dtypes, each sample times a factor
+    at which nothing underflows; the factors, `sample_scale`, come out as the gradient of ``carrier`` ``[B]``."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, own: bool, *states: Tensor) -> tuple[Tensor, ...]:
+        ctx.own, ctx.dtypes, ctx.size = own, [each.dtype for each in states], carrier.shape[0]
+        return tuple(each.to(torch.promote_types(each.dtype, torch.float32), copy=True) for each in states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = sample_scale(grads, ctx.own)
+        scaled = [(g * like_samples(scale, g)).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return scale.expand(ctx.size), None, *scaled
+
+
+def underflows(embed: Tensor, ascent_dtype: torch.dtype | None) -> bool:
+    """Whether the ascent's gradients are in float16, of which most are too small for it."""
+    if ascent_dtype is not None:
+        return ascent_dtype == torch.float16
+    device = embed.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return autocast or embed.dtype == torch.float16
 
 
 def lost_noise(dtype: torch.dtype, step: Step, num_steps: int, relative: bool) -> tuple[str, float] | None:

@@ -12,13 +12,22 @@ from ._checks import check_bool, check_callable, check_choice, check_count, chec
 from .backends import check_name
 from .backends.base import UPDATES, Step
 
+ASCENTS = ("perturbed", "fisher")
 SCALES = ("absolute", "relative")
 
 NAMES = frozenset(
     (
         *("eval_fn", "loss_fn", "loss_last_fn", "norm_fn", "num_steps", "step_size", "epsilon", "noise_var"),
         *("backend", "update", "ascent", "scale", "ascent_dtype", "generator", "loss_scale", "freeze_parameters"),
-        *("ascent_dropout", "freeze_batch_norm", "every_n_steps", "start_step", "skip_in_eval"),
+        *(
+            "ascent_dropout",
+            "shared_dropout",
+            "freeze_batch_norm",
+            "every_n_steps",
+            "start_step",
+            "skip_in_eval",
+            "diagnose",
+        ),
     )
 )
 
@@ -34,7 +43,9 @@ def check(smart: Any) -> Step:
         check_number(name, getattr(smart, name))
     check_name(smart.backend)
     check_choice("update", smart.update, UPDATES)
-    check_choice("ascent", smart.ascent, ("perturbed",), planned=("fisher",))
+    check_choice("ascent", smart.ascent, ASCENTS)
+    if smart.ascent == "fisher" and smart.num_steps > 1:
+        raise ValueError(f"ascent='fisher' takes one step: num_steps must be 0 or 1, got {smart.num_steps}")
     check_choice("scale", smart.scale, SCALES)
     if smart.generator is not None and not isinstance(smart.generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(smart.generator).__name__}")
@@ -56,13 +67,14 @@ def _check_precision(ascent_dtype: Any, loss_scale: Any) -> None:
 def _check_controls(smart: Any) -> None:
     check_count("every_n_steps", smart.every_n_steps, least=1)
     check_count("start_step", smart.start_step)
-    for name in ("ascent_dropout", "freeze_batch_norm", "skip_in_eval"):
+    for name in ("ascent_dropout", "shared_dropout", "freeze_batch_norm", "skip_in_eval", "diagnose"):
         check_bool(name, getattr(smart, name))
     if smart.freeze_parameters is not None:
         check_bool("freeze_parameters", smart.freeze_parameters)
     needs_module = {
         "freeze_parameters=True": smart.freeze_parameters,
         "ascent_dropout=False": not smart.ascent_dropout,
+        "shared_dropout=True": smart.shared_dropout,
         "freeze_batch_norm=True": smart.freeze_batch_norm,
     }
     for setting, used in needs_module.items():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from . import autograd, distributed, passes, precision, settings, states
+from . import autograd, distributed, fisher, passes, precision, settings, states
+from . import perturbed as perturbed_pass
 from ._checks import check_mask, check_tensor
 from .ascent import InputGradients
 from .backends import calling, select
 from .backends.base import Step
+from .diagnostics import Record
 from .noise import token_rms
 from .norms import Norm, inf_norm
 
@@ -43,7 +45,9 @@ class SMARTLoss(nn.Module):
         update: ``"smart-pytorch"``, noise <- s / (norm(s) + epsilon) with s = noise + step_size * g; or ``"sift"``,
             noise <- noise + step_size * g / (norm(g) + epsilon); or ``"paper"`` (its Algorithm 1),
             noise + step_size * g / norm(g) projected onto the ball of radius epsilon.
-        ascent: only ``"perturbed"`` in this version.
+        ascent: ``"perturbed"``: the gradient of ``loss_fn`` at the perturbed embedding; or ``"fisher"``: the product of
+            softmax(state) - onehot(argmax state) with the Jacobian of the clean state, without a perturbed pass, for
+            one step. ``embed`` must then require grad, and ``state`` be computed from it.
         scale: ``"absolute"``; or ``"relative"``: noise_var, step_size and epsilon are in units of the root mean square
             of each token's embedding, so that one setting suits word embeddings and normalized ones.
         ascent_dtype: `torch.bfloat16` or `torch.float16`: the passes of the ascent run under autocast in it. The final
@@ -57,12 +61,15 @@ class SMARTLoss(nn.Module):
             nobody computes their gradients there. None: if ``eval_fn`` is a compiled module, which otherwise does.
         ascent_dropout: False: ``eval_fn``, a Module, runs without dropout in the ascent (its submodules but BatchNorm
             and its like are in eval mode there).
+        shared_dropout: True: the perturbed passes of ``eval_fn``, a Module, draw the dropout masks that its last clean
+            pass has drawn. That pass must be a call of ``eval_fn``, made after this module was.
         freeze_batch_norm: True: the perturbed passes of ``eval_fn``, a Module, normalize by statistics of the batch, as
             ever in training mode, but leave the running statistics of BatchNorm alone.
         every_n_steps, start_step: compute the regularizer in call number ``start_step`` (from 0) in training mode and
             in every n-th one after it. The others return a zero of no graph, which can take part in a sum that goes
             backward. `steps`, a plain attribute, counts the calls: it is in no ``state_dict``.
         skip_in_eval: True: return zero, without any pass, in eval mode.
+        diagnose: True: `diagnostics` tells what the ascent does to the noise, at the cost of some passes over it.
 
     Every argument stays an attribute and may be changed between calls.
 
@@ -75,6 +82,7 @@ class SMARTLoss(nn.Module):
     """
 
     _wrapped = False
+    _rescales = False
 
     def __init__(
         self,
@@ -96,10 +104,12 @@ class SMARTLoss(nn.Module):
         loss_scale: float | torch.amp.GradScaler | None = None,
         freeze_parameters: bool | None = None,
         ascent_dropout: bool = True,
+        shared_dropout: bool = False,
         freeze_batch_norm: bool = False,
         every_n_steps: int = 1,
         start_step: int = 0,
         skip_in_eval: bool = False,
+        diagnose: bool = False,
     ) -> None:
         super().__init__()
         self.eval_fn = eval_fn
@@ -119,12 +129,15 @@ class SMARTLoss(nn.Module):
         self.loss_scale = loss_scale
         self.freeze_parameters = freeze_parameters
         self.ascent_dropout = ascent_dropout
+        self.shared_dropout = shared_dropout
         self.freeze_batch_norm = freeze_batch_norm
         self.every_n_steps = every_n_steps
         self.start_step = start_step
         self.skip_in_eval = skip_in_eval
+        self.diagnose = diagnose
         self.steps = 0
         self._warned = False
+        self._record = Record()
         self._input_gradients = InputGradients()
         self._checked = self._check_settings()
 
@@ -166,13 +179,15 @@ class SMARTLoss(nn.Module):
         return self._regularizer(step, embed, state, args, mask, kwargs)
 
     def _regularizer(self, step: Step, embed: Any, state: Any, args: Any, mask: Any, kwargs: Any) -> Tensor:
-        eval_fn, num_steps = self.eval_fn, self.num_steps
+        run, num_steps = self.eval_fn, self.num_steps
+        if self.shared_dropout:
+            run = passes.ReplayedDropout.of(run).replay
         several = isinstance(embed, (tuple, list))
         embeds = tuple(embed) if several else (embed,)
         masks = self._check_inputs(embeds, mask, several)
         if num_steps > 0:
             states.check_match("loss_fn", self.loss_fn, state)
-            clean = states.detach(state)
+            clean = states.detach(state) if self.ascent == "perturbed" else state
         states.check_match("loss_last_fn", self.loss_last_fn, state)
         for each in embeds:
             if each.numel() == 0:
@@ -182,23 +197,50 @@ class SMARTLoss(nn.Module):
         backends = [select(self.backend, each, numbers=step.tensors) for each in embeds]
 
         units = [token_rms(each) if self.scale == "relative" else None for each in embeds]
-        each_embed = range(len(embeds))
+        each_embed, keep = range(len(embeds)), self.diagnose
         perturbed: list[Any] = [None] * len(embeds)
         noises: list[Any] = [None] * len(embeds)
         for i in each_embed:
             perturbed[i], noises[i] = autograd.perturb(
-                backends[i], embeds[i], step.noise_var, self.generator, masks[i], num_steps > 0, units[i]
+                backends[i], embeds[i], step.noise_var, self.generator, masks[i], num_steps > 0 or keep, units[i]
             )
+        started = list(noises)
+        grads: list[Any] = [None] * len(embeds)
         for taken in range(1, num_steps + 1):
-            grads = self._ascent_gradients(eval_fn, perturbed, clean, args, kwargs)
+            grads = self._ascent_gradients(run, embeds, perturbed, clean, args, kwargs)
             for i in each_embed:
                 perturbed[i], noises[i] = autograd.ascend(
-                    backends[i], embeds[i], grads[i], noises[i], step, masks[i], taken < num_steps, units[i]
+                    backends[i], embeds[i], grads[i], noises[i], step, masks[i], taken < num_steps or keep, units[i]
                 )
+        if self.diagnose:
+            self._diagnose(embeds, masks, started, noises, perturbed, grads, step, units, backends)
         if torch.is_grad_enabled():
             perturbed = [autograd.track(each) for each in perturbed]
-        perturbed_state = eval_fn(*perturbed, *args, **kwargs)
+        perturbed_state = run(*perturbed, *args, **kwargs)
         return self._compare("loss_last_fn", self.loss_last_fn, perturbed_state, state)
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """Figures of the last call, if ``diagnose`` is set (else none); reading them waits for the device.
+
+        ``noise_to_embed``: norm of the final noise over that of the embedding. ``changed``: share of the embedding's
+        entries that noise changed. With an ascent also ``step_to_noise``, norm of the last step before projection over
+        that of the initial noise; ``cosine`` of the noise before and after; ``dead_rows``, share of rows whose gradient
+        is zero or not finite. Warns once where noise is lost in rounding or the ascent does not move it.
+        """
+        return self._record.read()
+
+    def _diagnose(self, embeds: Any, masks: Any, first: Any, last: Any, perturbed: Any, grads: Any, step: Step,
+                  units: Any, backends: Any) -> None:  # fmt: skip
+        if torch.compiler.is_compiling():
+            raise RuntimeError("diagnose does not work inside torch.compile: diagnose in eager mode")
+        self._record.start()
+        for i, embed in enumerate(embeds):
+            before, after = (
+                autograd.noise_values(backends[i], embed, each, step.noise_var, masks[i], units[i])
+                for each in (first[i], last[i])
+            )
+            self._record.add(embed, masks[i], before, after, perturbed[i], grads[i], step, units[i])
 
     def extra_repr(self) -> str:
         names = ("num_steps", "step_size", "epsilon", "noise_var", "backend", "update", "scale")
@@ -210,6 +252,10 @@ class SMARTLoss(nn.Module):
         if not torch.compiler.is_compiling():
             self.__dict__["_checked"] = step
             self.__dict__["_wrapped"] = distributed.is_wrapped(self.eval_fn)
+            # smart-pytorch's own rule is to be what it is there, bit for bit.
+            self.__dict__["_rescales"] = self.update != "smart-pytorch" or self.scale == "relative"
+            if self.shared_dropout:
+                passes.ReplayedDropout.of(self.eval_fn)
         return step
 
     def _skips(self) -> bool:
@@ -253,38 +299,12 @@ class SMARTLoss(nn.Module):
         return masks
 
     def _ascent_gradients(
-        self, eval_fn: Any, perturbed: list[Tensor], clean: Any, args: Any, kwargs: Any
+        self, run: Any, embeds: Sequence[Tensor], perturbed: list[Tensor], state: Any, args: Any, kwargs: Any
     ) -> list[Tensor]:
-        if self._wrapped and torch.compiler.is_compiling():
-            return distributed.eagerly(self._ascent_gradients, eval_fn, perturbed, clean, args, kwargs)
-        loss_fn, scale = self.loss_fn, None
-        device = perturbed[0].device
-        if self.loss_scale is not None:
-            scale = precision.current_scale(self.loss_scale, device)
-
-        def loss_of(*inputs: Tensor) -> Tensor:
-            loss = self._compare("loss_fn", loss_fn, eval_fn(*inputs, *args, **kwargs), clean)
-            if in_group:
-                distributed.check_loss(loss)
-            return loss if scale is None else loss * scale
-
-        in_autocast = passes.in_autocast(loss_of, self.ascent_dtype, device.type)
-        in_group, frozen = distributed.in_use(), self._freezes(eval_fn)
-        if torch.is_grad_enabled() and self.ascent_dropout and not (in_group or frozen):
-            grads = self._input_gradients(in_autocast, [autograd.track(each) for each in perturbed])
-        else:
-            with (
-                torch.enable_grad(),
-                distributed.ascent(eval_fn),
-                passes.in_ascent(eval_fn, frozen, self.ascent_dropout),  # to the end: checkpoints run eval_fn again
-            ):
-                grads = self._input_gradients(in_autocast, [autograd.track(each) for each in perturbed])
-        return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
-
-    def _freezes(self, eval_fn: Any) -> bool:
-        if torch.compiler.is_compiling():
-            return False  # what nobody asks for is not in the graph
-        return passes.is_compiled(eval_fn) if self.freeze_parameters is None else self.freeze_parameters
+        """Gradients to the perturbed embeddings, or what ``ascent`` takes in their place."""
+        if self.ascent == "fisher":
+            return fisher.gradients(self.eval_fn, embeds, state, args, kwargs)
+        return perturbed_pass.gradients(self, run, perturbed, state, args, kwargs)
 
     def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:
         with calling(self.backend, ascent=name == "loss_fn"):

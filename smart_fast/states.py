@@ -7,7 +7,7 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Loss = Callable[..., Any]
 
@@ -27,6 +27,19 @@ def _detach(value: Any) -> Any:
     if isinstance(value, Mapping):  # of a kind that torch does not know
         return {key: detach(each) for key, each in value.items()}
     raise TypeError(f"state must be a tensor, or a list, tuple or dict of tensors, got {type(value).__name__}")
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """The tensors that ``state`` is made of.
+
+    Raises:
+        TypeError: it is made of something else.
+    """
+    found = list(state.values()) if isinstance(state, Mapping) else tree_leaves(state)
+    for each in found:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"state must be a tensor, or a list, tuple or dict of tensors, got {type(each).__name__}")
+    return found
 
 
 def check_losses(name: str, loss_fn: Any) -> None:

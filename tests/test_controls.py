@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from smart_fast import SMARTLoss, kl_loss
+from smart_fast import SMARTLoss, kl_loss, sym_kl_loss
 from tests.helpers import same_bits
 
 pytestmark = pytest.mark.usefixtures("pytorch_by_default")
@@ -191,3 +192,63 @@ def test_controls_may_change_between_calls(net):
     smart.every_n_steps = 0
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
         smart(EMBED, state)
+
+
+def dropping():
+    return nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 4))
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_shared_dropout_draws_the_clean_masks(num_steps):
+    net, embed = dropping(), torch.randn(5, 8)
+    settings = {"num_steps": num_steps, "noise_var": 0.0, "update": "sift", "step_size": 0.0}
+    assert SMARTLoss(net, kl_loss, sym_kl_loss, **settings)(embed, net(embed)) > 0.1
+    smart = SMARTLoss(net, kl_loss, sym_kl_loss, shared_dropout=True, **settings)
+    state = net(embed)
+    torch.rand(7)  # whatever is drawn in between
+    assert smart(embed, state) < 1e-6
+
+
+def test_shared_dropout_leaves_the_generator_where_noise_left_it():
+    net, embed = dropping(), torch.randn(5, 8)
+    smart = SMARTLoss(net, kl_loss, noise_var=1e-2, update="sift", shared_dropout=True)
+    smart(embed, net(embed))  # a first call makes a second attempt where there are reentrant checkpoints
+    torch.manual_seed(3)
+    net(embed)
+    torch.randn(embed.shape)  # the noise
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    smart(embed, net(embed))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_shared_dropout_inside_a_checkpoint():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = dropping()
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    net, embed = Checkpointed(), torch.randn(5, 8, requires_grad=True)
+    smart = SMARTLoss(net, kl_loss, sym_kl_loss, shared_dropout=True, noise_var=0.0, update="sift", step_size=0.0)
+    loss = smart(embed, net(embed))
+    assert loss < 1e-6
+    loss.backward()
+
+
+def test_shared_dropout_of_copies():
+    smart = SMARTLoss(dropping(), kl_loss, shared_dropout=True, num_steps=0, noise_var=0.0)
+    embed = torch.randn(5, 8)
+    smart.eval_fn(embed)
+    for other in (copy.deepcopy(smart), pickle.loads(pickle.dumps(smart))):
+        assert other(embed, other.eval_fn(embed)) < 1e-6
+    fresh = pickle.loads(pickle.dumps(smart))
+    with pytest.raises(RuntimeError, match="no dropout masks to share"):
+        fresh(embed, torch.randn(5, 4))
+
+
+def test_shared_dropout_needs_a_module():
+    with pytest.raises(ValueError, match="shared_dropout=True needs an eval_fn that is a Module"):
+        SMARTLoss(lambda x: x, kl_loss, shared_dropout=True)

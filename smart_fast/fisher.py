@@ -1,0 +1,78 @@
+"""``ascent="fisher"``: an ascent direction without a perturbed pass.
+
+Near the clean embedding the divergence of two outputs is a quadratic form, J^T (diag q - q q^T) J with J the Jacobian
+of the logits and q their softmax. A vector-Jacobian product of q - onehot(argmax q) through the graph that made the
+clean state gives a direction along which it is large, for one backward pass of the model to its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compiling, distributed, precision, states
+
+
+def gradients(
+    eval_fn: Callable[..., Any], embeds: Sequence[Tensor], state: Any, args: Any, kwargs: Any
+) -> list[Tensor]:
+    """The product with the Jacobian of ``state`` for each of ``embeds``.
+
+    Where gradients are disabled there is no graph: the clean pass is then done again with one.
+
+    Raises:
+        TypeError: a state that is not made of tensors.
+        ValueError: a state of fewer than two classes, or one that does not depend on the embedding.
+    """
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            embeds = [each.detach().requires_grad_() for each in embeds]
+            return gradients(eval_fn, embeds, eval_fn(*embeds, *args, **kwargs), (), {})
+    outputs = states.tensors(state)
+    for each in outputs:
+        if each.dim() == 0 or each.shape[-1] < 2:
+            raise ValueError(
+                f"ascent='fisher' needs states of two classes or more, got shape {tuple(each.shape)}: use 'perturbed'"
+            )
+    reason = None
+    if not all(each.requires_grad for each in embeds):
+        reason = "embed does not require grad"
+    elif not any(each.requires_grad for each in outputs):
+        reason = "state has no graph"
+    if reason is not None:
+        raise ValueError(
+            f"ascent='fisher' differentiates state with respect to embed, but {reason}: compute state from the very"
+            " embed that is passed, one that requires grad, with gradients enabled; or use ascent='perturbed'"
+        )
+    outputs = [each for each in outputs if each.requires_grad]
+    seeds = [direction(each.detach()) for each in outputs]
+    scale = None
+    if any(each.dtype == torch.float16 for each in outputs):
+        scale = precision.sample_scale(seeds, precision.by_sample(*embeds, *seeds))
+        seeds = [seed * precision.like_samples(scale, seed) for seed in seeds]
+    if distributed.in_use():
+        distributed.check_loss(outputs[0])
+    seeds = [seed.to(each.dtype) for seed, each in zip(seeds, outputs, strict=True)]
+    with distributed.ascent(eval_fn):
+        found = compiling.vector_jacobian_product(outputs, list(embeds), seeds)
+    if any(each is None for each in found):
+        raise ValueError(
+            "ascent='fisher' differentiates state with respect to embed, but state does not depend on it: compute state"
+            " from the very embed that is passed, or use ascent='perturbed'"
+        )
+    grads = [each for each in found if each is not None]
+    return grads if scale is None else [precision.unscale(each, precision.like_samples(scale, each)) for each in grads]
+
+
+def direction(logits: Tensor) -> Tensor:
+    """``softmax(logits) - onehot(argmax logits)`` over the last dimension, in fp32 (fp64 of fp64).
+
+    The entry of the largest is the sum of the others, with the sign changed: nothing cancels where it is near one.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    largest = logits.argmax(-1, keepdim=True)
+    q = logits.softmax(-1, dtype=dtype).scatter(-1, largest, 0.0)
+    return q.scatter(-1, largest, -q.sum(-1, keepdim=True))

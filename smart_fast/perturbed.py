@@ -1,0 +1,75 @@
+"""``ascent="perturbed"``: the gradient of the ascent loss at the perturbed embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from . import autograd, distributed, passes, precision
+
+
+def gradients(
+    smart: Any, run: Callable[..., Any], perturbed: Sequence[Tensor], clean: Any, args: Any, kwargs: Any
+) -> list[Tensor]:
+    """Gradients of ``loss_fn`` of ``smart`` to each of ``perturbed``; ``run`` is how its ``eval_fn`` is called.
+
+    Where a loss scale is at work they are in fp32 and have been divided by it.
+    """
+    if smart._wrapped and torch.compiler.is_compiling():
+        return distributed.eagerly(gradients, smart, run, perturbed, clean, args, kwargs)
+    device, scale = perturbed[0].device, None
+    if smart.loss_scale is not None:
+        scale = precision.current_scale(smart.loss_scale, device)
+    rescaled = scale is None and smart._rescales and precision.underflows(perturbed[0], smart.ascent_dtype)
+
+    def loss_of(*inputs: Tensor) -> Tensor:
+        if rescaled:
+            *inputs, carrier = inputs  # type: ignore[assignment]
+        state = run(*inputs, *args, **kwargs)
+        loss = smart._compare("loss_fn", smart.loss_fn, _rescale(carrier, inputs, state) if rescaled else state, clean)
+        if in_group:
+            distributed.check_loss(loss)
+        return loss if scale is None else loss * scale
+
+    in_autocast = passes.in_autocast(loss_of, smart.ascent_dtype, device.type)
+    in_group, frozen = distributed.in_use(), _freezes(smart)
+    if torch.is_grad_enabled() and smart.ascent_dropout and not (in_group or frozen):
+        grads = smart._input_gradients(in_autocast, _tracked(perturbed, rescaled))
+    else:
+        with (
+            torch.enable_grad(),
+            distributed.ascent(smart.eval_fn),
+            passes.in_ascent(smart.eval_fn, frozen, smart.ascent_dropout),  # to the end: checkpoints run it again
+        ):
+            grads = smart._input_gradients(in_autocast, _tracked(perturbed, rescaled))
+    if rescaled:
+        *grads, scale = grads
+        return [precision.unscale(grad, precision.like_samples(scale, grad)) for grad in grads]
+    return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
+
+
+def _tracked(perturbed: Sequence[Tensor], rescaled: bool) -> list[Tensor]:
+    inputs = [autograd.track(each) for each in perturbed]
+    if rescaled:
+        first = perturbed[0]
+        inputs.append(autograd.track(torch.ones(first.shape[:1] if first.dim() > 1 else 1, device=first.device)))
+    return inputs
+
+
+def _rescale(carrier: Tensor, inputs: Sequence[Tensor], state: Any) -> Any:
+    leaves, structure = tree_flatten(state)
+    if not all(isinstance(each, Tensor) for each in leaves):
+        raise TypeError("float16 gradients are rescaled by states that are tensors: give loss_scale= for other states")
+    by_sample = precision.by_sample(*inputs, *leaves)
+    return tree_unflatten(list(precision.Rescale.apply(carrier, by_sample, *leaves)), structure)
+
+
+def _freezes(smart: Any) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # what nobody asks for is not in the graph
+    frozen: bool | None = smart.freeze_parameters
+    return passes.is_compiled(smart.eval_fn) if frozen is None else frozen
