@@ -80,12 +80,10 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...], planned: tuple[str, ...] = ()) -> str:
-    """One of ``choices``; ``planned`` values get an error that says they are not in this version."""
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """One of ``choices``."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {type(value).__name__}")
-    if value in planned:
-        raise ValueError(f"{name}={value!r} is not available in this version; choose one of {list(choices)}")
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
     return value

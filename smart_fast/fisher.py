@@ -51,7 +51,7 @@ def gradients(
     seeds = [direction(each.detach()) for each in outputs]
     scale = None
     if any(each.dtype == torch.float16 for each in outputs):
-        scale = precision.sample_scale(seeds, precision.by_sample(*embeds, *seeds))
+        scale = precision.sample_scale(seeds, precision.by_sample(embeds, seeds))
         seeds = [seed * precision.like_samples(scale, seed) for seed in seeds]
     if distributed.in_use():
         distributed.check_loss(outputs[0])

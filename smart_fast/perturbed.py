@@ -64,7 +64,7 @@ def _rescale(carrier: Tensor, inputs: Sequence[Tensor], state: Any) -> Any:
     leaves, structure = tree_flatten(state)
     if not all(isinstance(each, Tensor) for each in leaves):
         raise TypeError("float16 gradients are rescaled by states that are tensors: give loss_scale= for other states")
-    by_sample = precision.by_sample(*inputs, *leaves)
+    by_sample = precision.by_sample(inputs, leaves)
     return tree_unflatten(list(precision.Rescale.apply(carrier, by_sample, *leaves)), structure)
 
 

@@ -15,6 +15,7 @@ from .backends.base import Step
 from .compiling import when_traced
 
 HALF = (torch.bfloat16, torch.float16)
+_PEAK = 2.0**8  # far from both ends of float16, whose models' gradients may grow as well as shrink
 _TYPICAL = 0.02  # standard deviation of the word embeddings of BERT and its kin: as small as embeddings get
 
 
@@ -45,23 +46,25 @@ def unscale(grad: Tensor, scale: float | Tensor) -> Tensor:
     return grad.to(torch.promote_types(grad.dtype, torch.float32)) / scale
 
 
-def by_sample(*tensors: Tensor) -> bool:
-    """Whether the first dimension of all ``tensors`` is that of the samples of a batch."""
-    return all(each.dim() > 1 and each.shape[0] == tensors[0].shape[0] for each in tensors)
+def by_sample(embeds: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    """Whether the first dimension of all of them is that of the samples of a batch."""
+    sizes = {each.shape[:1] for each in (*embeds, *outputs)}
+    return len(sizes) == 1 and all(each.dim() > 1 for each in embeds)
 
 
 def sample_scale(grads: Sequence[Tensor], own: bool) -> Tensor:
     """A factor for each sample ``[B]``, or one for all ``[1]`` if not ``own``: a power of two that brings the largest
-    entry of ``grads`` near one. One for samples without an entry but zeros, or with infinite ones."""
-    peaks = [torch.linalg.vector_norm(each.flatten(1 if own else 0), float("inf"), dim=-1) for each in grads]
-    peak = functools.reduce(torch.maximum, peaks).float().reshape(-1)
-    exponent = peak.log2().floor().clamp(-120, 120)
+    entry of ``grads`` near `_PEAK`. One for samples without an entry but zeros, or with infinite ones."""
+    rows = grads[0].shape[0] if own else 1
+    peaks = [torch.linalg.vector_norm(each.reshape(rows, -1), float("inf"), dim=-1) for each in grads]
+    peak = functools.reduce(torch.maximum, peaks).float()
+    exponent = (peak / _PEAK).log2().floor().clamp(-120, 120)
     return torch.where((peak > 0) & peak.isfinite(), torch.exp2(-exponent), 1.0)
 
 
 def like_samples(scale: Tensor, tensor: Tensor) -> Tensor:
     """``scale``, ``[B]`` or one for all, shaped to multiply ``tensor`` ``[B, ...]``."""
-    if tensor.dim() < 2 or tensor.shape[0] != scale.shape[0]:
+    if tensor.shape[0] != scale.shape[0]:  # one for all
         scale = scale[:1]
     return scale.view(-1, *([1] * (tensor.dim() - 1)))
 

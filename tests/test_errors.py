@@ -35,7 +35,6 @@ SETTINGS = [
     ("update", None, TypeError),
     ("ascent", "sideways", ValueError),
     ("ascent", 1, TypeError),
-    ("ascent", "fisher", ValueError),
     ("scale", "metric", ValueError),
     ("scale", 2.0, TypeError),
     ("ascent_dtype", torch.float32, ValueError),
@@ -74,12 +73,10 @@ def test_settings(name, value, error):
     assert settings["eval_fn"].calls == 0
 
 
-def test_settings_of_later_versions_say_so():
-    with pytest.raises(ValueError, match=r"ascent.*not available in this version"):
-        SMARTLoss(counting(), kl_loss, ascent="fisher")
-
-
-@pytest.mark.parametrize(("name", "says"), [("update", "smart-pytorch.*sift.*paper"), ("scale", "absolute.*relative")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("update", "smart-pytorch.*sift.*paper"), ("ascent", "perturbed.*fisher"), ("scale", "absolute.*relative")],
+)
 def test_unknown_choices_are_told_the_known_ones(name, says):
     with pytest.raises(ValueError, match=rf"{name}.*{says}.*newton"):
         SMARTLoss(counting(), kl_loss, **{name: "newton"})

@@ -101,18 +101,22 @@ def test_gradients_that_float16_would_lose(kind, backend):
         seen.append(x.detach().clone())
         return x @ direction
 
-    def last_step(loss_scale):
+    def last_step(loss_scale, update="sift"):
         smart = SMARTLoss(
-            eval_fn, lambda p, s: p.float().sum() * 1e-9, norm_fn=l2_norm, update="sift", step_size=0.5, epsilon=1e-12,
-            noise_var=1e-3, backend=backend, loss_scale=loss_scale,
+            eval_fn, lambda p, s: p.float().sum() * 1e-9, norm_fn=l2_norm, update=update, epsilon=1e-12,
+            step_size=0.5 if update == "sift" else 1e12, noise_var=1e-3, backend=backend, loss_scale=loss_scale,
         )  # fmt: skip
         seeded(smart, embed, embed[..., 0])
         return (seen[-1] - seen[-2]).float()
 
-    assert not (last_step(None).abs() > 0.01).any()
+    moved = 0.5 * direction.float().expand(4, 8)
+    torch.testing.assert_close(last_step(None), moved, rtol=5e-3, atol=1e-6)  # by a scale of each sample's own
+    # smart-pytorch's own rule stays as it is there.
+    assert not (last_step(None, "smart-pytorch")[:, 3] > 0.9).all()
     scale = 2.0**16 if kind == "number" else torch.amp.GradScaler("cpu", init_scale=2.0**16)
     for _ in range(2):  # of a GradScaler before and after its first use
-        torch.testing.assert_close(last_step(scale), 0.5 * direction.float().expand(4, 8), rtol=5e-3, atol=1e-6)
+        torch.testing.assert_close(last_step(scale), moved, rtol=5e-3, atol=1e-6)
+        assert (last_step(scale, "smart-pytorch")[:, 3] > 0.9).all()
         if kind == "GradScaler":
             scale.scale(torch.ones(()))
 
