@@ -483,6 +483,7 @@ def test_hf_argument_parser() -> None:
         ({"smart_step_size": math.inf}, ValueError, "smart_step_size must be finite, got inf"),
         ({"smart_steps": -1}, ValueError, "smart_steps must not be negative, got -1"),
         ({"smart_steps": 1.5}, TypeError, "smart_steps must be an integer, got float"),
+        ({"smart_scale": "metric"}, ValueError, "smart_scale must be one of .*'relative'.*, got 'metric'"),
         ({"smart_update": "shift"}, ValueError, "smart_update must be one of .*'sift'.*, got 'shift'"),
         ({"smart_norm": "word"}, ValueError, r"smart_norm must be one of \['token', 'sentence'\], got 'word'"),
         ({"smart_divergence": "mse"}, ValueError, "smart_divergence must be one of .*'sym_kl'.*, got 'mse'"),

@@ -16,6 +16,7 @@ from ..backends import check_name
 from ..backends.base import UPDATES
 from ..loss import js_loss, kl_loss, sym_kl_loss
 from ..norms import Norm, inf_norm, sentence_norm
+from ..settings import SCALES
 from ..smart import SMARTLoss
 
 __all__ = ["EmbeddingTap", "ModelRegularizer", "SMARTArguments", "Smoothness", "input_embeddings"]
@@ -45,7 +46,8 @@ class SMARTArguments:
     smart_step_size: float = _option(1e-2, "Length of an ascent step, in units of the embeddings.")
     smart_epsilon: float = _option(1e-6, "Added to the norm before dividing by it.")
     smart_noise_var: float = _option(1e-3, "Standard deviation of the initial noise, in units of the embeddings.")
-    smart_update: str = _option("sift", "Update rule of the noise: smart-pytorch or sift.")
+    smart_update: str = _option("sift", "Update rule of the noise: smart-pytorch, sift or paper.")
+    smart_scale: str = _option("absolute", "Units of noise, step and epsilon: absolute, or relative to each token.")
     smart_norm: str = _option(
         "token", "Scope of the norm (largest entry): token or sentence. In Python also a function, [B, S, D] -> norm."
     )
@@ -64,6 +66,7 @@ class SMARTArguments:
             raise ValueError(f"smart_weight must not be negative, got {self.smart_weight}")
         check_count("smart_steps", self.smart_steps)
         check_choice("smart_update", self.smart_update, UPDATES)
+        check_choice("smart_scale", self.smart_scale, SCALES)
         check_choice("smart_divergence", self.smart_divergence, tuple(_DIVERGENCES))
         if not callable(self.smart_norm):
             check_choice("smart_norm", self.smart_norm, tuple(_NORMS))
@@ -97,6 +100,7 @@ class SMARTArguments:
             noise_var=self.smart_noise_var,
             backend=self.smart_backend,
             update=self.smart_update,
+            scale=self.smart_scale,
         )
 
 
