@@ -33,7 +33,7 @@ def write(readme: pathlib.Path = README, results: pathlib.Path = RESULTS) -> str
 
 def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
     """Marker -> Markdown."""
-    reports = [load_json(path) for path in sorted(results.glob("speed-*.json"))]
+    reports = _newest([load_json(path) for path in sorted(results.glob("speed-*.json"))])
     language = [_part(report, lambda row: row.group == "lm") for report in reports]
     others = [_part(report, lambda row: row.group != "lm") for report in reports]
     return {
@@ -41,6 +41,19 @@ def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "speed": "\n".join(_speed(report) for report in others if report.rows),
         "speed-lm": "\n".join(_language(report) for report in language if report.rows) or NOT_MEASURED,
     }
+
+
+def _newest(reports: Sequence[Report]) -> list[Report]:
+    """Each case of a device as it was measured last."""
+    last: dict[tuple[str, str], str] = {}
+    for report in reports:
+        for row in report.rows:
+            key = report.environment["device"], row.case
+            last[key] = max(last.get(key, ""), report.environment["date"])
+    return [
+        _part(each, lambda row, env=each.environment: last[env["device"], row.case] == env["date"])  # type: ignore[misc]
+        for each in reports
+    ]
 
 
 def _part(report: Report, keep: Callable[[Row], bool]) -> Report:

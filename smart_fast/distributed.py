@@ -55,7 +55,14 @@ def eagerly(function: Callable[..., Any], *args: Any) -> Any:
 _uncompiled: Any = None
 
 
-def check_loss(loss: Any) -> None:
+_NOT_FOUND = (
+    "eval_fn calls a DistributedDataParallel with static_graph=True that SMARTLoss cannot find, and which would not"
+    " reduce gradients after the ascent: give SMARTLoss the DistributedDataParallel itself or a function that holds it,"
+    " or pass its .module, or call SMARTLoss inside the wrapped module's forward"
+)
+
+
+def check_loss(loss: Any, message: str = _NOT_FOUND) -> None:
     """Check that no DDP with a static graph that `ascent` did not find takes part in the ``loss`` of an ascent.
 
     Raises:
@@ -67,11 +74,7 @@ def check_loss(loss: Any) -> None:
     nodes = [loss.grad_fn]
     for node in nodes:
         if type(node).__name__ == "_DDPSinkBackward" and node.ddp_weakref().static_graph:  # type: ignore[union-attr]
-            raise RuntimeError(
-                "eval_fn calls a DistributedDataParallel with static_graph=True that SMARTLoss cannot find, and which"
-                " would not reduce gradients after the ascent: give SMARTLoss the DistributedDataParallel itself or a"
-                " function that holds it, or pass its .module, or call SMARTLoss inside the wrapped module's forward"
-            )
+            raise RuntimeError(message)
         if node is not None and len(nodes) < 100:
             nodes += [each for each, _ in node.next_functions if each is not None]
 

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from . import compiling, distributed, precision, states
 
+_STATIC = (
+    "ascent='fisher' goes backward through the state, which a DistributedDataParallel with static_graph=True has made,"
+    " and which would not reduce gradients then: call SMARTLoss inside the wrapped module's forward, or use 'perturbed'"
+)
+
 
 def gradients(
     eval_fn: Callable[..., Any], embeds: Sequence[Tensor], state: Any, args: Any, kwargs: Any
@@ -54,7 +59,7 @@ def gradients(
         scale = precision.sample_scale(seeds, precision.by_sample(embeds, seeds))
         seeds = [seed * precision.like_samples(scale, seed) for seed in seeds]
     if distributed.in_use():
-        distributed.check_loss(outputs[0])
+        distributed.check_loss(outputs[0], _STATIC)
     seeds = [seed.to(each.dtype) for seed, each in zip(seeds, outputs, strict=True)]
     with distributed.ascent(eval_fn):
         found = compiling.vector_jacobian_product(outputs, list(embeds), seeds)

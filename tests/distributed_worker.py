@@ -25,6 +25,7 @@ from tests.parallel_worker import launch
 
 ROWS, LENGTH, WIDTH, WORDS, CLASSES = 8, 4, 8, 11, 3
 ASCENTS = (1, 3)
+FISHER = "fisher"  # in the place of a number of steps
 TRAINING = 3
 CHECKS = {}
 
@@ -62,7 +63,8 @@ def regularizer(eval_fn, num_steps, generator):
         # A sum over rows: the step of a row does not depend on how many rows its process has.
         lambda x, t: sym_kl_loss(x, t, "sum"),
         lambda x, t: sym_kl_loss(x, t, "batchmean"),
-        num_steps=num_steps, step_size=0.5, noise_var=0.1, update="sift", generator=generator,
+        num_steps=1 if num_steps == FISHER else num_steps, ascent=FISHER if num_steps == FISHER else "perturbed",
+        step_size=0.5, noise_var=0.1, update="sift", generator=generator,
     )  # fmt: skip
 
 
@@ -190,6 +192,17 @@ def ddp_inside(rank, world):
 def ddp_around(rank, world):
     for num_steps, options in itertools.product(ASCENTS, DDP_MODES):
         train(DistributedDataParallel(build(Net), **options), around, rank, world, num_steps)
+
+
+@check
+def ddp_fisher(rank, world):
+    for options in DDP_MODES[:2]:
+        train(DistributedDataParallel(build(Inside), **options), inside, rank, world, FISHER)
+        train(DistributedDataParallel(build(Net), **options), around, rank, world, FISHER)
+    train(DistributedDataParallel(build(Inside), static_graph=True), inside, rank, world, FISHER)
+    model = DistributedDataParallel(build(Net), static_graph=True)
+    with pytest.raises(RuntimeError, match="goes backward through the state"):
+        around(model, *share(rank, world, 0), FISHER)
 
 
 class Holder:
@@ -336,7 +349,7 @@ def shard(model, each_block=True, **options):
 
 @check
 def fsdp_inside(rank, world):
-    for num_steps, options in itertools.product(ASCENTS, FSDP_MODES):
+    for num_steps, options in itertools.product((*ASCENTS, FISHER), FSDP_MODES):
         train(shard(build(Inside), **options), inside, rank, world, num_steps)
 
 
@@ -363,7 +376,7 @@ def fsdp_around(rank, world):
 @check
 def fsdp_around_what_follows_the_embedding(rank, world):
     """The words are a root of their own."""
-    for num_steps, options in itertools.product(ASCENTS, FSDP_MODES):
+    for num_steps, options in itertools.product((*ASCENTS, FISHER), FSDP_MODES):
         body = build(Net)
         words, body.words = body.words, None
         words, body = fully_shard(words, mesh=init_device_mesh("cpu", (world,))), shard(body, **options)

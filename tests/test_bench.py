@@ -343,6 +343,25 @@ def test_readme_holds_the_committed_results(tmp_path: Path) -> None:
     assert readme.write(copy) == readme.README.read_text()
 
 
+def test_readme_takes_what_was_measured_last(tmp_path: Path) -> None:
+    def save(date: str, **medians: float) -> None:
+        rows = [
+            Row(case, "ops", peers.EAGER, "rival", measure.Timing(median, median, median, 2, 1))
+            for case, median in medians.items()
+        ]
+        environment = {**report.environment(CPU), "date": date}
+        report.save_json(report.Report(environment, 1e10, rows=rows), tmp_path / f"speed-{date[:4]}.json")
+
+    save("2026-01-02T00:00:00+00:00", first=1.0, second=2.0)
+    save("2026-01-01T00:00:00+00:00", first=3.0, third=4.0)
+    (tmp_path / "accuracy.json").write_text((readme.RESULTS / "accuracy.json").read_text())
+    table = readme.sections(tmp_path)["speed"]
+    assert "| first | 1.00 s |" in table
+    assert "| second | 2.00 s |" in table
+    assert "| third | 4.00 s |" in table
+    assert "3.00 s" not in table
+
+
 def test_readme_table_of_language_models(tmp_path: Path) -> None:
     """Cases of the group lm get a table of their own, with memory; a peer that computes something else is marked."""
     assert readme.sections()["speed-lm"]
