@@ -59,14 +59,15 @@ def _operation(kind: str, shape: tuple[int, ...], dtype: torch.dtype, tensors: i
     )
 
 
-def perturb(shape: tuple[int, ...], dtype: torch.dtype, where: str, masked: bool = False) -> Case:
-    """Read the embedding, write the perturbed one (a mask is one byte a row: not counted)."""
-    return _operation("perturb masked" if masked else "perturb", shape, dtype, 2, where, Perturb, shape, dtype, masked)
+def perturb(shape: tuple[int, ...], dtype: torch.dtype, where: str, variant: str = "") -> Case:
+    """Read the embedding, write the perturbed one (a mask or a unit is a few bytes a row: not counted)."""
+    return _operation(f"perturb {variant}".strip(), shape, dtype, 2, where, Perturb, shape, dtype, variant)
 
 
-def ascend(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
+def ascend(shape: tuple[int, ...], dtype: torch.dtype, where: str, update: str = "smart-pytorch") -> Case:
     """Read the embedding and the gradient, write the perturbed embedding."""
-    return _operation("ascend inf", shape, dtype, 3, where, Ascend, shape, dtype)
+    kind = "ascend inf" if update == "smart-pytorch" else f"ascend inf {update}"
+    return _operation(kind, shape, dtype, 3, where, Ascend, shape, dtype, update)
 
 
 def divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
@@ -147,18 +148,20 @@ TABLE: tuple[Case, ...] = (
     perturb((4096, 768), BF16, "cpu"),
     perturb((8192, 1024), FP32, "cpu"),
     perturb((8192, 1024), BF16, "cpu"),
-    perturb((4096, 768), FP32, "cpu", masked=True),
+    perturb((4096, 768), FP32, "cpu", variant="masked"),
+    perturb((4096, 768), FP32, "cpu", variant="relative"),
     perturb((32, 128, 768), FP32, "cuda"),
     perturb((64, 512, 1024), FP32, "cuda"),
     perturb((64, 512, 1024), BF16, "cuda"),
     perturb((64, 1024, 1024), FP32, "cuda"),
-    perturb((64, 512, 1024), BF16, "cuda", masked=True),
+    perturb((64, 512, 1024), BF16, "cuda", variant="masked"),
     ascend((1024, 768), FP32, "cpu"),
     ascend((1024, 768), BF16, "cpu"),
     ascend((4096, 768), FP32, "quick cpu"),
     ascend((4096, 768), BF16, "cpu"),
     ascend((8192, 1024), FP32, "cpu"),
     ascend((8192, 1024), BF16, "cpu"),
+    ascend((4096, 768), FP32, "cpu", update="paper"),
     ascend((32, 128, 768), FP32, "cuda"),
     ascend((64, 512, 1024), FP32, "cuda"),
     ascend((64, 512, 1024), BF16, "cuda"),

@@ -18,6 +18,7 @@ from smart_fast.backends.base import Step
 from .task import TOLERANCE, Finding, deviation, finding
 
 STEP_SIZE, EPSILON = 1e-3, 1e-6
+RADIUS = 5e-4  # of the paper's ball: about half of a step is cut off
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:
@@ -25,34 +26,35 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 class Perturb:
-    """embed + noise_var * normal, embed ``[..., D]``; with ``masked``, only where a bool mask ``[...]`` says so."""
+    """embed + noise_var * normal, embed ``[..., D]``; masked, only where a bool mask ``[...]`` says so; relative, times
+    a unit ``[..., 1]``."""
 
     noise_var = 0.1
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, masked: bool, device: torch.device) -> None:
-        self.shape, self.dtype, self.masked, self.device = shape, dtype, masked, device
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, variant: str, device: torch.device) -> None:
+        self.shape, self.dtype, self.variant, self.device = shape, dtype, variant, device
 
     def inputs(self, seed: int) -> tuple[Any, ...]:
         generator = _generator(self.device, seed)
         embed = torch.randn(self.shape, device=self.device, generator=generator).to(self.dtype)
-        if not self.masked:
-            return embed, None
-        return embed, torch.rand(self.shape[:-1], device=self.device, generator=generator) < 0.75
+        rows = torch.rand(self.shape[:-1], device=self.device, generator=generator)
+        mask = rows < 0.75 if self.variant == "masked" else None
+        return embed, mask, rows.unsqueeze(-1) + 0.5 if self.variant == "relative" else None
 
     def smart_pytorch(self) -> Callable[..., Any]:
         noise_var = self.noise_var
 
-        def perturb(embed: Tensor, mask: Tensor | None) -> Tensor:
-            noise = torch.randn_like(embed) * noise_var
+        def perturb(embed: Tensor, mask: Tensor | None, unit: Tensor | None) -> Tensor:
+            noise = torch.randn_like(embed) * (noise_var if unit is None else (noise_var * unit).to(embed.dtype))
             return embed + (noise if mask is None else torch.where(mask.unsqueeze(-1), noise, 0.0))
 
         return perturb
 
     def ours(self, backend: str) -> Callable[..., Any]:
-        def perturb(embed: Tensor, mask: Tensor | None) -> Tensor:
+        def perturb(embed: Tensor, mask: Tensor | None, unit: Tensor | None) -> Tensor:
             module = select(backend, embed)
             # As in a call with steps to come: on a CPU the native backend stores its noise here.
-            return autograd.perturb(module, embed, self.noise_var, None, mask, True, None)[0]
+            return autograd.perturb(module, embed, self.noise_var, None, mask, True, unit)[0]
 
         return perturb
 
@@ -61,8 +63,8 @@ class Perturb:
 
     def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
         """Noise differs between contestants: compare its moments, its fresh draws, and what a mask leaves alone."""
-        embed, mask = inputs
-        first, second = (self._noise(run(*inputs), embed, mask) for _ in range(2))
+        embed, mask, unit = inputs
+        first, second = (self._noise(run(*inputs), embed, mask, unit) for _ in range(2))
         count = first.numel()
         sigma = 6 / math.sqrt(count)  # six standard errors: no honest generator fails
         rounding = TOLERANCE[self.dtype]
@@ -77,13 +79,13 @@ class Perturb:
             found.append(finding("change of masked rows", (run(*inputs) - embed)[~mask].abs().max(), 0.0))
         return found
 
-    def _noise(self, perturbed: Tensor, embed: Tensor, mask: Tensor | None) -> Tensor:
-        noise = (perturbed.double() - embed.double()) / self.noise_var
+    def _noise(self, perturbed: Tensor, embed: Tensor, mask: Tensor | None, unit: Tensor | None) -> Tensor:
+        noise = (perturbed.double() - embed.double()) / (self.noise_var if unit is None else self.noise_var * unit)
         return noise if mask is None else noise[mask]
 
 
 class Ascend:
-    """The inf-norm step of smart-pytorch from given noise and gradient, all ``[..., D]``.
+    """The inf-norm step of smart-pytorch, or of the paper, from given noise and gradient, all ``[..., D]``.
 
     Every contestant moves the same noise: the plain ones read it, a fused one reads what its perturb keeps (fp32) or
     regenerates it from its seed.
@@ -91,8 +93,8 @@ class Ascend:
 
     noise_var = 1e-5
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = shape, dtype, device
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, update: str, device: torch.device) -> None:
+        self.shape, self.dtype, self.update, self.device = shape, dtype, update, device
 
     def inputs(self, seed: int) -> tuple[Tensor, ...]:
         generator = _generator(self.device, seed)
@@ -108,11 +110,16 @@ class Ascend:
             step = noise + STEP_SIZE * grad
             return embed + step / (inf_norm(step) + EPSILON)
 
+        def ascend_in_ball(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
+            return embed + (noise + STEP_SIZE * grad / inf_norm(grad)).clamp(-RADIUS, RADIUS)
+
+        if self.update == "paper":
+            return ascend_in_ball
         return ascend
 
     def ours(self, backend: str) -> Callable[..., Any]:
-        step = Step(smart_fast.inf_norm, self.noise_var, STEP_SIZE, EPSILON, "smart-pytorch")
-
+        epsilon = RADIUS if self.update == "paper" else EPSILON
+        step = Step(smart_fast.inf_norm, self.noise_var, STEP_SIZE, epsilon, self.update)
         stored = _keeps_noise(backend, self.device)
 
         def ascend(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
@@ -129,6 +136,9 @@ class Ascend:
         embed, grad, noise = (t.double() for t in inputs[:3])
         step = noise + STEP_SIZE * grad
         expected = embed + step / (step.abs().amax(-1, keepdim=True) + EPSILON)
+        if self.update == "paper":
+            step = noise + STEP_SIZE * grad / grad.abs().amax(-1, keepdim=True)
+            expected = embed + step.clamp(-RADIUS, RADIUS)
         return [finding("perturbed embedding", deviation([run(*inputs)], [expected]), TOLERANCE[self.dtype])]
 
 

@@ -118,6 +118,7 @@ class Emulated:
     """The operators ``native_*`` and `FusedBackend`'s functions over them."""
 
     name = "emulated"
+    most_in_kernel = 1024  # partial norms that a kernel adds up, as in the bindings
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -158,11 +159,13 @@ class Emulated:
         return out, seed
 
     def ascend_measure(
-        self, grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float,
-        update: str, norm: Tensor | None = None, unit: Tensor | None = None,
+        self, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
+        noise_var: float, step_size: float, update: str,
     ) -> Tensor:  # fmt: skip
-        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, norm, unit)
-        args.group = args.shape.rows // len(grad)
+        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, unit)
+        if norm is not None:
+            args.group = args.shape.rows // len(grad)
+            args.norms, _norm = self._norms(norm, args)
         out = new_output(grad.shape if kind == "opaque" else (args.shape.rows,), torch.float32)
         args.measured = _pointer(out)
         assert self.library.ascend(ctypes.byref(args)) == 0
@@ -171,15 +174,18 @@ class Emulated:
         return out
 
     def move(
-        self, embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str,
-        scope: str, noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
-        moved_norm: Tensor | None = None, unit: Tensor | None = None,
+        self, embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None,
+        mask: Tensor | None, unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float,
+        update: str, epsilon: float, keep_noise: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The operator ``native_ascend``."""
-        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, norm, unit, embed)
-        args.epsilon, args.moved_norms = epsilon, _pointer(moved_norm)
-        args.partial_norms = scope == "group"
-        args.group = args.shape.rows // len(embed) if scope == "group" else 1
+        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, unit, embed)
+        args.epsilon, args.norms = epsilon, _pointer(norm)
+        if scope == "group":
+            args.group = args.shape.rows // len(embed)
+            args.norms, _norm = self._norms(norm, args)
+            if moved_norm is not None:
+                args.moved_norms, _moved = self._norms(moved_norm, args)
         out = new_output(embed.shape, embed.dtype)
         kept = new_output(embed.shape, torch.float32) if keep_noise else None
         args.out, args.noise_out = _pointer(out), _pointer(kept)
@@ -190,16 +196,30 @@ class Emulated:
 
     def _ascend_arguments(
         self, grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float,
-        update: str, norm: Tensor | None, unit: Tensor | None, embed: Tensor | None = None,
+        update: str, unit: Tensor | None, embed: Tensor | None = None,
     ) -> tuple:  # fmt: skip
         alive, shape, rows = self._rows(*([grad] if embed is None else [embed, grad]))
         mask = None if mask is None else mask.contiguous()
         args = _Ascend(
             shape=shape, embed=rows[0], grad=rows[-1], mask=_pointer(mask), unit=_pointer(unit), noise_var=noise_var,
-            step_size=step_size, update=UPDATES[update], norm=NORMS[kind], norms=_pointer(norm), partial_norms=True,
+            step_size=step_size, update=UPDATES[update], norm=NORMS[kind], group=1,
         )  # fmt: skip
         setattr(args, "seed" if noise.dtype == torch.int64 else "noise", _pointer(noise))
         return (alive, mask), args
+
+    def _norms(self, partial: Tensor, args: ctypes.Structure) -> tuple[int | None, Tensor]:
+        """As they are, for the kernel to add up, or added up; and what keeps them alive."""
+        args.partial_norms = args.group <= self.most_in_kernel
+        if args.partial_norms:
+            return _pointer(partial), partial
+        grouped = partial.view(-1, args.group)
+        if args.update == UPDATES["paper"]:
+            order = math.inf if args.norm == NORMS["inf"] else 2
+            norms = torch.linalg.vector_norm(grouped, order, dim=1)
+        else:
+            norms = grouped.amax(1) if args.norm == NORMS["inf"] else grouped.sum(1)
+            norms = norms.sqrt() if args.norm == NORMS["l2"] else norms
+        return _pointer(norms), norms
 
     def ascend(
         self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
@@ -211,8 +231,9 @@ class Emulated:
             return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
 
         return fused.ascend(
-            self.ascend_measure, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit
-        )
+            self.ascend_measure, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit,
+            folds_groups=True,
+        )  # fmt: skip
 
     def _divergence(
         self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, grad: Tensor | None = None

@@ -80,10 +80,12 @@ def test_flops_that_must_be():
 every_kind = pytest.mark.parametrize(
     "case",
     [
-        cases.perturb((64, 33), torch.float32, "cpu", masked=True),
+        cases.perturb((64, 33), torch.float32, "cpu", variant="masked"),
+        cases.perturb((64, 33), torch.float32, "cpu", variant="relative"),
         cases.perturb((64, 33), torch.bfloat16, "cpu"),
         cases.ascend((16, 33), torch.float32, "cpu"),
         cases.ascend((16, 33), torch.bfloat16, "cpu"),
+        cases.ascend((16, 33), torch.float32, "cpu", update="paper"),
         *(cases.divergence(kind, (8, 5), torch.float32, "cpu") for kind in ("kl", "sym_kl", "js")),
         cases.divergence("js", (8, 500), torch.bfloat16, "cpu"),
         cases.lm_divergence("sym_kl", (8, 500), torch.bfloat16, "cpu", backward=False),
@@ -186,7 +188,7 @@ def test_wrong_result_gets_no_time(change, capsys):
 
 def test_wrong_noise_gets_no_time():
     def constant(run):
-        return lambda embed, mask: embed + 0.1
+        return lambda embed, mask, unit: embed + 0.1
 
     rows = run_small(("smart-fast wrong", constant), case=cases.perturb((64, 33), torch.float32, "cpu"))
     assert "mean of the noise" in rows["smart-fast wrong"].wrong
@@ -346,8 +348,9 @@ def test_readme_holds_the_committed_results(tmp_path: Path) -> None:
 def test_readme_takes_what_was_measured_last(tmp_path: Path) -> None:
     def save(date: str, **medians: float) -> None:
         rows = [
-            Row(case, "ops", peers.EAGER, "rival", measure.Timing(median, median, median, 2, 1))
+            Row(case, "ops", name, "rival", measure.Timing(median, median, median, 2, 1))
             for case, median in medians.items()
+            for name in (peers.EAGER, "smart-fast torch")
         ]
         environment = {**report.environment(CPU), "date": date}
         report.save_json(report.Report(environment, 1e10, rows=rows), tmp_path / f"speed-{date[:4]}.json")

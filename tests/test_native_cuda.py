@@ -244,6 +244,18 @@ def test_balls_and_units(
     test(**arguments, native=emulated)
 
 
+@pytest.mark.parametrize("update", paper.UPDATES)
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_of_long_groups(
+    kind: str, update: str, emulated: cuda_emulation.Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added up before the kernel."""
+    monkeypatch.setattr(emulated, "most_in_kernel", 2)
+    embed, grad, unit = torch.randn(2, 3, 40), torch.randn(2, 3, 40), torch.rand(2, 3, 1)
+    step = paper.step_of(kind, "group", update, 2e-3, paper.radius_of(kind, 120))
+    paper.check(emulated, embed, grad, step, kind, "group", None, unit)
+
+
 # ---- divergences -----------------------------------------------------------------------------------------------------
 
 

@@ -187,8 +187,8 @@ inline void shrink_into_ball(float* s, int64_t width, float radius, const RowNor
   }
 }
 
-// The new noise of a row in `moved`, but for the factor that it returns.
-inline float move_in_ball(const cpu::Ascend& args, int64_t row, const float* noise, float* moved) {
+// The new noise of a row in `moved`, but for the factor that it returns. A call, to leave the other updates' registers.
+__attribute__((noinline)) inline float move_in_ball(const cpu::Ascend& args, int64_t row, const float* noise, float* moved) {
   const int64_t width = args.shape.width;
   const float unit = unit_of(args.unit, row), step = args.step_size * unit, radius = args.epsilon * unit;
   const RowNorm found = measure_row(args, row, nullptr, moved);

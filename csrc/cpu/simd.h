@@ -205,12 +205,6 @@ SMART_FAST_INLINE bool any(I mask) {
 #endif
 }
 
-SMART_FAST_INLINE float largest(F v) {
-  float result = v[0];
-  for (int lane = 1; lane < LANES; ++lane) result = v[lane] > result ? v[lane] : result;
-  return result;
-}
-
 // The sum of the lanes, in double: blocks of a row are added without loss.
 SMART_FAST_INLINE double total(F v) {
   double parts[4] = {0, 0, 0, 0};
@@ -248,6 +242,12 @@ SMART_FAST_INLINE F permute(F v, I lanes) {  // indices modulo LANES
   for (int lane = 0; lane < LANES; ++lane) result[lane] = v[lanes[lane] & (LANES - 1)];
   return result;
 #endif
+}
+
+// Of the lanes, halved again and again.
+SMART_FAST_INLINE float largest(F v) {
+  for (int half = LANES / 2; half > 0; half /= 2) v = Simd::max(permute(v, lane_numbers() + half), v);
+  return v[0];
 }
 
 // LANES dense rows of a few columns, `width` vectors, as columns; and back.
