@@ -10,6 +10,8 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "philox.py")
 from . import recipes  # noqa: E402
 from .alice import AliceLoss  # noqa: E402
 from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
+from .bregman import BregmanProximal, paper_beta  # noqa: E402
+from .checkpointing import checkpointed  # noqa: E402
 from .diagnostics import ascent_ratio  # noqa: E402
 from .linear import LinearDivergence, linear_js_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
 from .loss import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
@@ -21,10 +23,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AliceLoss",
     "BackendFallbackWarning",
+    "BregmanProximal",
     "LinearDivergence",
     "SMARTLoss",
     "ascent_ratio",
     "available_backends",
+    "checkpointed",
     "empty_cache",
     "hellinger_loss",
     "inf_norm",
@@ -35,6 +39,7 @@ __all__ = [
     "linear_js_loss",
     "linear_kl_loss",
     "linear_sym_kl_loss",
+    "paper_beta",
     "recipes",
     "sentence_norm",
     "set_default_backend",
