@@ -24,7 +24,7 @@ START = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
 QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
 GROUPS = ("all", "ops", "lm", "regulariser", "train", "overhead")
-ALONE = ("accuracy", "report")  # what goes with no other group
+ALONE = ("accuracy", "quality", "report")  # what goes with no other group
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 
 
@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help=f"what to measure, among {', '.join(GROUPS)} (default all; lm: divergences at the size of a language "
         "model; train: whole training steps); or accuracy: how exact the divergences of nearly equal logits are; or "
-        "report: measure nothing, write README.md's tables from bench/results",
+        "quality: what the regularizers do to accuracy, clean and attacked; or report: measure nothing, write "
+        "README.md's tables from bench/results",
     )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"
@@ -106,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if groups == ["accuracy"]:
         return _accuracy(backends, device, options, console)
+    if groups == ["quality"]:
+        return _quality(options, parse, console)
     chosen = cases.select(device, quick=options.quick, groups=groups, containing=options.cases)
     if not chosen:
         parse.error(f"--cases {options.cases!r}: no such case among those that --list prints")
@@ -149,6 +152,31 @@ def _accuracy(backends: list[str], device: torch.device, options: argparse.Names
     accuracy.save(results, environment(device), path)
     accuracy.show(results, console)
     console.print(f"wrote {os.path.relpath(path)}", highlight=False)
+    return 0
+
+
+def _quality(options: argparse.Namespace, parse: argparse.ArgumentParser, console: Console) -> int:
+    import torch
+
+    try:
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError:
+        parse.exit(1, "python -m bench quality needs scikit-learn: pip install -e '.[bench]'\n")
+    from . import quality
+    from .report import environment
+
+    device = torch.device("cpu")
+    _build_native(console)
+    with console.status("") as status:
+        results = quality.measure(lambda doing: status.update(doing))
+    folder = _folder(options, device)
+    path, plot = options.json or folder / "quality.json", options.plot or folder / "quality.png"
+    quality.save(results, environment(device), path)
+    quality.save_plot(results, plot)
+    quality.show(results, console)
+    for each in (path, plot):
+        console.print(f"wrote {os.path.relpath(each)}", highlight=False)
+    console.print(f"took {time.perf_counter() - START:.0f} s", highlight=False)
     return 0
 
 

@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from . import accuracy
+from . import accuracy, quality
 from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
 from .report import Report, duration, flop_rate, geometric_means, host_overheads, load_json, rate, share
 from .run import Row
@@ -38,6 +38,7 @@ def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
     others = [_part(report, lambda row: row.group != "lm") for report in reports]
     return {
         "accuracy": _accuracy(results / "accuracy.json"),
+        "quality": _quality(results / "quality.json"),
         "speed": "\n".join(_speed(report) for report in others if report.rows),
         "speed-lm": "\n".join(_language(report) for report in language if report.rows) or NOT_MEASURED,
     }
@@ -76,6 +77,18 @@ def _accuracy(path: pathlib.Path) -> str:
     shape = f"{accuracy.ROWS} rows, V = {accuracy.VOCABULARY}"
     title = f"Largest relative error in fp32 over kl, sym_kl and js, {shape} ({_where(environment)}):"
     return f"{title}\n\n{_markdown(lines)}"
+
+
+def _quality(path: pathlib.Path) -> str:
+    if not path.is_file():
+        return "(No results are committed yet: `python -m bench quality` measures them.)\n"
+    lines, content = quality.table(quality.load(path)), json.loads(path.read_text())
+    seeds = len({each["seed"] for each in content["quality"]})
+    units = {True: "root mean squares of the token", False: "standard deviations of the feature"}
+    radii = ", ".join(f"{each['radius']:g} {units[each['relative']]} ({each['name']})" for each in content["tasks"])
+    title = f"Accuracy in %, mean ± standard deviation of {seeds} seeds ({_where(content['environment'])}):"
+    note = f"Attacks move every entry of the embedding by at most {radii}; PGD takes ten steps."
+    return f"{title}\n\n{_markdown(lines)}\n{note}\n"
 
 
 def _speed(report: Report) -> str:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from . import passes, states
 from .backends import ball, log_ratio
 from .backends.base import DivergenceSpec, Step
+from .norms import l2_norm
 
 __all__ = ["ascent_ratio"]
 
@@ -113,7 +114,7 @@ def _step(grad: Tensor, step: Step, unit: Tensor | None) -> Tensor:
 @torch.no_grad()
 def ascent_ratio(smart: Any, embed: Any, *args: Any, mask: Any = None, **kwargs: Any) -> float:
     """How much better than chance the ascent of ``smart`` is on a batch: the KL divergence from the clean output along
-    the perturbation that its ascent ends with, over that along random noise with the same norms.
+    the perturbation that its ascent ends with, over that along random noise of the same length (l2) in every token.
 
     One means that the ascent does nothing, as smart-pytorch's does at its defaults. The ascent runs in the precision at
     hand (autocast, too). Both divergences are then measured in float64, by a copy of ``eval_fn``, if that is a
@@ -137,7 +138,7 @@ def ascent_ratio(smart: Any, embed: Any, *args: Any, mask: Any = None, **kwargs:
             pairs = zip(states.tensors(evaluate(*moved, *args, **kwargs)), clean, strict=True)
             return torch.stack([_difference(x, t) for x, t in pairs]).sum()
 
-        draws = [divergence([_random_like(each, smart.norm_fn) for each in changes]) for _ in range(_DRAWS)]
+        draws = [divergence([_random_like(each) for each in changes]) for _ in range(_DRAWS)]
         return float(divergence(changes) / torch.stack(draws).mean())
 
 
@@ -175,6 +176,6 @@ def _difference(x: Tensor, t: Tensor) -> Tensor:
     return log_ratio.divergence_forward(x, t, DivergenceSpec("kl", "sum"), None, False, False)[0]
 
 
-def _random_like(noise: Tensor, norm_fn: Callable[[Tensor], Tensor]) -> Tensor:
-    random = torch.randn_like(noise) * (noise.abs().amax(-1, keepdim=True) > 0)  # none where there is none
-    return random * (norm_fn(noise) / norm_fn(random)).nan_to_num(0.0)
+def _random_like(noise: Tensor) -> Tensor:
+    random = torch.randn_like(noise)
+    return random * (l2_norm(noise) / l2_norm(random))

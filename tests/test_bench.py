@@ -352,8 +352,8 @@ def test_readme_takes_what_was_measured_last(tmp_path: Path) -> None:
             for case, median in medians.items()
             for name in (peers.EAGER, "smart-fast torch")
         ]
-        environment = {**report.environment(CPU), "date": date}
-        report.save_json(report.Report(environment, 1e10, rows=rows), tmp_path / f"speed-{date[:4]}.json")
+        environment = {**report.environment(CPU), "device": "one", "date": date}
+        report.save_json(report.Report(environment, 1e10, rows=rows), tmp_path / f"speed-{date[:10]}.json")
 
     save("2026-01-02T00:00:00+00:00", first=1.0, second=2.0)
     save("2026-01-01T00:00:00+00:00", first=3.0, third=4.0)

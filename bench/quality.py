@@ -1,0 +1,311 @@
+"""``python -m bench quality``: what regularizers do to a model: accuracy, clean and attacked, for what time and memory.
+
+Two data sets of scikit-learn with a small network on standardized features, where the whole input is the embedding,
+and a small transformer on made-up tokens. Every row of a task trains the same models on the same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import smart_pytorch
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import smart_fast
+from smart_fast import recipes
+
+from .measure import peak_memory
+
+SEEDS = range(5)
+RADIUS = recipes.RECOMMENDED["epsilon"]
+BALL = {"update": "paper", "scale": "relative", "epsilon": RADIUS}
+NONE, SMART_PYTORCH, BREGMAN = "none", "smart-pytorch", "Bregman"
+#: Settings of `smart_fast.SMARTLoss`; what else there is in a row is in its name.
+ROWS: dict[str, dict[str, Any]] = {
+    NONE: {},
+    SMART_PYTORCH: {},
+    "random noise": {**BALL, "noise_var": 10 * RADIUS, "step_size": 0.0},  # at the corners of the ball
+    "paper": {**BALL, "noise_var": RADIUS / 10, "step_size": RADIUS},  # the largest entry goes to the edge
+    "fisher": {**BALL, "noise_var": RADIUS / 10, "step_size": RADIUS, "ascent": "fisher"},
+    "sign": {**BALL, "noise_var": RADIUS / 10, "step_size": 1000 * RADIUS},  # all entries do
+    "recommended": dict(recipes.RECOMMENDED),
+    BREGMAN: {},
+    f"recommended + {BREGMAN}": dict(recipes.RECOMMENDED),
+}
+BETA, MU = 0.99, 1.0  # of the Bregman proximal term
+
+
+@dataclass(frozen=True)
+class Task:
+    """``radius`` of attacks, in the largest entry: absolute, or in units of each token's root mean square."""
+
+    name: str
+    data: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]  # seed -> inputs and labels to train on, and to test
+    model: Callable[[Tensor, Tensor], nn.Module]
+    epochs: int
+    radius: float
+    relative: bool = False
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One row of one task for one seed. Accuracies as shares, times in seconds, memory in bytes."""
+
+    task: str
+    row: str
+    seed: int
+    clean: float
+    gaussian: float
+    fgsm: float
+    pgd: float
+    ascent_ratio: float | None
+    step_time: float
+    peak: int
+
+
+class Network(nn.Module):
+    """Features are their own embedding."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 128), nn.GELU(), nn.Linear(128, classes))
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        return inputs.clone().requires_grad_()
+
+    def forward(self, embed: Tensor) -> Tensor:
+        logits: Tensor = self.layers(embed)
+        return logits
+
+
+class Transformer(nn.Module):
+    def __init__(self, words: int, length: int, classes: int, width: int = 48) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Parameter(torch.randn(length, width) / 10)
+        self.layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(width, classes)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        return self.words(inputs)  # type: ignore[no-any-return]
+
+    def forward(self, embed: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layer(embed + self.places).mean(1))
+        return logits
+
+
+def _scikit(load: str, train: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sklearn import datasets
+
+    features, labels = (torch.tensor(each) for each in getattr(datasets, load)(return_X_y=True))
+    features = features.float()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    used, rest = order[:train], order[train:]
+    mean, std = features[used].mean(0), features[used].std(0).clamp(min=1e-3)
+    features = ((features - mean) / std).clamp(-5, 5)
+    return features[used], labels[used], features[rest], labels[rest]
+
+
+def _tokens(seed: int, words: int = 60, length: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which of three kinds of words is the most frequent?"""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(words, (2000, length), generator=generator)
+    labels = F.one_hot(ids % 3, 3).sum(1).argmax(1)
+    return ids[:600], labels[:600], ids[600:], labels[600:]
+
+
+def _network(inputs: Tensor, labels: Tensor) -> nn.Module:
+    return Network(inputs.shape[1], int(labels.max()) + 1)
+
+
+def _transformer(inputs: Tensor, labels: Tensor) -> nn.Module:
+    return Transformer(int(inputs.max()) + 1, inputs.shape[1], int(labels.max()) + 1)
+
+
+TASKS = (
+    Task("digits", functools.partial(_scikit, "load_digits", 600), _network, 40, 0.3),
+    Task("breast_cancer", functools.partial(_scikit, "load_breast_cancer", 300), _network, 40, 0.3),
+    Task("tokens", _tokens, _transformer, 15, 0.3, relative=True),
+)
+
+
+def measure(say: Callable[[str], None] = lambda doing: None, tasks: Sequence[Task] = TASKS) -> list[Quality]:
+    found = []
+    for task in tasks:
+        for seed in SEEDS:
+            data = task.data(seed)
+            for row in ROWS:
+                say(f"{task.name}, seed {seed}, {row}")
+                found.append(run(task, row, seed, data))
+    return found
+
+
+def run(task: Task, row: str, seed: int, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> Quality:
+    """Train one model and attack it."""
+    train_x, train_y, test_x, test_y = data
+    torch.manual_seed(seed)
+    model = task.model(train_x, train_y)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    smart = regularizer(row, model)
+    proximal = smart_fast.BregmanProximal(model, BETA, MU) if BREGMAN in row else None
+
+    def step(x: Tensor, y: Tensor) -> None:
+        embed = model.embed(x)  # type: ignore[operator]
+        logits = model(embed)
+        loss = F.cross_entropy(logits, y)
+        if smart is not None:
+            loss = loss + task.weight * smart(embed, logits)
+        if proximal is not None:
+            loss = loss + proximal(logits, embed.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if proximal is not None:
+            proximal.update()
+
+    times = []
+    batches = torch.Generator().manual_seed(seed)
+    for _ in range(task.epochs):
+        for chosen in torch.randperm(len(train_y), generator=batches).split(50):
+            start = time.perf_counter()
+            step(train_x[chosen], train_y[chosen])
+            times.append(time.perf_counter() - start)
+    peak = peak_memory(step, (train_x[:50], train_y[:50]), torch.device("cpu"))
+    model.eval()
+    ratio = None
+    if smart is not None:
+        ours = smart if isinstance(smart, smart_fast.SMARTLoss) else _ours(model, backend="torch")
+        ratio = smart_fast.ascent_ratio(ours, model.embed(test_x[:200]).detach())  # type: ignore[operator]
+    return Quality(task.name, row, seed, *attacked(task, model, test_x, test_y), ratio, statistics.median(times), peak)
+
+
+def regularizer(row: str, model: nn.Module) -> Any:
+    """What is added to the loss in a row; None: nothing."""
+    if row == SMART_PYTORCH:
+        losses = smart_pytorch.kl_loss, functools.partial(smart_pytorch.sym_kl_loss, reduction="batchmean")
+        return smart_pytorch.SMARTLoss(model, *losses)
+    return _ours(model, **ROWS[row]) if ROWS[row] else None
+
+
+def _ours(model: nn.Module, **settings: Any) -> smart_fast.SMARTLoss:
+    last = functools.partial(smart_fast.sym_kl_loss, reduction="batchmean")
+    return smart_fast.SMARTLoss(model, smart_fast.kl_loss, last, **settings)
+
+
+def attacked(task: Task, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float, float, float]:
+    """Accuracy on clean inputs, under Gaussian noise of the attacks' radius, FGSM, and PGD in ten steps."""
+    clean = model.embed(x).detach()  # type: ignore[operator]
+    size = clean.square().mean(-1, keepdim=True).sqrt() if task.relative else torch.ones(())
+    radius = task.radius * size
+
+    def right(change: Tensor | float) -> float:
+        with torch.no_grad():
+            return float((model(clean + change).argmax(-1) == y).float().mean())
+
+    def ascended(change: Tensor, size: Tensor) -> Tensor:
+        moved = (clean + change).requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(moved), y, reduction="sum"), moved)
+        return (change + size * gradient.sign()).clamp(-radius, radius)
+
+    generator = torch.Generator().manual_seed(0)
+    pgd = torch.zeros_like(clean)
+    for _ in range(10):
+        pgd = ascended(pgd, radius / 4)
+    gaussian = torch.randn(clean.shape, generator=generator) * radius
+    return right(0.0), right(gaussian), right(ascended(torch.zeros_like(clean), radius)), right(pgd)
+
+
+COLUMNS = ("clean", "gaussian", "fgsm", "pgd")
+
+
+def summary(results: Sequence[Quality], task: str, row: str) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation over the seeds of every figure of a row."""
+    these = [each for each in results if (each.task, each.row) == (task, row)]
+    found = {}
+    for name in (*COLUMNS, "ascent_ratio", "step_time", "peak"):
+        values = [value for each in these if (value := getattr(each, name)) is not None]
+        if values:
+            found[name] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return found
+
+
+def table(results: Sequence[Quality]) -> list[list[str]]:
+    """Header and rows. Times and memory in units of the task's row without regularizer."""
+    lines = [["task", "regularizer", *COLUMNS, "ascent ratio", "x step time", "x peak memory"]]
+    for task, row in dict.fromkeys((each.task, each.row) for each in results):
+        found, plain = summary(results, task, row), summary(results, task, NONE)
+        cells = [f"{100 * found[name][0]:.1f} ± {100 * found[name][1]:.1f}" for name in COLUMNS]
+        mean = found.get("ascent_ratio", (None,))[0]
+        ratio = "" if mean is None else f"{mean:.1f}" if mean < 10 else f"{mean:.0f}"
+        relative = [f"{found[name][0] / plain[name][0]:.2f}" for name in ("step_time", "peak")]
+        lines.append([task, row, *cells, ratio, *relative])
+    return lines
+
+
+def show(results: Sequence[Quality], console: Console) -> None:
+    title = f"accuracy in %, mean and standard deviation of {len(SEEDS)} seeds"
+    shown = Table(title=title, box=box.SIMPLE_HEAD)
+    if not console.is_terminal:
+        console.width = max(console.width, 130)  # a log file has no edge to wrap at
+    header, *rows = table(results)
+    for name in header:
+        shown.add_column(name, justify="left" if name in ("task", "regularizer") else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def save(results: Sequence[Quality], environment: dict[str, Any], path: pathlib.Path) -> None:
+    settings = {row: {name: getattr(value, "__name__", value) for name, value in ROWS[row].items()} for row in ROWS}
+    tasks = [{"name": task.name, "radius": task.radius, "relative": task.relative} for task in TASKS]
+    content = {
+        "environment": environment,
+        "settings": settings,
+        "tasks": tasks,
+        "quality": [dataclasses.asdict(each) for each in results],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load(path: pathlib.Path) -> list[Quality]:
+    return [Quality(**each) for each in json.loads(path.read_text())["quality"]]
+
+
+def save_plot(results: Sequence[Quality], path: pathlib.Path) -> None:
+    """Accuracy without an attack and under PGD of every row, a panel a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(each.task for each in results))
+    rows = list(dict.fromkeys(each.row for each in results))
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.6), sharey=True, layout="constrained")
+    for task, panel in zip(tasks, panels, strict=True):
+        for place, (name, color) in enumerate((("clean", "#9aa5b1"), ("fgsm", "#2a9d55"), ("pgd", "#1f77b4"))):
+            found = [summary(results, task, row)[name] for row in rows]
+            heights = [index + (place - 1) * 0.27 for index in range(len(rows))]
+            means, spreads = ([100 * value for value in values] for values in zip(*found, strict=True))
+            panel.barh(heights, means, 0.25, xerr=spreads, color=color, label=name)
+        panel.set_title(task)
+        panel.set_xlabel("accuracy, %")
+        panel.set_yticks(range(len(rows)), rows)
+    panels[0].invert_yaxis()
+    panels[-1].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
