@@ -8,6 +8,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "philox.py")
     __path__.append(str(_here.parent))
 
 from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
+from .checkpointing import checkpointed  # noqa: E402
 from .linear import LinearDivergence, linear_js_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
 from .loss import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
 from .norms import inf_norm, l1_norm, l2_norm, sentence_norm  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "LinearDivergence",
     "SMARTLoss",
     "available_backends",
+    "checkpointed",
     "empty_cache",
     "hellinger_loss",
     "inf_norm",

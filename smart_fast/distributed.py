@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["ascent", "check_loss", "eagerly", "in_use", "is_wrapped"]
+__all__ = ["ascent", "check_loss", "eagerly", "in_use", "is_sharded", "is_wrapped", "modules", "recomputation"]
 
 _CALLABLES = (nn.Module, FunctionType, MethodType, functools.partial)
 
@@ -32,6 +32,15 @@ def ascent(eval_fn: Callable[..., Any]) -> contextlib.AbstractContextManager[Any
         stack.enter_context(_without_reducer(module))
     if sharded:
         stack.enter_context(_without_gradient_sync(sharded))
+    return stack
+
+
+def recomputation(eval_fn: Callable[..., Any]) -> contextlib.AbstractContextManager[Any]:
+    """Around a forward pass that a checkpoint repeats: DDP has prepared for this backward pass before."""
+    stack = contextlib.ExitStack()
+    if in_use():
+        for module in _wrappers(eval_fn)[0]:
+            stack.enter_context(_without_reducer(module))
     return stack
 
 
@@ -81,15 +90,20 @@ def in_use() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards the parameters of ``module`` or of a part of it."""
+    return in_use() and bool(_wrappers(module)[1])
+
+
 def _wrappers(eval_fn: Callable[..., Any]) -> tuple[list[Any], list[Any]]:
     """The modules of DDP and those of FSDP2 that ``eval_fn`` may call."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
-    modules = list(_modules(eval_fn))
+    found = list(modules(eval_fn))
     return (
-        [each for each in modules if isinstance(each, DistributedDataParallel)],
-        [each for each in modules if isinstance(each, FSDPModule)],
+        [each for each in found if isinstance(each, DistributedDataParallel)],
+        [each for each in found if isinstance(each, FSDPModule)],
     )
 
 
@@ -153,7 +167,7 @@ def _temporarily(owner: Any, *names: str, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _modules(eval_fn: Any) -> Iterator[nn.Module]:
+def modules(eval_fn: Any) -> Iterator[nn.Module]:
     """The modules that ``eval_fn`` may call, each once.
 
     Its own if it is one; else those in its arguments, closures and globals, in functions of the same file that it
