@@ -8,6 +8,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "philox.py")
     __path__.append(str(_here.parent))
 
 from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
+from .bregman import BregmanProximal, paper_beta  # noqa: E402
 from .checkpointing import checkpointed  # noqa: E402
 from .linear import LinearDivergence, linear_js_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
 from .loss import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendFallbackWarning",
+    "BregmanProximal",
     "LinearDivergence",
     "SMARTLoss",
     "available_backends",
@@ -32,6 +34,7 @@ __all__ = [
     "linear_js_loss",
     "linear_kl_loss",
     "linear_sym_kl_loss",
+    "paper_beta",
     "sentence_norm",
     "set_default_backend",
     "stable_sym_kl_loss",

@@ -21,6 +21,7 @@ from torch import Tensor
 from .base import DivergenceSpec
 
 name = "log_ratio"
+differentiable = False
 
 _BLOCK = 1 << 16  # elements; half a dozen temporaries of that many floats fit a core's cache
 
