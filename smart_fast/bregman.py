@@ -106,7 +106,7 @@ class BregmanProximal(nn.Module):
             _check_beta(beta)
         _check_mu(mu)
 
-    def forward(self, output: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, output: Any, /, *args: Any, **kwargs: Any) -> Tensor:
         """``mu * loss_fn(output, teacher(*args, **kwargs))``, a scalar with the graph of ``output`` alone.
 
         Args:

@@ -1,0 +1,27 @@
+"""`BregmanProximal` and `checkpointed` in 2 processes (gloo): the gradients are those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.helpers import checks_of, run_workers
+
+WORKER = Path(__file__).with_name("method_worker.py")
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without torch.distributed or gloo"
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run_workers(WORKER, 2, tmp_path_factory.mktemp("method"))
+
+
+@pytest.mark.parametrize("check", checks_of(WORKER))
+def test_distributed(check: str, results: list[dict[str, str]]) -> None:
+    for rank, found in enumerate(results):
+        assert not found[check], f"process {rank} of 2:\n{found[check]}"
