@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from smart_fast import BregmanProximal, SMARTLoss, available_backends, sym_kl_loss
+from smart_fast import SMARTLoss, available_backends, sym_kl_loss
 from tests.parallel_worker import launch
 
 ROWS, LENGTH, WIDTH, WORDS, CLASSES = 8, 4, 8, 11, 3
@@ -203,32 +203,6 @@ def ddp_fisher(rank, world):
     model = DistributedDataParallel(build(Net), static_graph=True)
     with pytest.raises(RuntimeError, match="goes backward through the state"):
         around(model, *share(rank, world, 0), FISHER)
-
-
-def proximal_steps(model, parts):
-    """Gradients of steps of training with a Bregman proximal term, and the teacher's weights in the end."""
-    proximal, gradients = BregmanProximal(model, beta=0.9), []
-    for tokens, labels in parts:
-        logits = model(tokens)
-        (nn.functional.cross_entropy(logits, labels) + proximal(logits, tokens)).backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-        descend(model)
-        proximal.update()
-    return gradients, list(proximal.teacher.parameters())
-
-
-@check
-def ddp_bregman(rank, world):
-    """The teachers of all processes are that of one process."""
-    expected, teacher = proximal_steps(build(Net), [batch(step)[:2] for step in range(TRAINING)])
-    parts = [share(rank, world, step)[:2] for step in range(TRAINING)]
-    for options in DDP_MODES:
-        found, ours = proximal_steps(DistributedDataParallel(build(Net), **options), parts)
-        for left, right in zip(found, expected, strict=True):
-            for name, gradient in right.items():
-                torch.testing.assert_close(left[f"module.{name}"], gradient, rtol=1e-9, atol=1e-12)
-        for left, right in zip(ours, teacher, strict=True):
-            torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
 
 
 class Holder:
