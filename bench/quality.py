@@ -305,7 +305,7 @@ def save_plot(results: Sequence[Quality], path: pathlib.Path) -> None:
         panel.set_xlabel("accuracy, %")
         panel.set_yticks(range(len(rows)), rows)
     panels[0].invert_yaxis()
-    panels[-1].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

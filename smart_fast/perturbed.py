@@ -24,7 +24,9 @@ def gradients(
     device, scale = perturbed[0].device, None
     if smart.loss_scale is not None:
         scale = precision.current_scale(smart.loss_scale, device)
-    rescaled = scale is None and smart._rescales and precision.underflows(perturbed[0], smart.ascent_dtype)
+    # smart-pytorch's own rule is to be what it is there, bit for bit.
+    faithful = smart.update == "smart-pytorch" and smart.scale == "absolute"
+    rescaled = scale is None and not faithful and precision.underflows(perturbed[0], smart.ascent_dtype)
 
     def loss_of(*inputs: Tensor) -> Tensor:
         if rescaled:

@@ -82,7 +82,6 @@ class SMARTLoss(nn.Module):
     """
 
     _wrapped = False
-    _rescales = False
 
     def __init__(
         self,
@@ -243,7 +242,7 @@ class SMARTLoss(nn.Module):
             self._record.add(embed, masks[i], before, after, perturbed[i], grads[i], step, units[i])
 
     def extra_repr(self) -> str:
-        names = ("num_steps", "step_size", "epsilon", "noise_var", "backend", "update", "scale")
+        names = ("num_steps", "step_size", "epsilon", "noise_var", "backend", "update", "ascent", "scale")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def _check_settings(self) -> Step:
@@ -252,8 +251,6 @@ class SMARTLoss(nn.Module):
         if not torch.compiler.is_compiling():
             self.__dict__["_checked"] = step
             self.__dict__["_wrapped"] = distributed.is_wrapped(self.eval_fn)
-            # smart-pytorch's own rule is to be what it is there, bit for bit.
-            self.__dict__["_rescales"] = self.update != "smart-pytorch" or self.scale == "relative"
             if self.shared_dropout:
                 passes.ReplayedDropout.of(self.eval_fn)
         return step
