@@ -44,6 +44,8 @@ def check(smart: Any) -> Step:
     check_name(smart.backend)
     check_choice("update", smart.update, UPDATES)
     check_choice("ascent", smart.ascent, ASCENTS)
+    if smart.update == "paper" and not isinstance(smart.epsilon, Tensor) and smart.epsilon < 0:
+        raise ValueError(f"epsilon, the radius of a ball, must not be negative, got {smart.epsilon}")
     if smart.ascent == "fisher" and smart.num_steps > 1:
         raise ValueError(f"ascent='fisher' takes one step: num_steps must be 0 or 1, got {smart.num_steps}")
     check_choice("scale", smart.scale, SCALES)

@@ -82,6 +82,11 @@ def test_unknown_choices_are_told_the_known_ones(name, says):
         SMARTLoss(counting(), kl_loss, **{name: "newton"})
 
 
+def test_a_ball_has_a_radius():
+    with pytest.raises(ValueError, match="epsilon, the radius of a ball, must not be negative, got -1"):
+        SMARTLoss(counting(), kl_loss, update="paper", epsilon=-1.0)
+
+
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, value, _ in SETTINGS if value in ("newton", -1)])
 def test_messages_tell_what_was_given(name, value):
     with pytest.raises(ValueError, match=str(value)):
