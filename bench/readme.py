@@ -84,10 +84,14 @@ def _quality(path: pathlib.Path) -> str:
         return "(No results are committed yet: `python -m bench quality` measures them.)\n"
     lines, content = quality.table(quality.load(path)), json.loads(path.read_text())
     seeds = len({each["seed"] for each in content["quality"]})
-    units = {True: "root mean squares of the token", False: "standard deviations of the feature"}
-    radii = ", ".join(f"{each['radius']:g} {units[each['relative']]} ({each['name']})" for each in content["tasks"])
+    weak, strong = content["attacks"]["radii"]
+    inputs, tokens = ([each["name"] for each in content["tasks"] if each["relative"] == of] for of in (False, True))
     title = f"Accuracy in %, mean ± standard deviation of {seeds} seeds ({_where(content['environment'])}):"
-    note = f"Attacks move every entry of the embedding by at most {radii}; PGD takes ten steps."
+    note = (
+        f"Attacks move every entry of the embedding by at most {weak:g} or {strong:g} standard deviations of the "
+        f"feature ({', '.join(inputs)}) or root mean squares of the token ({', '.join(tokens)}); PGD takes "
+        f"{content['attacks']['pgd_steps']} steps."
+    )
     return f"{title}\n\n{_markdown(lines)}\n{note}\n"
 
 
