@@ -52,9 +52,11 @@ def test_what_the_wheel_holds(built):
         if path.suffix in (".h", ".cpp", ".cuh", ".cu")
     }
     sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "smart_fast").rglob("*.py")}
-    assert sources | {"smart_fast/py.typed", "smart_fast/csrc/cpu/probe.h"} <= found
+    others = {"smart_fast/py.typed", "smart_fast/METHOD.md"}
+    assert sources | others | {"smart_fast/csrc/cpu/probe.h"} <= found
     assert {name.split("/")[0] for name in found} == {"smart_fast", f"smart_fast-{smart_fast.__version__}.dist-info"}
-    assert all(name.endswith((".py", ".typed", ".h", ".cpp", ".cuh", ".cu")) or ".dist-info/" in name for name in found)
+    suffixes = (".py", ".h", ".cpp", ".cuh", ".cu")
+    assert all(name.endswith(suffixes) or ".dist-info/" in name for name in found - others)
 
 
 def test_what_the_wheel_declares(built):
