@@ -32,13 +32,13 @@ def trained():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return model.eval(), model.embed(other[:100]).detach()
+    return model.eval(), model.embed(other[:200]).detach()
 
 
 def ratio(model, embed, **settings):
     torch.manual_seed(0)
     smart = SMARTLoss(model, kl_loss, sym_kl_loss, **settings)
-    return statistics.mean(ascent_ratio(smart, embed) for _ in range(4))
+    return statistics.mean(ascent_ratio(smart, embed) for _ in range(8))
 
 
 def test_ascent_ratios(trained, capsys):
