@@ -124,7 +124,12 @@ def ascent_ratio(smart: Any, embed: Any, *args: Any, mask: Any = None, **kwargs:
     Args:
         smart: a `SMARTLoss`.
         embed, mask, *args, **kwargs: a batch, as `SMARTLoss.forward` takes it. The clean state is computed here.
+
+    Raises:
+        TypeError: ``smart`` is no `SMARTLoss`.
     """
+    if not hasattr(smart, "diagnose"):
+        raise TypeError(f"smart must be a SMARTLoss, got {type(smart).__name__}")
     embeds = [each.detach() for each in (embed if isinstance(embed, (tuple, list)) else (embed,))]
     changes = _changes(smart, embeds, args, mask, kwargs)
     device = embeds[0].device.type

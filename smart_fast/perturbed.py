@@ -33,6 +33,8 @@ def gradients(
             *inputs, carrier = inputs  # type: ignore[assignment]
         state = run(*inputs, *args, **kwargs)
         loss = smart._compare("loss_fn", smart.loss_fn, _rescale(carrier, inputs, state) if rescaled else state, clean)
+        if rescaled:  # a gradient to it, zero, even where nothing was rescaled
+            loss = loss + 0.0 * carrier.sum()
         if in_group:
             distributed.check_loss(loss)
         return loss if scale is None else loss * scale
@@ -50,6 +52,7 @@ def gradients(
             grads = smart._input_gradients(in_autocast, _tracked(perturbed, rescaled))
     if rescaled:
         *grads, scale = grads
+        scale = torch.where(scale > 0, scale, 1.0)
         return [precision.unscale(grad, precision.like_samples(scale, grad)) for grad in grads]
     return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
 
@@ -63,11 +66,16 @@ def _tracked(perturbed: Sequence[Tensor], rescaled: bool) -> list[Tensor]:
 
 
 def _rescale(carrier: Tensor, inputs: Sequence[Tensor], state: Any) -> Any:
+    """``state`` whose tensors pass their gradients on rescaled. What else it holds stays as it is."""
     leaves, structure = tree_flatten(state)
-    if not all(isinstance(each, Tensor) for each in leaves):
-        raise TypeError("float16 gradients are rescaled by states that are tensors: give loss_scale= for other states")
-    by_sample = precision.by_sample(inputs, leaves)
-    return tree_unflatten(list(precision.Rescale.apply(carrier, by_sample, *leaves)), structure)
+    places = [place for place, each in enumerate(leaves) if isinstance(each, Tensor) and each.is_floating_point()]
+    if not places:  # an object of the user's: only loss_scale reaches into it
+        return state
+    tensors = [leaves[place] for place in places]
+    rescaled = precision.Rescale.apply(carrier, precision.by_sample(inputs, tensors), *tensors)
+    for place, each in zip(places, rescaled, strict=True):
+        leaves[place] = each
+    return tree_unflatten(leaves, structure)
 
 
 def _freezes(smart: Any) -> bool:

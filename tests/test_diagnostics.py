@@ -130,6 +130,11 @@ def test_ascent_ratio():
     assert ascent_ratio(smart, x.expand(64, 8, 64)) == pytest.approx(1.0, abs=0.2)  # noise that nobody has moved
 
 
+def test_ascent_ratio_is_of_a_smart_loss():
+    with pytest.raises(TypeError, match="smart must be a SMARTLoss, got Sequential"):
+        ascent_ratio(model(), torch.randn(2, 32))
+
+
 def test_ascent_ratio_leaves_things_as_they_were():
     net, embed = model().train(), torch.randn(8, 32)
     smart = SMARTLoss(net, kl_loss, skip_in_eval=True, **recipes.RECOMMENDED)

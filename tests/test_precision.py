@@ -251,3 +251,28 @@ def test_the_warning_is_true(dtype, rms):
     epsilon = torch.finfo(dtype).eps
     assert share_of_entries_that_change(dtype, 4 * epsilon * rms, rms) > 0.9
     assert share_of_entries_that_change(dtype, epsilon * 0.02 / 8, rms) < 0.25
+
+
+class Opaque:
+    """A state that only its own loss looks into."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def detach(self):
+        return Opaque(self.logits.detach())
+
+
+@pytest.mark.parametrize("kind", ["object", "with None", "with integers"])
+def test_float16_states_that_are_not_all_tensors(kind, backend):
+    net, embed = torch.nn.Linear(8, 3).half(), torch.randn(4, 8).half()
+    wrap, logits_of = {
+        "object": (Opaque, lambda state: state.logits),
+        "with None": (lambda x: (x, None), lambda state: state[0]),
+        "with integers": (lambda x: {"x": x, "n": torch.arange(4)}, lambda state: state["x"]),
+    }[kind]
+    smart = SMARTLoss(
+        lambda x: wrap(net(x)), lambda p, s: kl_loss(logits_of(p), logits_of(s)), update="sift", step_size=0.5,
+        noise_var=0.01, epsilon=0.0, backend=backend,
+    )  # fmt: skip
+    assert smart(embed, wrap(net(embed))) > 1e-3  # the step was taken

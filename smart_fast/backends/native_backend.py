@@ -162,8 +162,8 @@ def _fake_ascend(
     noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
     moved_norm: Tensor | None = None, unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
-    return new_output(embed.shape, embed.dtype, embed.device), noise_out
+    rest = kind, scope, noise_var, step_size, update, epsilon, keep_noise
+    return fused.fake_ascend(embed, grad, noise, norm, moved_norm, mask, unit, *rest)
 
 
 def _fake_divergence_forward(
