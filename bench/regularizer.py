@@ -15,6 +15,7 @@ import smart_fast
 from smart_fast import autograd
 from smart_fast.backends import select
 
+from .captured import Captured
 from .divergences import divergence64
 from .operations import EPSILON, STEP_SIZE, seeded_noise
 from .task import Finding, deviation, finding
@@ -56,6 +57,7 @@ class Regularizer:
         torch.manual_seed(0)
         self.model = build().to(device).eval()
         self.shape, self.scale, self.dtype, self.device = shape, scale, dtype, device
+        self.small = len(shape) == 2
         self._reference: tuple[Tensor, list[Tensor]] | None = None
         probe = self.model(self._embed(0))
         grads = torch.autograd.grad(probe.sum(), list(self.model.parameters()), allow_unused=True)
@@ -86,7 +88,20 @@ class Regularizer:
     def ours(self, backend: str) -> Callable[..., Any]:
         return smart_fast.SMARTLoss(self.model, smart_fast.kl_loss, smart_fast.sym_kl_loss, backend=backend)
 
+    def variants(self, backend: str) -> dict[str, Callable[..., Any]]:
+        """Of a small head, whose passes cost less than the host's work: compiled into one graph, and on a GPU captured
+        as a CUDA graph."""
+        if not self.small:
+            return {}
+        found = {"compiled": torch.compile(self.ours(backend), fullgraph=True, dynamic=False)}
+        if self.device.type == "cuda":
+            found["CUDA graph"] = Captured(self.call(self.ours(backend)))
+        return found
+
     def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if isinstance(function, Captured):
+            return function
+
         def forward_backward(embed: Tensor, state: Tensor) -> tuple[Tensor, ...]:
             with autocast(self.device, self.dtype):
                 loss = function(embed, state)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import smart_fast
 
+from .captured import Captured
 from .divergences import divergence64
 from .models import LABELS, LanguageModel, Model
 from .operations import EPSILON, STEP_SIZE
@@ -67,7 +68,7 @@ class TrainingStep:
         if isinstance(self.model, LanguageModel):
             found["hidden states"] = self._hidden(self.model, backend)
         if self.device.type == "cuda":
-            found["CUDA graph"] = Captured(self.call(self.ours(backend)), self.optimizer)
+            found["CUDA graph"] = Captured(self.call(self.ours(backend)), self.optimizer.zero_grad)
         return found
 
     def _forward(self, regularizer: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -162,35 +163,3 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean over all labels, in fp32 at least."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.flatten(0, -2).to(dtype), labels.flatten())
-
-
-class Captured:
-    """A step as one CUDA graph, captured when it is first called; replays draw fresh noise."""
-
-    def __init__(self, step: Callable[..., Tensor], optimizer: torch.optim.Optimizer) -> None:
-        self._step, self._optimizer = step, optimizer
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if self._graph is None:
-            self._capture(inputs)
-        for static, each in zip(self._inputs, inputs, strict=True):
-            static.copy_(each)
-        assert self._graph is not None
-        self._graph.replay()
-        return self._loss
-
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        self._inputs = [each.clone() for each in inputs]
-        before = torch.cuda.get_rng_state()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # as PyTorch's notes on CUDA graphs want it
-            for _ in range(3):
-                self._step(*self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._optimizer.zero_grad()  # gradients are to be allocated by the graph
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss = self._step(*self._inputs)
-        torch.cuda.set_rng_state(before)
