@@ -29,6 +29,7 @@ from smart_fast.kernels.launch import Choice
 from torch import Tensor
 
 from smart_fast.backends import triton_ops as ops
+from smart_fast.backends.base import STATISTICS
 
 from . import report
 from .cases import BF16, DTYPES, FP32
@@ -54,9 +55,10 @@ FIRST = {
     "perturb": (768, 1024),
     "measure": (768, 1024),
     "divergence_backward_elementwise": (32000, 3),
+    "fisher_direction": (128256, 3),
 }
-#: A bound on what differs between two orders of adding up, as a share of the largest number.
-TOLERANCE = {FP32: 1e-5, BF16: 1e-2}
+FLAT = ("perturb", "perturb_stream", "divergence_backward")  # a tile a program; the others walk over their rows
+ORDER = 1e-5  # a bound on what differs between two orders of adding up, as a share of the largest number
 
 Clock = Callable[[dict[str, Callable[..., Any]], Sequence[tuple[Any, ...]], torch.device, float], dict[str, Timing]]
 Call = Callable[..., tuple[Tensor, ...]]
@@ -102,11 +104,10 @@ class Job:
     def __init__(self, target: Target, device: torch.device) -> None:
         self.target, self.device = target, device
         self.call, *self.variants = _CALLS[target.kernel]
-        tensors = {"perturb": 2, "perturb_stream": 2, "ascend": 3, "measure": 1}.get(target.kernel)
-        if tensors is None:
-            tensors = 4 if "backward" in target.kernel else 2
+        # Tensors of the target's shape that must move; the forward passes and most others: two.
+        tensors = {"ascend": 3, "measure": 1, "divergence_backward": 4, "divergence_backward_elementwise": 4}
         rows, width = target.shape
-        self.bytes = tensors * rows * width * target.dtype.itemsize
+        self.bytes = tensors.get(target.kernel, 2) * rows * width * target.dtype.itemsize
 
     def inputs(self, seed: int) -> tuple[Tensor, ...]:
         """x, its partner and the fp32 unit, all standard normal, a mask, a seed, and statistics for backward passes."""
@@ -155,6 +156,13 @@ def _ascend(kind: str, update: str, units: bool, keep: bool = False) -> Call:
     return call
 
 
+def _fisher(wide: bool) -> Call:
+    def call(x, other, mask, unit, noise, stats, wrap=ops._plain):
+        return (ops.fisher_direction(x, wide, wrap=wrap),)
+
+    return call
+
+
 def _forward(kind: str, output: str, masked: bool = False, scale: float = 1.0) -> Call:
     def call(x, other, mask, unit, noise, stats, wrap=ops._plain):
         spec = _spec(kind, output, scale)
@@ -194,6 +202,7 @@ _CALLS: dict[str, tuple[Call, ...]] = {
     "divergence_backward_elementwise": (
         _backward("sym_kl", "terms"), _backward("kl", "terms", True), _backward("js", "terms", True),
     ),
+    "fisher_direction": (_fisher(False), _fisher(True)),
 }  # fmt: skip
 
 
@@ -205,7 +214,7 @@ def default_choice(kernel: str, width: int) -> Choice:
     if kernel == "perturb_stream":
         tile = launch.stream_tile(width)
     else:
-        tile = (launch.flat_tile if kernel in ("perturb", "divergence_backward") else launch.row_tile)(width)
+        tile = (launch.flat_tile if kernel in FLAT else launch.row_tile)(width)
     return Choice(tile.block, tile.warps, tile.rows)
 
 
@@ -231,14 +240,11 @@ def refinements(kernel: str, width: int, best: Choice) -> list[Choice]:
     """What is tried once the tile is known, on it and on the default's: loads ahead, other numbers of programs."""
     found = []
     for base in dict.fromkeys((best, default_choice(kernel, width))):
-        if kernel in LOOPS and base.block < width:
+        if kernel not in FLAT and base.block < width:
             found += [base._replace(stages=stages) for stages in (2, 3, 4)]
         if kernel == "divergence_split":
             found += [base._replace(programs=programs) for programs in (1, 4, 8)]
     return found
-
-
-LOOPS = ("measure", "ascend", "divergence_forward", "divergence_split", "divergence_backward_elementwise")
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -282,13 +288,14 @@ def flaw(kernel: str, choice: Choice, call: Call, inputs: tuple[Tensor, ...]) ->
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal to what another order of adding up, and one rounding, can change. NaN where the other has NaN."""
+    """Equal to what another order of adding up, and one rounding to the dtype, can change. NaN where the other has."""
     if not expected.numel():
         return not found.numel()
-    relative = TOLERANCE[BF16 if expected.dtype == BF16 else FP32]
-    scale = expected.abs().amax(0, keepdim=True)  # of each statistic by itself; of each column of gradients
-    both = (found == expected) | (found.isnan() & expected.isnan())
-    return bool((both | ((found - expected).abs() <= relative * torch.maximum(scale, expected.abs()))).all())
+    # Each statistic is of a size of its own.
+    scale = expected.abs().amax(0) if expected.shape[-1:] == (STATISTICS,) else expected.abs().amax()
+    allowed = ORDER * scale.float() + torch.finfo(expected.dtype).eps * expected.abs()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    return bool((same | ((found.float() - expected.float()).abs() <= allowed)).all())
 
 
 # ---- the sweep -----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def _raw_grad_tile(grad_ptr, base, real, block, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _finite_rows(
-    grad_ptr, base, real, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr = 1
+    grad_ptr, base, real, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr
 ):
     """1 for each row in which every gradient is finite, else 0."""
     finite = tl.full([ROWS], 1, tl.int32)

@@ -28,7 +28,7 @@ SCHEMA = 1
 #: divergence_split stands for the kernels that share rows, measure and finish, which must agree on a tile.
 KERNELS = (
     "perturb", "perturb_stream", "measure", "ascend", "divergence_forward", "divergence_split", "divergence_backward",
-    "divergence_backward_elementwise",
+    "divergence_backward_elementwise", "fisher_direction",
 )  # fmt: skip
 MIN_BLOCK = 4  # a counter of the noise makes four numbers
 MAX_TILE = 1 << 15  # elements

@@ -350,10 +350,10 @@ def fisher_direction(logits: Tensor, wide: bool, wrap: Wrap = _plain) -> Tensor:
     width = logits.shape[-1]
     rows = as_rows(logits)
     out = new_output(logits.shape, torch.float32 if wide else logits.dtype, logits.device)
-    tile = launch.row_tile(width)
+    tile = _tile("fisher_direction", launch.row_tile, width, logits)
     wrap(fisher_direction_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], out, rows.count, width, rows.size1, rows.size2, *rows.strides[0], ROWS=tile.rows,
-        BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
+        BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
