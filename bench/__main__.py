@@ -191,12 +191,12 @@ def _tune(device: torch.device, options: argparse.Namespace, console: Console) -
 
     from smart_fast.backends.triton_ops import device_name
 
-    from . import tune
+    from . import tune, tune_targets
 
     path = options.json or tuning.FOLDER / tuning.file_name(device_name(device))
     with console.status("") as status:
         table = tune.sweep(
-            tune.targets(options.cases),
+            tune_targets.targets(options.cases),
             device,
             path,
             seconds=options.seconds or 0.3,

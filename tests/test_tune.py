@@ -24,7 +24,7 @@ from smart_fast.kernels import launch, tuning  # noqa: E402
 from smart_fast.kernels.launch import Choice, Tile  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
-from bench import tune  # noqa: E402
+from bench import tune, tune_candidates, tune_targets  # noqa: E402
 from bench.measure import Timing  # noqa: E402
 from smart_fast import kl_loss  # noqa: E402
 from smart_fast.backends import triton_ops as ops  # noqa: E402
@@ -102,7 +102,7 @@ def tiles_of(kernel, shape, dtype=FP32):
     x, other = torch.empty(2, *shape, dtype=dtype, device=DEVICE)
     mask, unit = torch.ones(shape[0], dtype=torch.bool, device=DEVICE), torch.ones(shape[0], 1, device=DEVICE)
     seed, stats = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.empty(shape[0], 6, device=DEVICE)
-    tune._CALLS[kernel][0](x, other, mask, unit, seed, stats, wrap=recorder)
+    tune_targets._CALLS[kernel][0](x, other, mask, unit, seed, stats, wrap=recorder)
     return recorder.tiles
 
 
@@ -117,7 +117,7 @@ every_kernel = pytest.mark.parametrize("kernel", tuning.KERNELS)
 
 
 def test_every_kernel_has_calls():
-    assert set(tuning.KERNELS) == set(KERNEL_OF) == set(tune._CALLS) == set(tune.FIRST)
+    assert set(tuning.KERNELS) == set(KERNEL_OF) == set(tune_targets._CALLS) == set(tune_targets.FIRST)
 
 
 # ---- what launches read --------------------------------------------------------------------------------------------
@@ -134,10 +134,10 @@ def test_defaults_without_a_table(kernel, width):
         expected = launch.split_tile(rows, width, ops._processors(DEVICE))
         name = name if launch.splits(expected, width) > 1 else KERNEL_OF["divergence_forward"]
     else:
-        expected = (launch.flat_tile if kernel in tune.FLAT else launch.row_tile)(width)
+        expected = (launch.flat_tile if kernel in tune_candidates.FLAT else launch.row_tile)(width)
     rows, block, blocks, warps, stages = tiles_of(kernel, (rows, width))[name]
     assert (rows, block, warps) == (expected.rows, expected.block, expected.warps)
-    assert (blocks, stages) == ((None, None) if kernel in tune.FLAT else (expected.blocks, 1))
+    assert (blocks, stages) == ((None, None) if kernel in tune_candidates.FLAT else (expected.blocks, 1))
 
 
 def test_defaults_are_what_they_were():
@@ -155,13 +155,13 @@ def test_defaults_are_what_they_were():
 @every_kernel
 def test_a_table_changes_the_launch(kernel, use, long_rows):
     rows = 1 if kernel == "perturb_stream" else 2
-    chosen = Choice(256, 2, rows, 1 if kernel in tune.FLAT else 3, programs=4)
+    chosen = Choice(256, 2, rows, 1 if kernel in tune_candidates.FLAT else 3, programs=4)
     shape = (2 if kernel == "divergence_split" else 9, 1300)
     default = tiles_of(kernel, shape, BF16)
     use(content(entry(kernel, chosen)))
     found = tiles_of(kernel, shape)[KERNEL_OF[kernel]]
-    blocks = None if kernel in tune.FLAT else 1 if kernel == "divergence_split" else 6
-    assert found == (rows, 256, blocks, 2, None if kernel in tune.FLAT else 3)
+    blocks = None if kernel in tune_candidates.FLAT else 1 if kernel == "divergence_split" else 6
+    assert found == (rows, 256, blocks, 2, None if kernel in tune_candidates.FLAT else 3)
     assert default[KERNEL_OF[kernel]] != found
     assert tiles_of(kernel, shape, BF16) == default  # entries speak of one size of elements
 
@@ -173,12 +173,12 @@ def test_results_are_right_whatever_the_choice(kernel, width, dtype, long_rows):
     rows = 3
     if kernel == "divergence_split" and width <= launch.MAX_BLOCK:
         pytest.skip("short rows are not shared")
-    job = tune.Job(tune.Target(kernel, (rows, width), dtype), DEVICE)
+    job = tune_targets.Job(tune_targets.Target(kernel, (rows, width), dtype), DEVICE)
     inputs = job.inputs(0)
     several = 1 if kernel == "perturb_stream" else 2
     for choice in (Choice(256, 1, several, 2, programs=8), Choice(2048, 2, 1, 3, programs=1)):
         for call in (job.call, *job.variants):
-            assert tune.flaw(kernel, choice, call, inputs) is None
+            assert tune_candidates.flaw(kernel, choice, call, inputs) is None
 
 
 def test_rows_shared_above_the_number_of_processors(use, long_rows):
@@ -336,7 +336,7 @@ class Clock:
 @pytest.fixture
 def few(monkeypatch):
     """Two candidates of each kind: the interpreter takes its time."""
-    candidates, refinements = tune.candidates, tune.refinements
+    candidates, refinements = tune_candidates.candidates, tune_candidates.refinements
     monkeypatch.setattr(tune, "candidates", lambda kernel, width: candidates(kernel, width)[:2])
     monkeypatch.setattr(tune, "refinements", lambda kernel, width, best: refinements(kernel, width, best)[:2])
 
@@ -346,17 +346,17 @@ def always(seconds):
 
 
 def swept(kernel, clock, shape=(5, 33), dtype=FP32):
-    return tune.Sweep(tune.Target(kernel, shape, dtype), DEVICE, 0.01, clock).entry()
+    return tune.Sweep(tune_targets.Target(kernel, shape, dtype), DEVICE, 0.01, clock).entry()
 
 
 @every_kernel
 def test_the_fastest_is_chosen_and_launches(kernel, use, tmp_path, long_rows, few):
     rows = 1 if kernel == "perturb_stream" else 2 if kernel == "divergence_split" else 4
     shape = (rows, 4096 if kernel == "perturb_stream" else 1300)
-    best = tune.candidates(kernel, shape[1])[0]
+    best = tune_candidates.candidates(kernel, shape[1])[0]
     clock = Clock(lambda choice: 0.5 if choice[:3] == best[:3] else 0.9)
     path = tmp_path / "found.json"
-    table = tune.sweep([tune.Target(kernel, shape, FP32)], DEVICE, path, clock=clock)
+    table = tune.sweep([tune_targets.Target(kernel, shape, FP32)], DEVICE, path, clock=clock)
     (found,) = table["entries"]
     assert not table["failed"]
     assert Choice(**found["choice"])[:3] == best[:3]
@@ -384,7 +384,9 @@ def test_noise_is_no_gain(clock, wins):
 
 
 def test_the_winner_of_a_sweep_must_win_again():
-    times = itertools.chain(itertools.repeat(0.1, len(tune.candidates("perturb", 33))), itertools.repeat(1.0))
+    times = itertools.chain(
+        itertools.repeat(0.1, len(tune_candidates.candidates("perturb", 33))), itertools.repeat(1.0)
+    )
     found = swept("perturb", Clock(lambda choice: next(times)))
     assert found["measured"]["seconds"] == 1.0
     assert found["choice"] is None
@@ -424,7 +426,7 @@ def spills(out, wrap):
     ],
 )
 def test_a_flawed_candidate_is_never_chosen(reason, result, monkeypatch):
-    bad, good = tune.candidates("perturb", 33)[:2]
+    bad, good = tune_candidates.candidates("perturb", 33)[:2]
     spoiled(monkeypatch, "perturb", lambda args: tuning.overriding.get("perturb") == bad, result)
     clock = Clock(lambda choice: {bad: 0.1, good: 0.5}.get(choice, 0.9))
     found = swept("perturb", clock)
@@ -434,7 +436,7 @@ def test_a_flawed_candidate_is_never_chosen(reason, result, monkeypatch):
 
 
 def test_flawed_in_a_variant(monkeypatch):
-    bad, good = tune.candidates("perturb", 33)[:2]
+    bad, good = tune_candidates.candidates("perturb", 33)[:2]
     flawed = lambda args: tuning.overriding.get("perturb") == bad and args[-1] is not None  # noqa: E731
     spoiled(monkeypatch, "perturb", flawed, lambda out, wrap: out * 1.001)
     found = swept("perturb", Clock(lambda choice: {bad: 0.1, good: 0.5}.get(choice, 0.9)))
@@ -444,7 +446,7 @@ def test_flawed_in_a_variant(monkeypatch):
 
 def test_a_default_that_fails_is_reported(monkeypatch, tmp_path):
     spoiled(monkeypatch, "perturb", lambda args: True, fails)
-    todo = [tune.Target("perturb", (5, 33), FP32), tune.Target("measure", (5, 33), FP32)]
+    todo = [tune_targets.Target("perturb", (5, 33), FP32), tune_targets.Target("measure", (5, 33), FP32)]
     table = tune.sweep(todo, DEVICE, tmp_path / "found.json", clock=Clock(always(1)))
     assert table["failed"] == {todo[0].name: "RuntimeError: out of resource"}
     assert [each["kernel"] for each in table["entries"]] == ["measure"]
@@ -457,13 +459,13 @@ def test_loads_ahead_and_programs_are_tried(long_rows, monkeypatch):
     clock = Clock(lambda choice: 0.5 if choice.programs == 8 else 1.0 if choice.threshold == 2 else 0.9)
     assert swept("divergence_split", clock, (2, 1300))["choice"]["programs"] == 8
     found = swept("divergence_split", Clock(lambda choice: 0.5 if choice.threshold == 2 else 1.0), (2, 1300))
-    assert found["choice"] == tune.default_choice("divergence_split", 1300)._replace(threshold=2)._asdict()
+    assert found["choice"] == tune_candidates.default_choice("divergence_split", 1300)._replace(threshold=2)._asdict()
     assert found["measured"]["more_rows"] == {"shape": [4, 1300], "default_seconds": 1.0, "seconds": 0.5}
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda kernel, width: [Choice(32, 1)])
-    path, todo = tmp_path / "found.json", [tune.Target("perturb", (5, 33), d) for d in (FP32, BF16)]
+    path, todo = tmp_path / "found.json", [tune_targets.Target("perturb", (5, 33), d) for d in (FP32, BF16)]
     sweep = lambda clock, **options: tune.sweep(todo, DEVICE, path, clock=clock, **options)  # noqa: E731
     assert sweep(Clock(always(0.5)), limit=1e-9)["left_out"] == [each.name for each in todo]
     first = tune.sweep(todo[:1], DEVICE, path, clock=Clock(always(0.5)))
@@ -520,23 +522,23 @@ def test_ranges():
 
 
 def test_targets_and_their_candidates():
-    todo = tune.targets()
+    todo = tune_targets.targets()
     assert {each.kernel for each in todo} == set(tuning.KERNELS)
     assert todo[0].name == "divergence_backward [523, 128256] bf16"
-    assert tune.targets("FISHER") == [each for each in todo if each.kernel == "fisher_direction"]
+    assert tune_targets.targets("FISHER") == [each for each in todo if each.kernel == "fisher_direction"]
     for each in todo:
         width = each.shape[1]
-        default = tune.default_choice(each.kernel, width)
-        found = tune.candidates(each.kernel, width)
+        default = tune_candidates.default_choice(each.kernel, width)
+        found = tune_candidates.candidates(each.kernel, width)
         assert found
         assert default not in found
         assert len(set(found)) == len(found) <= 40
-        for choice in (default, *found, *tune.refinements(each.kernel, width, found[0])):
+        for choice in (default, *found, *tune_candidates.refinements(each.kernel, width, found[0])):
             assert tuning.checked(each.kernel, choice) == choice
             assert launch.chosen_tile(choice, width).block == choice.block
         assert launch.chosen_tile(default, width) == (
             launch.stream_tile(width) if each.kernel == "perturb_stream"
-            else (launch.flat_tile if each.kernel in tune.FLAT else launch.row_tile)(width)
+            else (launch.flat_tile if each.kernel in tune_candidates.FLAT else launch.row_tile)(width)
         )  # fmt: skip
 
 
