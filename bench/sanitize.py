@@ -19,7 +19,7 @@ from torch import Tensor
 
 import smart_fast
 from smart_fast import fisher
-from smart_fast.backends import select, set_default_backend
+from smart_fast.backends import select
 
 #: Few, since each is compiled anew by Triton: a row of several to a program, one to a program, and in blocks.
 INPUTS = (
@@ -103,10 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     for backend in options.backends:
-        set_default_backend(backend)
         count = sum(1 for _ in checks(backend, torch.device(options.device)))
         print(f"{backend} on {options.device}: {count} checks passed")
-    set_default_backend("auto")
     return 0
 
 

@@ -1,0 +1,86 @@
+"""`python -m bench kernels` (bytes over time) and `python -m bench.sanitize` (every kernel at odd shapes)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+for package in ("smart_pytorch", "rich"):
+    pytest.importorskip(package, reason=f"the bench needs {package}")
+if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
+    sys.path.insert(0, str(ROOT))
+
+from rich.console import Console  # noqa: E402
+
+from bench import __main__ as command  # noqa: E402
+from bench import kernels, sanitize  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def measured(native):
+    return list(kernels.measure(CPU, ["native"], 0.01, small=True))
+
+
+def test_every_operator_has_a_line(measured):
+    lines = {(each.kernel, each.dtype) for each in measured}
+    assert len(lines) == len(measured) == 2 * 14
+    assert {each.kernel for each in measured} >= {"perturb", "ascend l1 paper", "js backward", "fisher direction"}
+    assert all(each.timing.median > 0 for each in measured)
+
+
+def test_bytes_are_those_of_arguments_and_results(measured):
+    """The native backend keeps its noise in fp32 on a CPU; statistics are six numbers a row."""
+    found = {(each.kernel, each.dtype): each.bytes for each in measured}
+    embed, rows, logits = 16 * 33, 4, 4 * 130
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        assert found["perturb", dtype] == 2 * size * embed + 8
+        assert found["ascend inf", dtype] == (3 * size + 4) * embed
+        assert found["ascend inf, noise kept", dtype] == (3 * size + 8) * embed
+        assert found["kl forward", dtype] == 2 * size * logits + 4 + rows * 24
+        assert found["sym_kl backward", dtype] == 4 * size * logits + rows * 24
+        assert found["fisher direction", dtype] == 2 * size * logits
+
+
+def test_shares_files_and_table(measured, tmp_path, capsys):
+    compared = kernels.compare_with_copy(measured, 1e9)
+    assert compared[0].copy_share == pytest.approx(measured[0].bytes / measured[0].timing.median / 1e9)
+    kernels.save(compared, 1e9, {"device": "here"}, tmp_path / "kernels.json")
+    content = json.loads((tmp_path / "kernels.json").read_text())
+    assert content["copy_rate"] == 1e9
+    assert len(content["kernels"]) == len(measured)
+    kernels.show(compared, 1e9, Console(width=140))
+    shown = capsys.readouterr().out
+    assert "fisher direction" in shown
+    assert "GB/s" in shown
+
+
+def test_command_line(tmp_path, capsys, native):
+    path = tmp_path / "kernels.json"
+    options = ["--device", "cpu", "--backends", "native", "--quick", "--seconds", "0.01", "--json", str(path)]
+    assert command.main(["kernels", *options]) == 0
+    assert "ascend inf" in capsys.readouterr().out
+    assert json.loads(path.read_text())["environment"]["device_type"] == "cpu"
+
+
+def test_sanitized_shapes_pass(native, capsys):
+    assert sanitize.main(["--device", "cpu", "--backends", "native"]) == 0
+    assert "checks passed" in capsys.readouterr().out
+
+
+def test_sanitized_shapes_catch_a_wrong_kernel(native, monkeypatch):
+    right = native.fisher_direction
+    monkeypatch.setattr(native, "fisher_direction", lambda logits, wide: right(logits, wide) * 1.001)
+    with pytest.raises(AssertionError, match="off by"):
+        sanitize.main(["--device", "cpu", "--backends", "native"])
+
+
+def test_sanitizing_what_does_not_run_here(native):
+    with pytest.raises(RuntimeError, match="does not serve meta"):
+        list(sanitize.checks("native", torch.device("meta")))
