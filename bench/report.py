@@ -155,8 +155,9 @@ def save_json(report: Report, path: pathlib.Path) -> None:
 def load_json(path: pathlib.Path) -> Report:
     """The inverse of `save_json`."""
     content = json.loads(path.read_text())
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name} has schema {content.get('schema')}, this version reads {SCHEMA}")
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path.name} has schema {schema}, this version reads {SCHEMA}")
     rows = []
     for fields in content["rows"]:
         row = _known(Row, fields)
@@ -176,7 +177,7 @@ def _known(kind: Any, fields: dict[str, Any]) -> Any:
 def show(report: Report, console: Console) -> None:
     """The table, then the geometric means and the cases that were not run."""
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a log file has no edge to wrap at
+        console.width = max(console.width, 150)  # a log file has no edge to wrap at
     console.print(_heading(report), highlight=False, soft_wrap=True)
     console.print(_table(report.rows))
     for (group, contestant), (speed, cases) in geometric_means(report.rows).items():
@@ -237,7 +238,7 @@ def _is_absent(row: Row) -> bool:
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case / contestant", overflow="fold", min_width=34)
+    table.add_column("case / contestant", overflow="fold", min_width=30)
     more = {title: text for title, text in MORE.items() if any(text(row) for row in rows)}
     for column in (*COLUMNS, *more):
         table.add_column(column, justify="right", no_wrap=True)
