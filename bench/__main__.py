@@ -240,7 +240,8 @@ def _measure(
 
     count = energy.counter(device) if options.energy else None
     if options.energy and count is None:
-        console.print("[yellow]--energy:[/] nothing here counts joules, or lets this user read them", highlight=False)
+        fix = " (pip install nvidia-ml-py)" if device.type == "cuda" else ""
+        console.print(f"[yellow]--energy:[/] nothing here counts joules that this user may read{fix}", highlight=False)
     report = Report(environment(device), busy=busy_share())
     report.measure_limits(device, chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from .divergences import Divergence, LinearDivergence
+from .models import Model, bert, bert_masked_lm, deberta, pooled_head, qwen2, roberta
 from .operations import Ascend, Perturb
-from .regularizer import Regularizer, classifier, masked_lm, pooled_head
+from .regularizer import Regularizer
 from .task import Task
 from .training import TrainingStep
 
@@ -100,33 +101,35 @@ def lm_linear(kind: str, rows: int, hidden: int, width: int, dtype: torch.dtype,
 
 
 def regularizer(
-    name: str, shape: tuple[int, ...], where: str, build: Callable[[], nn.Module], *, needs: str | None = "transformers"
-) -> Case:
+    name: str, shape: tuple[int, ...], where: str, build: Callable[[], nn.Module], *,
+    dtype: torch.dtype = FP32, needs: str | None = "transformers",
+) -> Case:  # fmt: skip
+    """``shape`` ``[B, S, D]`` of embedded words or ``[B, D]`` of pooled features."""
     # Word embeddings of BERT have a standard deviation of 0.02; pooled features are of order one.
     scale = 0.02 if len(shape) == 3 else 1.0
     return Case(
-        name=f"{name}, {list(shape[:-1] if len(shape) == 3 else shape)}",
+        name=f"{name}, {list(shape[:-1] if len(shape) == 3 else shape)}{'' if dtype == FP32 else f' {DTYPES[dtype]}'}",
         group="regulariser",
         shape=shape,
-        dtype=FP32,
+        dtype=dtype,
         bytes=None,
         where=tuple(where.split()),
-        build=functools.partial(Regularizer, build, shape, scale),
+        build=functools.partial(Regularizer, build, shape, scale, dtype),
         needs=needs,
     )
 
 
-def training(name: str, layers: int, width: int, shape: tuple[int, int], where: str) -> Case:
+def training(name: str, shape: tuple[int, int], where: str, build: Callable[[], Model]) -> Case:
     """A whole training step on ``[B, S]`` tokens."""
     dtype = BF16 if where == "cuda" else FP32
     return Case(
         name=f"step of {name}, {list(shape)} {DTYPES[dtype]}",
         group="train",
-        shape=(*shape, width),
+        shape=shape,
         dtype=dtype,
         bytes=None,
         where=tuple(where.split()),
-        build=functools.partial(TrainingStep, layers, width, shape),
+        build=functools.partial(TrainingStep, build, shape),
         needs="transformers",
     )
 
@@ -136,9 +139,11 @@ def overhead(case: Case) -> Case:
     return dataclasses.replace(case, group="overhead", name=f"overhead, {case.name}")
 
 
-BASE, SHALLOW = functools.partial(classifier, 12), functools.partial(classifier, 2)
-HEAD, TINY_LM = functools.partial(pooled_head, 768, 3), functools.partial(masked_lm, 2, 128)
-TINY_HEAD, TINIER_LM = functools.partial(pooled_head, 8, 2), functools.partial(masked_lm, 1, 128)
+BERT_BASE, BERT_SHALLOW = functools.partial(bert, 12, 768), functools.partial(bert, 2, 768)
+ROBERTA_LARGE, DEBERTA_BASE = functools.partial(roberta, 24, 1024), functools.partial(deberta, 12, 768)
+QWEN = functools.partial(qwen2, 24, 896)
+HEAD, TINY_HEAD = functools.partial(pooled_head, 768, 3), functools.partial(pooled_head, 8, 2)
+TINY_LM, TINIER_LM = functools.partial(bert_masked_lm, 2, 128), functools.partial(bert_masked_lm, 1, 128)
 
 # The cheapest first within a group: what a time limit cuts off is the tail.
 TABLE: tuple[Case, ...] = (
@@ -190,14 +195,27 @@ TABLE: tuple[Case, ...] = (
     regularizer("masked LM 1x128, V=30522", (4, 32, 128), "quick", TINIER_LM),
     regularizer("masked LM 2x128, V=30522", (8, 64, 128), "cpu cuda", TINY_LM),
     regularizer("masked LM 2x128, V=30522", (32, 128, 128), "cuda", TINY_LM),
-    regularizer("bert-base classifier 12x768", (8, 128, 768), "cuda", BASE),
-    regularizer("bert-base classifier 12x768", (32, 128, 768), "cuda", BASE),
-    regularizer("bert-base classifier 12x768", (2, 32, 768), "cpu", BASE),
-    regularizer("bert classifier 2x768", (4, 32, 768), "quick", SHALLOW),
-    training("bert classifier 1x64", 1, 64, (4, 16), "quick"),
-    training("bert classifier 2x128", 2, 128, (8, 32), "cpu"),
-    training("bert-base classifier", 12, 768, (16, 128), "cuda"),
-    training("bert-base classifier", 12, 768, (64, 128), "cuda"),
+    regularizer("bert-base classifier 12x768", (8, 128, 768), "cuda", BERT_BASE),
+    regularizer("bert-base classifier 12x768", (32, 128, 768), "cuda", BERT_BASE),
+    regularizer("bert-base classifier 12x768", (2, 32, 768), "cpu", BERT_BASE),
+    regularizer("bert classifier 2x768", (4, 32, 768), "quick", BERT_SHALLOW),
+    regularizer("roberta-large classifier 24x1024", (16, 128, 1024), "cuda", ROBERTA_LARGE, dtype=BF16),
+    regularizer("deberta-v3-base classifier 12x768", (16, 128, 768), "cuda", DEBERTA_BASE, dtype=BF16),
+    regularizer("qwen2.5-0.5b LM 24x896, V=151936", (4, 512, 896), "cuda", QWEN, dtype=BF16),
+    regularizer("bert-base classifier 12x768", (64, 128, 768), "cuda", BERT_BASE, dtype=BF16),
+    regularizer("bert-base classifier 12x768", (8, 512, 768), "cuda", BERT_BASE, dtype=BF16),
+    regularizer("roberta-large classifier 24x1024", (8, 512, 1024), "cuda", ROBERTA_LARGE, dtype=BF16),
+    regularizer("deberta-v3-base classifier 12x768", (64, 128, 768), "cuda", DEBERTA_BASE, dtype=BF16),
+    regularizer("deberta-v3-base classifier 12x768", (8, 512, 768), "cuda", DEBERTA_BASE, dtype=BF16),
+    regularizer("roberta-large classifier 24x1024", (64, 128, 1024), "cuda", ROBERTA_LARGE, dtype=BF16),
+    training("bert classifier 1x64", (4, 16), "quick", functools.partial(bert, 1, 64)),
+    training("bert classifier 2x128", (8, 32), "cpu", functools.partial(bert, 2, 128)),
+    training("qwen2 2x64, V=8000", (2, 64), "cpu", functools.partial(qwen2, 2, 64, 8000)),
+    training("bert-base classifier", (16, 128), "cuda", BERT_BASE),
+    training("bert-base classifier", (64, 128), "cuda", BERT_BASE),
+    training("qwen2.5-0.5b, V=151936", (4, 512), "cuda", QWEN),
+    training("roberta-large classifier", (16, 128), "cuda", ROBERTA_LARGE),
+    training("deberta-v3-base classifier", (16, 128), "cuda", DEBERTA_BASE),
     overhead(regularizer("head 8 to 2", (1, 8), "quick cpu cuda", TINY_HEAD, needs=None)),
     overhead(perturb((1, 8), FP32, "cpu cuda")),
     overhead(ascend((1, 8), FP32, "cpu cuda")),

@@ -6,9 +6,12 @@ and a small transformer on made-up tokens. Every row of a task trains the same m
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
+import multiprocessing
+import os
 import pathlib
 import statistics
 import time
@@ -131,7 +134,7 @@ def _tokens(seed: int, words: int = 60, length: int = 16) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(words, (2000, length), generator=generator)
     labels = F.one_hot(ids % 3, 3).sum(1).argmax(1)
-    return ids[:600], labels[:600], ids[600:], labels[600:]
+    return ids[:600], labels[:600], ids[600:1600], labels[600:1600]
 
 
 def _network(inputs: Tensor, labels: Tensor) -> nn.Module:
@@ -149,15 +152,27 @@ TASKS = (
 )
 
 
-def measure(say: Callable[[str], None] = lambda doing: None, tasks: Sequence[Task] = TASKS) -> list[Quality]:
-    found = []
-    for task in tasks:
-        for seed in SEEDS:
-            data = task.data(seed)
-            for row in ROWS:
-                say(f"{task.name}, seed {seed}, {row}")
-                found.append(run(task, row, seed, data))
-    return found
+def measure(
+    say: Callable[[str], None] = lambda doing: None, tasks: Sequence[Task] = TASKS, seeds: Sequence[int] = SEEDS
+) -> list[Quality]:
+    """Every row of every task for every seed, a process for each processor and one thread in each: these models are
+    too small to share. All rows of a task and seed run in one process, one after the other, so that their times and
+    numbers can be compared."""
+    jobs = [(task, seed) for task in reversed(tasks) for seed in seeds]  # the longest first
+    found: dict[tuple[str, int], list[Quality]] = {}
+    with concurrent.futures.ProcessPoolExecutor(
+        min(len(jobs), os.cpu_count() or 1), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
+        running = {pool.submit(all_rows, task, seed): (task.name, seed) for task, seed in jobs}
+        for done in concurrent.futures.as_completed(running):
+            found[running[done]] = done.result()
+            say(f"{len(found)} of {len(jobs)}: {running[done][0]}, seed {running[done][1]}")
+    return [each for task in tasks for seed in seeds for each in found[task.name, seed]]
+
+
+def all_rows(task: Task, seed: int) -> list[Quality]:
+    data = task.data(seed)
+    return [run(task, row, seed, data) for row in ROWS]
 
 
 def run(task: Task, row: str, seed: int, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> Quality:
@@ -302,7 +317,7 @@ def save(results: Sequence[Quality], environment: dict[str, Any], path: pathlib.
     named = ("name", "epochs", "relative", "weight")
     tasks = [{name: getattr(task, name) for name in named} for task in TASKS]
     content = {
-        "environment": environment,
+        "environment": environment | {"threads": 1, "processes": os.cpu_count()},
         "training": {"optimizer": "Adam", "lr": RATE, "batch": BATCH},
         "attacks": {"radii": RADII, "pgd_steps": 10},
         "settings": {row: settings(row) for row in ROWS},

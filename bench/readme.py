@@ -198,7 +198,8 @@ def _time(row: Row | None) -> str:
 def _where(environment: dict[str, object]) -> str:
     versions = environment["versions"]
     assert isinstance(versions, dict)
-    threads = f", {environment['threads']} threads" if environment["device_type"] == "cpu" else ""
+    count = environment["threads"]
+    threads = f", {count} thread{'' if count == 1 else 's'}" if environment["device_type"] == "cpu" else ""
     tools = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton"))
     return f"{environment['device']}{threads}, {tools}, {str(environment['date'])[:10]}"
 

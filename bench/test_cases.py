@@ -20,7 +20,7 @@ CASES = cases.select(DEVICE, quick=True)
 WAYS = [
     f"{peers.OURS}{name}, {way}"
     for name in peers.default_backends()
-    for way in ("whole logits", "compiled", "CUDA graph")
+    for way in ("whole logits", "hidden states", "compiled", "CUDA graph")
 ]
 CONTESTANTS = [*(peer.name for peer in peers.roster(DEVICE, peers.default_backends())), *WAYS]
 

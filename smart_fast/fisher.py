@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiling, distributed, precision, states
+from . import compiling, distributed, parallel, precision, states
+from .backends import select
 
 _STATIC = (
     "ascent='fisher' goes backward through the state, which a DistributedDataParallel with static_graph=True has made,"
@@ -22,9 +23,9 @@ _STATIC = (
 
 
 def gradients(
-    eval_fn: Callable[..., Any], embeds: Sequence[Tensor], state: Any, args: Any, kwargs: Any
+    eval_fn: Callable[..., Any], embeds: Sequence[Tensor], state: Any, args: Any, kwargs: Any, backend: str = "auto"
 ) -> list[Tensor]:
-    """The product with the Jacobian of ``state`` for each of ``embeds``.
+    """The product with the Jacobian of ``state`` for each of ``embeds``, by a backend's `direction`.
 
     Where gradients are disabled there is no graph: the clean pass is then done again with one.
 
@@ -35,7 +36,7 @@ def gradients(
     if not torch.is_grad_enabled():
         with torch.enable_grad():
             embeds = [each.detach().requires_grad_() for each in embeds]
-            return gradients(eval_fn, embeds, eval_fn(*embeds, *args, **kwargs), (), {})
+            return gradients(eval_fn, embeds, eval_fn(*embeds, *args, **kwargs), (), {}, backend)
     outputs = states.tensors(state)
     for each in outputs:
         if each.dim() == 0 or each.shape[-1] < 2:
@@ -53,9 +54,10 @@ def gradients(
             " embed that is passed, one that requires grad, with gradients enabled; or use ascent='perturbed'"
         )
     outputs = [each for each in outputs if each.requires_grad]
-    seeds = [direction(each.detach()) for each in outputs]
+    rescale = any(each.dtype == torch.float16 for each in outputs)
+    seeds = [direction(each.detach(), backend, wide=rescale) for each in outputs]
     scale = None
-    if any(each.dtype == torch.float16 for each in outputs):
+    if rescale:
         scale = precision.sample_scale(seeds, precision.by_sample(embeds, seeds))
         seeds = [seed * precision.like_samples(scale, seed) for seed in seeds]
     if distributed.in_use():
@@ -72,12 +74,18 @@ def gradients(
     return grads if scale is None else [precision.unscale(each, precision.like_samples(scale, each)) for each in grads]
 
 
-def direction(logits: Tensor) -> Tensor:
-    """``softmax(logits) - onehot(argmax logits)`` over the last dimension, in fp32 (fp64 of fp64).
+def direction(logits: Tensor, backend: str = "torch", *, wide: bool = True) -> Tensor:
+    """``softmax(logits) - onehot(argmax logits)`` over the last dimension of ``logits`` ``[..., V]``.
 
-    The entry of the largest is the sum of the others, with the sign changed: nothing cancels where it is near one.
+    Computed in fp32 (fp64 of fp64), returned so if ``wide``, else in the dtype of ``logits``. The entry of the largest
+    is the sum of the others, with the sign changed: nothing cancels where it is near one.
     """
+    module = None if logits.numel() == 0 or parallel.is_dtensor(logits) else select(backend, logits)
+    if module is not None:
+        found: Tensor = module.fisher_direction(logits, wide)
+        return found
     dtype = torch.promote_types(logits.dtype, torch.float32)
     largest = logits.argmax(-1, keepdim=True)
     q = logits.softmax(-1, dtype=dtype).scatter(-1, largest, 0.0)
-    return q.scatter(-1, largest, -q.sum(-1, keepdim=True))
+    q = q.scatter(-1, largest, -q.sum(-1, keepdim=True))
+    return q if wide else q.to(logits.dtype)

@@ -300,7 +300,7 @@ class SMARTLoss(nn.Module):
     ) -> list[Tensor]:
         """Gradients to the perturbed embeddings, or what ``ascent`` takes in their place."""
         if self.ascent == "fisher":
-            return fisher.gradients(self.eval_fn, embeds, state, args, kwargs)
+            return fisher.gradients(self.eval_fn, embeds, state, args, kwargs, self.backend)
         return perturbed_pass.gradients(self, run, perturbed, state, args, kwargs)
 
     def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:

@@ -73,6 +73,7 @@ def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
     for dtype, width in itertools.product(DTYPES, WIDTHS):
         if dtype is torch.float16 and width != 768 and not full:
             continue  # compiles as bfloat16 does, but for the conversions
+        _record_fisher(dtype, width, wrap)
         every = full or (dtype is torch.float32 and width == 768)
         for masked in (False, True) if every else (True,):
             _record_ascent(dtype, width, masked, every, wrap)
@@ -121,6 +122,12 @@ def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wr
             step = (1e-5, 1e-3, update)
             ops.ascend_measure(x, seed, None, mask, unit, "l2", *step, wrap=wrap)
             ops.ascend(strided, x, kept, None, None, mask, unit, "l2", "row", *step, 1e-6, True, wrap=wrap)
+
+
+def _record_fisher(dtype: torch.dtype, width: int, wrap: Any) -> None:
+    strided = torch.empty(3, 2, width, dtype=dtype, device="meta").transpose(0, 1)
+    for wide in (False, True) if dtype is not torch.float32 else (True,):
+        ops.fisher_direction(strided, wide, wrap=wrap)
 
 
 def _record_divergence(dtype: torch.dtype, width: int, masked: bool, every: bool, full: bool, wrap: Any) -> None:

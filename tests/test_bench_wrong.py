@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -21,7 +22,7 @@ if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repos
 
 import smart_fast  # noqa: E402
 from bench import __main__ as command  # noqa: E402
-from bench import accuracy, cases, measure, plots, readme, report, training  # noqa: E402
+from bench import accuracy, cases, measure, models, plots, readme, regularizer, report, training  # noqa: E402
 from smart_fast import autograd  # noqa: E402
 
 NATIVE = "smart-fast native"
@@ -40,7 +41,7 @@ TABLE = {
     "lm forward": cases.lm_divergence("js", (8, 500), F32, "quick cpu", backward=False),
     "linear": cases.lm_linear("sym_kl", 8, 6, 50, F32, "quick cpu"),
     "regularizer": HEAD,
-    "step": cases.training("bert classifier 1x64", 1, 64, (2, 8), "quick cpu"),
+    "step": cases.training("bert classifier 1x64", (2, 8), "quick cpu", functools.partial(models.bert, 1, 64)),
     "overhead perturb": cases.overhead(NOISE),
     "overhead ascend": cases.overhead(STEP),
     "overhead divergence": cases.overhead(KL),
@@ -147,7 +148,8 @@ def run_bench(native, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "START", time.perf_counter())
     monkeypatch.setattr(command, "GRACE", 600.0)  # a busy machine leaves no case out
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delattr(training.TrainingStep, "variants")  # they compile whole steps
+    for task in (training.TrainingStep, regularizer.Regularizer):
+        monkeypatch.delattr(task, "variants")  # they compile whole steps
     monkeypatch.setattr(report, "copy_bandwidth", lambda device, size: 1e10)
     monkeypatch.setattr(report, "gemm_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(measure, "busy_share", lambda: None)

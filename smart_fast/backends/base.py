@@ -148,6 +148,14 @@ class FusedBackend(Protocol):
         statistics as `divergence_forward` gives them (the last column is not read). Masked rows: 0."""
         ...
 
+    def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:
+        """``softmax(logits) - onehot(argmax logits)`` over the last dimension, contiguous, in the dtype of ``logits``,
+        or in fp32 if ``wide``. The entry of the largest (the first of equal ones) is minus the sum of the others.
+
+        ``logits``: ``[..., V]``, any strides. Rows whose softmax is NaN are NaN throughout.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -141,3 +141,7 @@ def fake_divergence_finish(
     weight: float, scale: float, relative: bool,
 ) -> Tensor:  # fmt: skip
     return new_output((input.numel() // input.shape[-1],), torch.float32, input.device)
+
+
+def fake_fisher_direction(logits: Tensor, wide: bool) -> Tensor:
+    return new_output(logits.shape, torch.float32 if wide else logits.dtype, logits.device)

@@ -101,6 +101,11 @@ def divergence_finish(
     return losses
 
 
+def fisher_direction(logits: Tensor, wide: bool) -> Tensor:
+    direction: Tensor = _call(ops.fisher_direction, torch.ops.smart_fast.fisher_direction, logits, logits, wide)
+    return direction
+
+
 def unavailable() -> str | None:
     """Why no kernel can run in this process, or None."""
     if ops.INTERPRETED:

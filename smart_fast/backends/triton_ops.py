@@ -29,6 +29,7 @@ from ..kernels.divergence_split import (
     divergence_measure_kernel,
     divergence_merge_kernel,
 )
+from ..kernels.fisher import fisher_direction_kernel
 from ..kernels.perturb import perturb_kernel
 from .base import STATISTICS, Rows, as_rows, new_output
 from .fused import (
@@ -38,6 +39,7 @@ from .fused import (
     fake_divergence_finish,
     fake_divergence_forward,
     fake_divergence_measure,
+    fake_fisher_direction,
 )
 
 INTERPRETED = isinstance(perturb_kernel, InterpretedFunction)
@@ -307,6 +309,19 @@ def divergence_backward(
     return dx, dt
 
 
+def fisher_direction(logits: Tensor, wide: bool, wrap: Wrap = _plain) -> Tensor:
+    """See `FusedBackend.fisher_direction`."""
+    width = logits.shape[-1]
+    rows = as_rows(logits)
+    out = new_output(logits.shape, torch.float32 if wide else logits.dtype, logits.device)
+    tile = launch.row_tile(width)
+    wrap(fisher_direction_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
+        rows.tensors[0], out, rows.count, width, rows.size1, rows.size2, *rows.strides[0], ROWS=tile.rows,
+        BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
+    )  # fmt: skip
+    return out
+
+
 def _fake_perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None) -> Tensor:
     return new_output(embed.shape, embed.dtype, embed.device)
 
@@ -333,3 +348,4 @@ _register(divergence_forward, fake_divergence_forward)
 _register(divergence_backward, fake_divergence_backward)
 _register(divergence_measure, fake_divergence_measure)
 _register(divergence_finish, fake_divergence_finish)
+_register(fisher_direction, fake_fisher_direction)
