@@ -112,6 +112,13 @@ def input_sets(make: Callable[[int], tuple[Any, ...]], device: torch.device) -> 
 
 
 def interleaved(
+    runs: dict[str, Callable[..., Any]], sets: Sequence[tuple[Any, ...]], device: torch.device, seconds: float
+) -> dict[str, Timing]:
+    """What `interleaved_samples` come to."""
+    return {name: each.timing() for name, each in interleaved_samples(runs, sets, device, seconds).items()}
+
+
+def interleaved_samples(
     runs: dict[str, Callable[..., Any]],
     sets: Sequence[tuple[Any, ...]],
     device: torch.device,

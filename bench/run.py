@@ -13,7 +13,16 @@ import torch
 
 from .cases import Case
 from .energy import Counter, joules_per_call
-from .measure import Samples, Timing, host_time, input_sets, interleaved, peak_memory, speed_interval, synchronize
+from .measure import (
+    Samples,
+    Timing,
+    host_time,
+    input_sets,
+    interleaved_samples,
+    peak_memory,
+    speed_interval,
+    synchronize,
+)
 from .peers import KEEPS_MEMORY, MODEL_ONLY, NOT_EAGER, contestants
 from .task import Contestant, Finding, Task
 
@@ -86,7 +95,7 @@ def run_case(
     if runs:
         say("timing")
         sets = input_sets(task.inputs, device)
-        samples = interleaved(runs, sets, device, seconds)
+        samples = interleaved_samples(runs, sets, device, seconds)
         for name, run in runs.items():
             rows[name].timing = timing = samples[name].timing()
             if device.type == "cuda":

@@ -76,7 +76,7 @@ def test_speed_interval_holds_the_ratio_of_the_medians():
 def fake_samples(monkeypatch, draw):
     """Samples that take no time; how many rounds two runs get."""
     monkeypatch.setattr(measure, "_sample", lambda run, turn, calls, device: draw())
-    found = measure.interleaved({"a": None, "b": None}, [()], CPU, seconds=60.0)
+    found = measure.interleaved_samples({"a": None, "b": None}, [()], CPU, seconds=60.0)
     return [len(each.seconds) for each in found.values()]
 
 
