@@ -24,7 +24,7 @@ START = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
 QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
 GROUPS = ("all", "ops", "lm", "regulariser", "train", "overhead")
-ALONE = ("accuracy", "quality", "report", "compare")  # what goes with no other group
+ALONE = ("accuracy", "quality", "report", "tune", "compare")  # what goes with no other group
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 
 
@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
         help=f"what to measure, among {', '.join(GROUPS)} (default all; lm: divergences at the size of a language "
         "model; train: whole training steps); or accuracy: how exact the divergences of nearly equal logits are; or "
         "quality: what the regularizers do to accuracy, clean and attacked; or report: measure nothing, write "
-        "README.md's tables from bench/results; or compare A.json B.json: whether two runs agree on every speed",
+        "README.md's tables from bench/results; or tune: sweep launch choices of the Triton kernels on a GPU, and "
+        "write the table they are launched by; or compare A.json B.json: whether two runs agree on every speed",
     )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"
@@ -116,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _accuracy(backends, device, options, console)
     if groups == ["quality"]:
         return _quality(options, parse, console)
+    if groups == ["tune"]:
+        return _tune(device, options, console)
     chosen = cases.select(device, quick=options.quick, groups=groups, containing=options.cases)
     if not chosen:
         parse.error(f"--cases {options.cases!r}: no such case among those that --list prints")
@@ -206,6 +209,32 @@ def _compare(files: list[pathlib.Path], parse: argparse.ArgumentParser, console:
     compare.show(found, console)
     compare.warn_of_work(reports, console)
     return 1 if any(each.verdict == compare.DISAGREE for each in found) else 0
+
+
+def _tune(device: torch.device, options: argparse.Namespace, console: Console) -> int:
+    if device.type != "cuda":
+        print("python -m bench tune measures launch choices on a GPU; none was found", file=sys.stderr)
+        return 1
+    from smart_fast.kernels import tuning
+
+    from smart_fast.backends.triton_ops import device_name
+
+    from . import tune, tune_targets
+
+    path = options.json or tuning.FOLDER / tuning.file_name(device_name(device))
+    with console.status("") as status:
+        table = tune.sweep(
+            tune_targets.targets(options.cases),
+            device,
+            path,
+            seconds=options.seconds or 0.3,
+            limit=options.limit or float("inf"),
+            say=lambda doing: status.update(doing.replace("[", r"\[")),
+        )
+    tune.show(table, console)
+    console.print(f"wrote {os.path.relpath(path)}", highlight=False)
+    console.print(f"took {time.perf_counter() - START:.0f} s", highlight=False)
+    return 0 if table["entries"] else 1
 
 
 def _list(chosen: list[Case], backends: list[str], device: torch.device) -> int:

@@ -345,6 +345,18 @@ Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor
   return losses;
 }
 
+Tensor fisher_direction(const Tensor& logits, bool wide) {
+  Tensor out = new_output(logits.sizes(), wide ? at::kFloat : logits.scalar_type());
+  if (out.numel() == 0) return out;
+  const View view({logits});
+  const int64_t width = view.shape.width;
+  const cpu::Fisher args = {view.shape, view.rows[0], out.mutable_data_ptr(), dtype_of(out), stream(out)};
+  const auto run = cpu::kernels().fisher_direction;
+  parallel(cpu::chunks(view.shape.rows, width), cpu::rows_per_chunk(width) * width, cpu::fisher_scratch(width),
+           [&](int64_t begin, int64_t end, float* scratch) { run(args, begin, end, scratch); });
+  return out;
+}
+
 // ---- how it was built ----------------------------------------------------------------------------------------------
 
 pybind11::dict built_with() {
@@ -400,6 +412,7 @@ TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
               " -> Tensor", tags);
   library.def("native_divergence_finish(Tensor input, Tensor target, Tensor stats, Tensor? mask, str kind, float alpha,"
               " float scale, bool relative) -> Tensor", tags);
+  library.def("native_fisher_direction(Tensor logits, bool wide) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(smart_fast, CPU, library) {
@@ -411,6 +424,7 @@ TORCH_LIBRARY_IMPL(smart_fast, CPU, library) {
   library.impl("native_divergence_backward", &smart_fast::divergence_backward);
   library.impl("native_divergence_measure", &smart_fast::divergence_measure);
   library.impl("native_divergence_finish", &smart_fast::divergence_finish);
+  library.impl("native_fisher_direction", &smart_fast::fisher_direction);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {

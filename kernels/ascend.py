@@ -12,7 +12,7 @@ norm per row or, for a norm that only Python can compute, m itself; for paper tw
 read g, write the result; the initial noise is regenerated from its seed.
 
 Passes over a row are loops over its blocks. Where there is one, the compiler finds that all passes load and compute the
-same, and does it once: the row stays in registers.
+same, and does it once: the row stays in registers. With STAGES above one, blocks are loaded ahead of their turn.
 """
 
 import triton
@@ -45,10 +45,12 @@ def _raw_grad_tile(grad_ptr, base, real, block, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finite_rows(grad_ptr, base, real, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def _finite_rows(
+    grad_ptr, base, real, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr
+):
     """1 for each row in which every gradient is finite, else 0."""
     finite = tl.full([ROWS], 1, tl.int32)
-    for block in range(BLOCKS):
+    for block in tl.range(BLOCKS, num_stages=STAGES):
         grad = _raw_grad_tile(grad_ptr, base, real, block, width, BLOCK)
         finite = tl.minimum(finite, tl.min((tl.abs(grad) < float("inf")).to(tl.int32), axis=1))
     return finite
@@ -74,20 +76,20 @@ def _accumulate(norm, measured, NORM: tl.constexpr):
 @triton.jit
 def _grad_norm(
     grad_ptr, base, real, finite, width, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The norm of the gradient of each row, whatever its magnitude: l2 squares what the largest entry has divided."""
     norm = tl.zeros([ROWS], tl.float32)
     if NORM != "l2":
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             norm = _accumulate(norm, _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK), NORM)
         return norm
     else:
         peak = tl.zeros([ROWS], tl.float32)
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             peak = _accumulate(peak, _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK), "inf")
         peak = tl.minimum(tl.maximum(peak, 1e-37), 1e37)  # its reciprocal is a normal number
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             grad = _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK)
             norm = _accumulate(norm, grad * (1.0 / peak)[:, None], NORM)
         return peak * tl.sqrt(norm)
@@ -152,7 +154,7 @@ def _above(measured, threshold):
 def _shrink(
     grad_ptr, base, noise_ptr, seed, noise_var, step_size, epsilon, unit, norm, finite, row, real, width,
     NORM: tl.constexpr, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the projection of each row takes: a factor (l2), or the threshold that all absolute values lose (l1).
 
@@ -162,7 +164,7 @@ def _shrink(
     radius = as_fp32(epsilon)
     if NORM == "l2":
         size = tl.zeros([ROWS], tl.float32)
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             _, measured = _tile(
                 grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
                 "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
@@ -197,6 +199,7 @@ def measure_kernel(
     rows, width, size1, size2, grad_stride0, grad_stride1, grad_stride2, noise_var, step_size,
     UPDATE: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr, FROM_SEED: tl.constexpr, MASKED: tl.constexpr,
     RELATIVE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes one partial norm of m per row (``out``: fp32 ``[rows]``), or m itself (fp32 ``[rows, width]``).
 
@@ -211,16 +214,16 @@ def measure_kernel(
     unit = load_unit(unit_ptr, row, rows, RELATIVE, ROWS)
     base = row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)
     seed = tl.load(seed_ptr)
-    finite = _finite_rows(grad_ptr, base, real, width, ROWS, BLOCK, BLOCKS)
+    finite = _finite_rows(grad_ptr, base, real, width, ROWS, BLOCK, BLOCKS, STAGES)
     given = tl.zeros([ROWS], tl.float32)
     if GIVEN:
         given = tl.load(norm_ptr + row, mask=row < rows, other=0.0)
 
     if UPDATE == "paper" and not GIVEN and NORM != "opaque":
-        norm = _grad_norm(grad_ptr, base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS)
+        norm = _grad_norm(grad_ptr, base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS, STAGES)
     else:
         norm = tl.zeros([ROWS], tl.float32)
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             _, measured = _tile(
                 grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, given, finite, row, real, block, width,
                 OF, FROM_SEED, ALIGNED, ROWS, BLOCK,
@@ -245,7 +248,7 @@ def ascend_kernel(
     group, noise_var, step_size, epsilon,
     UPDATE: tl.constexpr, NORM: tl.constexpr, SCOPE: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     FROM_SEED: tl.constexpr, KEEP_NOISE: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr,
-    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` = embed + the updated noise, and that noise itself (fp32) when KEEP_NOISE.
 
@@ -267,7 +270,7 @@ def ascend_kernel(
         everywhere = valid[:, None] & (col < width)[None, :]
         embed = tl.load(embed_ptr + embed_base[:, None] + col[None, :], mask=everywhere).to(tl.float32)
 
-    finite = _finite_rows(grad_ptr, grad_base, real, width, ROWS, BLOCK, BLOCKS)
+    finite = _finite_rows(grad_ptr, grad_base, real, width, ROWS, BLOCK, BLOCKS, STAGES)
     norm = tl.zeros([ROWS], tl.float32)
     if SCOPE == "given":
         norm = tl.load(norm_ptr + row, mask=valid, other=0.0)
@@ -280,9 +283,9 @@ def ascend_kernel(
         else:
             norm = tl.sum(partial, axis=1)
     elif UPDATE == "paper":
-        norm = _grad_norm(grad_ptr, grad_base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS)
+        norm = _grad_norm(grad_ptr, grad_base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS, STAGES)
     else:
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             if UPDATE == "sift":  # the noise can wait
                 measured = _grad_tile(grad_ptr, grad_base, real, finite, block, width, BLOCK)
             else:
@@ -301,10 +304,10 @@ def ascend_kernel(
         else:
             shrink = _shrink(
                 grad_ptr, grad_base, noise_ptr, seed, noise_var, step_size, epsilon, unit, norm, finite, row, real,
-                width, NORM, FROM_SEED, ALIGNED, ROWS, BLOCK, BLOCKS,
+                width, NORM, FROM_SEED, ALIGNED, ROWS, BLOCK, BLOCKS, STAGES,
             )  # fmt: skip
 
-    for block in range(BLOCKS):
+    for block in tl.range(BLOCKS, num_stages=STAGES):
         col = block * BLOCK + tl.arange(0, BLOCK)
         everywhere = valid[:, None] & (col < width)[None, :]
         if BLOCKS > 1:

@@ -32,7 +32,7 @@ def divergence_forward_kernel(
     rows, width, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     alpha, weight, scale,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
-    KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` as OUTPUT says; KEEP also writes the row statistics, fp32 ``[rows, STATS]``.
 
@@ -71,7 +71,7 @@ def divergence_forward_kernel(
         loss = store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
     else:
         max_x, sum_x, max_t, sum_t, max_d, expm1 = measure_blocks(
-            x_ptr, t_ptr, x_base, t_base, real, 0, width, scale, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS
+            x_ptr, t_ptr, x_base, t_base, real, 0, width, scale, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES
         )
         max_x = finite_max(max_x)
         max_t = finite_max(max_t)
@@ -80,7 +80,7 @@ def divergence_forward_kernel(
         inv_t = 1.0 / sum_t
         loss = finish_blocks(
             x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, 0, width, scale, alpha,
-            max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS,
+            max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES,
         )  # fmt: skip
 
     if OUTPUT == "sum":
@@ -168,7 +168,7 @@ def divergence_backward_elementwise_kernel(
     grad_stride0, grad_stride1, grad_stride2, grad_stride_col,
     alpha, scale,
     KIND: tl.constexpr, WANT_X: tl.constexpr, WANT_T: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the terms under any upstream ``grad`` (any strides, stride 0 included).
 
@@ -196,7 +196,7 @@ def divergence_backward_elementwise_kernel(
     sum_q = tl.zeros([ROWS], tl.float32)
     sum_qgr = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED and BLOCKS > 1):  # a branch where both readings are one costs registers
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             col = block * BLOCK + tl.arange(0, BLOCK)
             inside = real[:, None] & (col < width)[None, :]
             x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
@@ -206,7 +206,7 @@ def divergence_backward_elementwise_kernel(
             sum_q += tl.sum(tl.where(inside, q * h, 0.0), axis=1)
             sum_qgr += tl.sum(tl.where(inside, times(q, (h + first[:, None]) * r), 0.0), axis=1)
 
-    for block in range(BLOCKS):
+    for block in tl.range(BLOCKS, num_stages=STAGES):
         col = block * BLOCK + tl.arange(0, BLOCK)
         inside = real[:, None] & (col < width)[None, :]
         everywhere = valid[:, None] & (col < width)[None, :]

@@ -207,7 +207,7 @@ def store_terms(
 def measure_blocks(
     x_ptr, t_ptr, x_base, t_base, real, first, width, scale,
     MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of BLOCKS blocks of columns from ``first`` on, in the order of PART_*, read once."""
     max_x = tl.full([ROWS], float("-inf"), tl.float32)
@@ -217,7 +217,7 @@ def measure_blocks(
     sum_t = tl.zeros([ROWS], tl.float32)
     expm1 = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED):
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             col = first + block * BLOCK + tl.arange(0, BLOCK)
             inside = real[:, None] & (col < width)[None, :]
             x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
@@ -241,13 +241,13 @@ def finish_blocks(
     x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, scale, alpha,
     max_x, inv_x, max_t, inv_t, shift,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sum of the terms of BLOCKS blocks of columns from ``first`` on, per row, from the row's statistics. OUTPUT
     "terms" also writes them."""
     loss = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED and OUTPUT != "terms"):
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             col = first + block * BLOCK + tl.arange(0, BLOCK)
             inside = real[:, None] & (col < width)[None, :]
             x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)

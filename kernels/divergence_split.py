@@ -63,7 +63,7 @@ def divergence_measure_kernel(
     rows, width, splits, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     scale,
     MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes the partial statistics, fp32 ``[rows, splits, PARTS]``. Masked rows: those of one class, not read."""
     pid = tl.program_id(0).to(tl.int64)
@@ -77,8 +77,9 @@ def divergence_measure_kernel(
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
     first = split.to(tl.int32) * (BLOCK * BLOCKS)
     max_x, sum_x, max_t, sum_t, max_d, expm1 = measure_blocks(
-        x_ptr, t_ptr, x_base, t_base, real, first, width, as_fp32(scale), MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS
-    )
+        x_ptr, t_ptr, x_base, t_base, real, first, width, as_fp32(scale), MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS,
+        STAGES,
+    )  # fmt: skip
     if MASKED:
         max_x = tl.where(real, max_x, 0.0)
         sum_x = tl.where(real, sum_x, 1.0)
@@ -103,7 +104,7 @@ def divergence_finish_kernel(
     alpha, scale,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
     MERGE: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes each program's part of the row losses, fp32 ``[rows, splits]``, and with OUTPUT "terms" the terms.
 
@@ -134,7 +135,7 @@ def divergence_finish_kernel(
     first = split.to(tl.int32) * (BLOCK * BLOCKS)
     loss = finish_blocks(
         x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, as_fp32(scale), as_fp32(alpha),
-        max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS,
+        max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
     tl.store(losses_ptr + row * splits + split, loss, mask=valid)
 

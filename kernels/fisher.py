@@ -29,7 +29,7 @@ def _others(x, col, inside, largest, base, width):
 def fisher_direction_kernel(
     logits_ptr, out_ptr,
     rows, width, size1, size2, stride0, stride1, stride2,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` (``[rows, width]``, contiguous). Rows in one block are read once, longer ones twice."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -50,7 +50,7 @@ def fisher_direction_kernel(
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         others = tl.zeros([ROWS], tl.float32)
         first = tl.zeros([ROWS], tl.int32)
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             col = block * BLOCK + tl.arange(0, BLOCK)
             inside = valid[:, None] & (col < width)[None, :]
             x = _load(logits_ptr, base, col, inside)
@@ -64,7 +64,7 @@ def fisher_direction_kernel(
             first = tl.where(top > largest, top_first, first)
             largest = new
         inverse = 1.0 / (others + tl.exp(largest - finite_max(largest)))
-        for block in range(BLOCKS):
+        for block in tl.range(BLOCKS, num_stages=STAGES):
             col = block * BLOCK + tl.arange(0, BLOCK)
             inside = valid[:, None] & (col < width)[None, :]
             x = _load(logits_ptr, base, col, inside)

@@ -2,7 +2,8 @@
 
 Sizes are powers of two. Rows up to `MAX_BLOCK` stay on chip and are read once; longer ones are walked in blocks of
 `LOOP_BLOCK`, since larger register blocks spill. The number of blocks is a compile-time constant (one binary per
-vocabulary, not per batch; a power of two where programs share a row, so that batches give few).
+vocabulary, not per batch; a power of two where programs share a row, so that batches give few). These are the defaults:
+what was measured to be faster on a GPU takes their place (tuning.py).
 """
 
 from typing import NamedTuple
@@ -14,12 +15,27 @@ MERGED = 2048  # numbers one program merges: of every row, where rows are few en
 
 
 class Tile(NamedTuple):
-    """A program's share: ``rows`` rows of ``block`` columns, ``blocks`` times over a row, on ``warps`` warps."""
+    """A program's share: ``rows`` rows of ``block`` columns, ``blocks`` times over a row, on ``warps`` warps. Loops
+    over blocks hold ``stages`` of them at a time: with two or more, loads run ahead."""
 
     rows: int
     block: int
     blocks: int
     warps: int
+    stages: int = 1
+
+
+class Choice(NamedTuple):
+    """What takes the place of a default: `Tile`'s fields, of which ``block`` is cut down to the row, and for rows that
+    are shared (`split_tile`) how many ``programs`` a multiprocessor gets, and below how many rows a multiprocessor
+    (``threshold``) they are shared at all."""
+
+    block: int
+    warps: int
+    rows: int = 1
+    stages: int = 1
+    programs: int = 2
+    threshold: int = 1
 
 
 def next_power_of_two(n: int) -> int:
@@ -41,15 +57,23 @@ def row_tile(width: int) -> Tile:
     return Tile(rows, block, 1, _warps(rows * block))
 
 
-def split_tile(rows: int, width: int, processors: int) -> Tile:
+def chosen_tile(choice: Choice, width: int) -> Tile:
+    """The tile of a choice for rows of ``width``. A block wider than the row's power of two would only idle."""
+    block = choice.block if width >= choice.block else min(choice.block, max(4, next_power_of_two(width)))
+    return Tile(choice.rows, block, -(-width // block), choice.warps, choice.stages)
+
+
+def split_tile(rows: int, width: int, processors: int, choice: Choice | None = None) -> Tile:
     """For divergences: where there are fewer long rows than multiprocessors, ``blocks`` covers a part of a row only,
     so that about two programs a multiprocessor share the work. Otherwise `row_tile`."""
-    tile = row_tile(width)
-    if tile.blocks == 1 or rows >= processors:
-        return tile
-    sharing = 2 * processors // int(rows)
+    whole = row_tile(width)
+    programs, threshold = (2, 1) if choice is None else (choice.programs, choice.threshold)
+    if whole.blocks == 1 or rows >= threshold * processors:
+        return whole
+    tile = whole if choice is None else chosen_tile(choice, width)
+    sharing = max(1, programs * processors // int(rows))
     blocks = next_power_of_two(-(-tile.blocks // sharing))
-    return tile._replace(blocks=blocks) if blocks < tile.blocks else tile
+    return tile._replace(blocks=blocks) if blocks < tile.blocks else whole
 
 
 def splits(tile: Tile, width: int) -> int:

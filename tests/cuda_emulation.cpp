@@ -8,7 +8,8 @@ using namespace smart_fast;
 extern "C" {
 
 int64_t size_of(int which) {
-  const int64_t sizes[] = {sizeof(cuda::Perturb), sizeof(cuda::Ascend), sizeof(cuda::Divergence)};
+  const int64_t sizes[] = {sizeof(cuda::Perturb), sizeof(cuda::Ascend), sizeof(cuda::Divergence),
+                           sizeof(cuda::Fisher)};
   return sizes[which];
 }
 void set_device(int major, int multiprocessors, int shared_memory) {
@@ -26,6 +27,7 @@ int divergence_backward(const cuda::Divergence* args) { return cuda::divergence_
 int divergence_elements_backward(const cuda::Divergence* args) {
   return cuda::divergence_elements_backward(*args, nullptr);
 }
+int fisher_direction(const cuda::Fisher* args) { return cuda::fisher_direction(*args, nullptr); }
 
 // The conversions of all 65536 halves to float and back.
 void halves(float* bf16, float* fp16, uint16_t* bf16_back, uint16_t* fp16_back) {

@@ -21,7 +21,7 @@ from smart_fast.backends.base import DivergenceSpec, Step, as_rows
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-SOURCES = ("perturb", "ascend", "divergence_forward", "divergence_backward")
+SOURCES = ("perturb", "ascend", "divergence_forward", "divergence_backward", "fisher")
 FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes",
     "-fsanitize=undefined", "-fno-sanitize-recover=all", f'-DSMART_FAST_EMULATION="{HERE / "cuda_emulation.h"}"',
@@ -61,6 +61,7 @@ _Divergence = _structure(
     relative=ctypes.c_bool, loss=_Pointer, partial=_Pointer, losses=_Pointer, parts=_Pointer, terms=_Pointer,
     terms_dtype=_Int, stats=_Pointer, dx=_Pointer, dt=_Pointer, upstream=_Pointer, upstream_dtype=_Int, grad=_Rows,
 )  # fmt: skip
+_Fisher = _structure("Fisher", shape=_Shape, logits=_Rows, out=_Pointer, out_dtype=_Int)
 
 
 def compile_library(directory: Path) -> ctypes.CDLL:
@@ -83,7 +84,7 @@ def compile_library(directory: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     for name in ("size_of", "forward_partials", "seed_from"):
         getattr(loaded, name).restype = _Long
-    for which, structure in enumerate((_Perturb, _Ascend, _Divergence)):
+    for which, structure in enumerate((_Perturb, _Ascend, _Divergence, _Fisher)):
         assert loaded.size_of(which) == ctypes.sizeof(structure), structure.__name__
     return loaded
 
@@ -314,3 +315,12 @@ class Emulated:
         del alive
         check_guards(losses)
         return losses
+
+    def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:
+        alive, shape, (rows,) = self._rows(logits)
+        out = new_output(logits.shape, torch.float32 if wide else logits.dtype)
+        args = _Fisher(shape, rows, _pointer(out), DTYPES[out.dtype])
+        assert self.library.fisher_direction(ctypes.byref(args)) == 0
+        del alive
+        check_guards(out)
+        return out

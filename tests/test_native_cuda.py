@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smart_fast import inf_norm, l1_norm, l2_norm, sentence_norm
+from smart_fast import fisher, inf_norm, l1_norm, l2_norm, sentence_norm
 from smart_fast.backends.base import DivergenceSpec, Step
 from tests import compile_cuda, cuda_emulation, oracle
 from tests import test_divergence_wide as wide
+from tests import test_fisher_kernels as fishers
 from tests import test_native_paper as paper
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -440,6 +441,35 @@ def test_contract_of_the_divergences(
     surroundings = {"backend": emulated, "device": torch.device("cpu"), "path": None, "poison": None}
     taken = inspect.signature(test).parameters
     test(**arguments, **{name: value for name, value in surroundings.items() if name in taken})
+
+
+# ---- the Fisher direction --------------------------------------------------------------------------------------------
+
+
+FISHER = [
+    (fishers.test_float64_agreement, {"width": fishers.WIDTHS, "dtype": DTYPES}),
+    (fishers.test_nothing_cancels, {"spread": [1e-6, 60.0], "width": [2, 40, 1000, 9000]}),
+    (fishers.test_the_first_of_equal_ones, {"width": [2, 5, 100, 300, 9000], "places": [(0,), (0, 1), (1, -1), (-1,)]}),
+    (fishers.test_one_class_is_zero, {}),
+    (fishers.test_excluded_classes, {"width": [3, 200, 9000], "dtype": DTYPES}),
+    (
+        fishers.test_rows_without_a_softmax_are_nan,
+        {"width": [2, 3, 200, 9000], "value": fishers.WITHOUT_A_SOFTMAX, "place": [0, -1]},
+    ),
+    (fishers.test_huge_logits, {"width": [3, 130, 9000]}),
+    (fishers.test_shapes_and_strides, {"width": [3, 100, 700, 9000], "dtype": DTYPES}),
+    (fishers.test_many_rows, {}),
+]
+
+
+@pytest.mark.parametrize(("test", "arguments"), cases(FISHER))
+def test_fisher_direction(
+    test: Callable[..., None], arguments: dict[str, object], emulated: cuda_emulation.Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What the other backends are held to."""
+    monkeypatch.setattr(fisher, "select", lambda backend, *_: None if backend == "torch" else emulated)
+    test(**arguments, backend=emulated, device=torch.device("cpu"), poison=None)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from smart_fast import SMARTLoss, js_loss, kl_loss, sym_kl_loss
 STEP = ("inf", 1e-5, 1e-3, "smart-pytorch")
 NAMES = [
     "perturb", "ascend_measure", "ascend", "divergence_forward", "divergence_backward", "divergence_measure",
-    "divergence_finish",
+    "divergence_finish", "fisher_direction",
 ]  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
         ],
         "divergence_measure": [(x, t, mask, "kl", "rows", 1.0, 1.0, 1.0, False)],
         "divergence_finish": [(x, t, stats, mask, "js", "rows", 1.0, 1.0, 0.5, True)],
+        "fisher_direction": [(x, True), (x.transpose(0, 1).bfloat16(), False), (x[..., :0], True)],
     }
     if backend.name == "native":  # whether to keep the noise, which gradients to give with the loss, and less of a spec
         found["perturb"] = [(*rest, keep, unit) for *rest, unit in found["perturb"] for keep in (False, True)]

@@ -32,6 +32,8 @@ def built(tmp_path_factory):
     shutil.copytree(ROOT, source, ignore=NOT_SOURCES)
     (source / "csrc" / "cpu").mkdir(parents=True, exist_ok=True)
     (source / "csrc" / "cpu" / "probe.h").write_text("// stands for the C++ sources\n")
+    (source / "kernels" / "tuned").mkdir(exist_ok=True)
+    (source / "kernels" / "tuned" / "probe.json").write_text("{}\n")  # stands for a GPU's launch choices
     sdist = build("sdist", source, base / "dist")
     with tarfile.open(sdist) as archive:
         archive.extractall(base / "unpacked", filter="data")
@@ -52,7 +54,8 @@ def test_what_the_wheel_holds(built):
         if path.suffix in (".h", ".cpp", ".cuh", ".cu")
     }
     sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "smart_fast").rglob("*.py")}
-    others = {"smart_fast/py.typed", "smart_fast/METHOD.md"}
+    others = {"smart_fast/py.typed", "smart_fast/METHOD.md", "smart_fast/kernels/tuned/probe.json"}
+    others |= {f"smart_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels" / "tuned").glob("*.json")}
     assert sources | others | {"smart_fast/csrc/cpu/probe.h"} <= found
     assert {name.split("/")[0] for name in found} == {"smart_fast", f"smart_fast-{smart_fast.__version__}.dist-info"}
     suffixes = (".py", ".h", ".cpp", ".cuh", ".cu")

@@ -64,6 +64,15 @@ struct Divergence {
   Rows grad;            // backward: upstream gradients of terms, or a factor for each row; no data for none
 };
 
+// out = softmax(logits) - onehot(argmax logits).
+struct Fisher {
+  Shape shape;
+  Rows logits;
+  void* out;
+  Dtype out_dtype;
+  bool stream;
+};
+
 struct Kernels {
   const char* name;
   void (*perturb)(const Perturb&, int64_t begin, int64_t end);
@@ -74,6 +83,7 @@ struct Kernels {
   void (*divergence_finish)(const Divergence&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_backward)(const Divergence&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_elements_backward)(const Divergence&, int64_t begin, int64_t end, float* scratch);
+  void (*fisher_direction)(const Fisher&, int64_t begin, int64_t end, float* scratch);
 };
 
 extern const Kernels portable, avx2, avx512;
@@ -98,6 +108,7 @@ SMART_FAST_INLINE constexpr int64_t chunks(int64_t rows, int64_t width) {
 // Floats of scratch memory that a thread needs, 64-byte aligned.
 SMART_FAST_INLINE constexpr int64_t ascend_scratch(int64_t width) { return 2 * (width + 256); }
 SMART_FAST_INLINE constexpr int64_t divergence_scratch(int64_t width) { return 2 * (width + 64) + 2 * (width / 1024 + 64) + 16384; }
+SMART_FAST_INLINE constexpr int64_t fisher_scratch(int64_t width) { return width + width / 1024 + 4096; }
 
 }  // namespace cpu
 }  // namespace smart_fast

@@ -1,6 +1,7 @@
 // Every kernel, for one instruction set.
 #include "ascend.h"
 #include "divergence_kernels.h"
+#include "fisher.h"
 #include "kernels.h"
 #include "perturb.h"
 
@@ -12,7 +13,7 @@ namespace cpu {
 
 const Kernels SMART_FAST_ISA = {
     SMART_FAST_QUOTE(SMART_FAST_ISA), perturb, measure, ascend, divergence_forward, divergence_measure,
-    divergence_finish, divergence_backward, divergence_elements_backward,
+    divergence_finish, divergence_backward, divergence_elements_backward, fisher_direction,
 };
 
 }  // namespace cpu

@@ -1,19 +1,16 @@
 // Rows of logits as the divergence kernels walk over them.
 //
-// `Wide` is one row, a vector holding neighboring columns. `Narrow` is as many rows as a vector has lanes, one column of
-// them a vector, for rows too short to fill vectors: nothing then runs across lanes.
+// `Wide` is one row, a vector holding neighboring columns. `Narrow` is as many rows as a vector has lanes (columns.h).
 #pragma once
 
 #include "../divergence.h"
+#include "columns.h"
 #include "kernels.h"
-#include "blocks.h"
 
 namespace smart_fast {
 namespace {
 
 using D = smart_fast::Divergence<Simd>;
-
-constexpr int64_t NARROW = 64;  // widest row of a Narrow tile
 
 // Logits of a block as floats, in `count` vectors; `d` holds x - t where that was given instead of x.
 struct Block {
@@ -158,7 +155,7 @@ struct Wide {
   F read_statistic(int which) const { return Simd::splat(given->stats[row * statistics + which]); }
 };
 
-struct Narrow {
+struct Narrow : Columns {
   struct Sum {
     F value = {};
     SMART_FAST_INLINE void add(F v) { value += v; }
@@ -168,25 +165,19 @@ struct Narrow {
 
   // Several tiles go through each step together, as far as they fit the innermost cache: one alone is a single chain of
   // dependent operations.
-  static constexpr int64_t rows = LANES, most_together = 8;
-  static int64_t padded(int64_t width) { return width <= 8 && LANES > 8 ? 8 : whole(width); }
+  static constexpr int64_t most_together = 8;
   static int64_t together(int64_t width) {
     const int64_t fitting = NARROW / padded(width);
     return fitting < 1 ? 1 : fitting < most_together ? fitting : most_together;
   }
 
   const cpu::Divergence* given = nullptr;
-  int64_t width = 0, pitch = 0, first = 0, valid = 0;
-  I real = {};
-  bool all_real = false;
   float *block_x, *block_t, *block_d, *block_g, *block_dx, *block_dt;  // [pitch][LANES] each
-  float* lines;  // [LANES][pitch]: rows as they lie in memory
   Scratch scratch;
 
   void place(const cpu::Divergence& args, float* memory, int64_t index) {
     given = &args;
-    width = args.shape.width;
-    pitch = padded(width);
+    prepare(args.shape, args.mask, args.stream);
     memory += index * 9 * pitch * LANES;
     float** const blocks[] = {&block_x, &block_t,  &block_d, &block_g,       &block_dx,
                               &block_dt, &lines, &scratch.exp_x, &scratch.exp_t};
@@ -197,60 +188,17 @@ struct Narrow {
   }
 
   bool open(int64_t row, int64_t last) {
-    first = row;
-    valid = last - row < LANES ? last - row : LANES;
-    all_real = valid == LANES && given->mask == nullptr;
-    for (int lane = 0; lane < LANES; ++lane)
-      real[lane] = lane < valid && (given->mask == nullptr || given->mask[row + lane] != 0) ? -1 : 0;
-    if (!any(real)) return false;
+    if (!begin(row, last)) return false;
     float* const input = given->relative ? block_d : block_x;
-    transpose_in(given->x, input);
-    transpose_in(given->t, block_t);
+    read(given->x, input);
+    read(given->t, block_t);
     if (given->scale != 1.0f) {
       scale_block(input, input, given->scale, width);
       scale_block(block_t, block_t, given->scale, width);
     }
     if (given->relative) complete(block_x, block_d, block_t, width);
-    if (given->grad.data != nullptr) transpose_in(given->grad, block_g);
+    if (given->grad.data != nullptr) read(given->grad, block_g);
     return true;
-  }
-
-  // Columns become vectors. Rows that are masked or not there are zeros.
-  void transpose_in(const Rows& tensor, float* tile) {
-    const bool dense = tensor.column == 1 && given->shape.size1 == 1 && given->shape.size2 == 1 &&
-                       tensor.stride0 == width;
-    if (dense && width <= 8 && valid == LANES) {  // too short to be copied row by row
-      const void* start = advance(tensor.data, tensor.dtype, first * width);
-      dense_to_columns(read_block(start, tensor.dtype, LANES * width, lines, 0.0f), width, tile);
-    } else if (width <= 8) {
-      for (int64_t lane = 0; lane < valid; ++lane) {
-        const void* row = advance(tensor.data, tensor.dtype, row_offset(given->shape, tensor, first + lane));
-        for (int64_t j = 0; j < width; ++j) lines[lane * width + j] = element(row, tensor.dtype, j * tensor.column);
-      }
-      dense_to_columns(lines, width, tile);
-    } else {
-      const float* source = lines;
-      int64_t step = width;
-      if (dense) {
-        const void* start = advance(tensor.data, tensor.dtype, first * width);
-        source = read_block(start, tensor.dtype, valid * width, lines, 0.0f);
-        if (source != lines && (width != pitch || valid < LANES)) {  // there may be nothing behind the last row
-          copy_vectors(lines, source, valid * width);
-          source = lines;
-        }
-      } else {
-        step = pitch;
-        for (int64_t lane = 0; lane < valid; ++lane) {
-          const void* row = advance(tensor.data, tensor.dtype, row_offset(given->shape, tensor, first + lane));
-          float* const line = lines + lane * pitch;
-          const float* read = read_strided(row, tensor.dtype, tensor.column, width, line, 0.0f);
-          if (read != line) copy_vectors(line, read, width);
-        }
-      }
-      for (int64_t j = 0; j < pitch; j += LANES) transpose(source + j, step, tile + j * LANES, LANES);
-    }
-    if (!all_real)
-      for (int64_t j = 0; j < width; ++j) store(tile + j * LANES, keep_real(load(tile + j * LANES)));
   }
 
   int64_t blocks() const { return 1; }
@@ -262,24 +210,11 @@ struct Narrow {
   F row_upstream() const { return given->grad.data == nullptr ? Simd::splat(1.0f) : first_upstream(); }
 
   F across_max(F v) const { return v; }
-  F keep_real(F v) const { return real ? v : Simd::splat(0.0f); }
   double total_of(F per_row) const { return total(keep_real(per_row)); }
 
   float* open_out(void*, Dtype, int64_t, float* buffer) { return buffer; }
   void write_out(void* data, Dtype dtype, int64_t, float* values, void* negated = nullptr) {
-    if (data == nullptr) return;
-    if (negated != nullptr) negated = advance(negated, dtype, first * width);
-    if (!all_real)
-      for (int64_t j = 0; j < width; ++j) store(values + j * LANES, keep_real(load(values + j * LANES)));
-    void* const target = advance(data, dtype, first * width);
-    if (width <= 8) {
-      float* const dense = valid == LANES ? open_block(target, dtype, LANES * width, lines, given->stream) : lines;
-      columns_to_dense(values, width, dense);
-      return write_block(target, dtype, valid * width, dense, given->stream, negated);
-    }
-    for (int64_t j = 0; j < pitch; j += LANES) transpose(values + j * LANES, LANES, lines + j, pitch);
-    for (int64_t lane = 1; lane < valid; ++lane) copy_vectors(lines + lane * width, lines + lane * pitch, width);
-    write_block(target, dtype, valid * width, lines, given->stream, negated);
+    if (data != nullptr) write(data, dtype, values, negated);
   }
   void zero_out(void* data, Dtype dtype) {
     if (data != nullptr) write_zeros(advance(data, dtype, first * width), dtype, valid * width);

@@ -338,6 +338,15 @@ Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor
   return losses;
 }
 
+Tensor fisher_direction(const Tensor& logits, bool wide) {
+  const Launch launch(logits);
+  const Tensor out = launch.output(logits.sizes(), wide ? at::kFloat : logits.scalar_type());
+  const View view({logits});
+  const cuda::Fisher args = {view.shape, view.rows[0], out.mutable_data_ptr(), dtype_of(out)};
+  C10_CUDA_CHECK(cuda::fisher_direction(args, launch.stream()));
+  return out;
+}
+
 }  // namespace
 }  // namespace on_cuda
 }  // namespace smart_fast
@@ -351,4 +360,5 @@ TORCH_LIBRARY_IMPL(smart_fast, CUDA, library) {
   library.impl("native_divergence_backward", &smart_fast::on_cuda::divergence_backward);
   library.impl("native_divergence_measure", &smart_fast::on_cuda::divergence_measure);
   library.impl("native_divergence_finish", &smart_fast::on_cuda::divergence_finish);
+  library.impl("native_fisher_direction", &smart_fast::on_cuda::fisher_direction);
 }

@@ -11,8 +11,6 @@ namespace cuda {
 
 using Formulas = smart_fast::Divergence<Scalar>;
 
-constexpr int64_t NARROW = 128;  // rows up to this width are read one element at a time, several rows a warp
-
 // Logits as they came, scaled: in place of x may stand x - t, zero where t leaves a class out of both.
 template <class T>
 SMART_FAST_INLINE void unpack(const Divergence& args, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t,

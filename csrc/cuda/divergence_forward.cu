@@ -11,11 +11,6 @@ namespace smart_fast {
 namespace cuda {
 namespace {
 
-// Chunks of a row that a thread keeps: 16 elements, or 4 of a narrow row.
-template <class T>
-constexpr int CHUNKS = Chunk<T>::size == 1 ? 4 : 16 / Chunk<T>::size;
-constexpr int64_t MOST_KEPT = 16 * most_threads;
-
 // Terms of a chunk. Returns their sum; beyond the row x = t = -inf, and a term is zero.
 template <Kind KIND, int SIZE>
 SMART_FAST_INLINE float sum_terms(const Divergence& args, const RowStatistics& row, const float (&x)[SIZE],

@@ -74,6 +74,14 @@ struct Divergence {
   Rows grad;            // backward: upstream gradients of terms, or a factor for each row; no data for none
 };
 
+// out = softmax(logits) - onehot(argmax logits).
+struct Fisher {
+  Shape shape;
+  Rows logits;
+  void* out;
+  Dtype out_dtype;  // fp32, or that of the logits
+};
+
 cudaError_t perturb(const Perturb&, cudaStream_t);
 cudaError_t ascend(const Ascend&, cudaStream_t);
 int64_t forward_partials(const Divergence&);
@@ -81,6 +89,7 @@ cudaError_t divergence_forward(const Divergence&, cudaStream_t);  // measures on
 cudaError_t divergence_finish(const Divergence&, cudaStream_t);
 cudaError_t divergence_backward(const Divergence&, cudaStream_t);
 cudaError_t divergence_elements_backward(const Divergence&, cudaStream_t);
+cudaError_t fisher_direction(const Fisher&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace smart_fast

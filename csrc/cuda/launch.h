@@ -10,6 +10,13 @@ namespace cuda {
 
 constexpr int64_t most_blocks = (int64_t(1) << 31) - 1;
 
+constexpr int64_t NARROW = 128;  // rows up to this width are read one element at a time, several rows a warp
+
+// Chunks of a row that a thread keeps in registers: 16 elements, or 4 of a narrow row.
+template <class T>
+constexpr int CHUNKS = Chunk<T>::size == 1 ? 4 : 16 / Chunk<T>::size;
+constexpr int64_t MOST_KEPT = 16 * most_threads;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Chunks of the widest row: one more than the width asks for where rows begin within a chunk.

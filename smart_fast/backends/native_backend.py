@@ -28,6 +28,7 @@ _divergence_forward = _operators.native_divergence_forward.default
 _divergence_backward = _operators.native_divergence_backward.default
 _divergence_measure = _operators.native_divergence_measure.default
 _divergence_finish = _operators.native_divergence_finish.default
+_fisher_direction = _operators.native_fisher_direction.default
 
 extension: Any = None  # the loaded module; set by smart_fast.backends
 
@@ -125,6 +126,11 @@ def divergence_finish(
     return losses
 
 
+def fisher_direction(logits: Tensor, wide: bool) -> Tensor:
+    direction: Tensor = _fisher_direction(logits, wide)
+    return direction
+
+
 def cannot_serve(device: torch.device) -> str | None:
     """Why tensors on ``device`` cannot be served, or None."""
     if device.type == "cpu" or (device.type == "cuda" and extension is not None and extension.built_with()["cuda"]):
@@ -198,5 +204,6 @@ for _operator, _fake in (
     ("divergence_backward", fused.fake_divergence_backward),
     ("divergence_measure", _fake_divergence_measure),
     ("divergence_finish", _fake_divergence_finish),
+    ("fisher_direction", fused.fake_fisher_direction),
 ):
     torch.library.register_fake(f"smart_fast::native_{_operator}", _fake)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from ..kernels import launch
+from ..kernels import launch, tuning
 from ..kernels.ascend import ascend_kernel, measure_kernel
 from ..kernels.divergence import (
     divergence_backward_elementwise_kernel,
@@ -58,7 +58,7 @@ def _resources(tile: launch.Tile, wrap: Wrap) -> dict[str, int]:
     """
     options = {"num_warps": tile.warps}
     if wrap is not wrap_triton and torch.version.hip is None:
-        options["maxnreg"] = 128
+        options["maxnreg"] = 128 if tile.warps <= 16 else 64
     return options
 
 
@@ -68,6 +68,40 @@ def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return 132
+
+
+def device_name(device: torch.device) -> str:
+    """What a table of launch choices calls ``device``. Interpreted kernels run on a device called "cpu"."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    if device.type == "xpu" and torch.xpu.is_available():
+        return torch.xpu.get_device_name(device)
+    return device.type
+
+
+@functools.cache
+def _table(device: torch.device) -> tuning.Table | None:
+    return tuning.load(device_name(device))
+
+
+def _choice(kernel: str, width: int, tensor: Tensor) -> launch.Choice | None:
+    if tuning.overriding:
+        return tuning.overriding.get(kernel)
+    table = _table(tensor.device)
+    return None if table is None else table.find(kernel, width, tensor.dtype.itemsize)
+
+
+def _tile(kernel: str, default: Callable[[int], launch.Tile], width: int, tensor: Tensor) -> launch.Tile:
+    """What was measured for a kernel of `tuning.KERNELS` at the width and dtype of ``tensor``, or the default."""
+    choice = _choice(kernel, width, tensor)
+    return default(width) if choice is None else launch.chosen_tile(choice, width)
+
+
+def _split_tile(rows: int, width: int, tensor: Tensor) -> launch.Tile:
+    choice, processors = _choice("divergence_split", width, tensor), _processors(tensor.device)
+    if choice is None:
+        return launch.split_tile(rows, width, processors)
+    return launch.split_tile(rows, width, processors, choice)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -93,9 +127,9 @@ def perturb(
         # One long row: the element index is what counts, so that any width is aligned.
         rows = Rows(1, 1, 1, rows.tensors, ((0, 0, 0),))
         width = embed.numel()
-        tile = launch.stream_tile(width)
+        tile = _tile("perturb_stream", launch.stream_tile, width, embed)
     else:
-        tile = launch.flat_tile(width)
+        tile = _tile("perturb", launch.flat_tile, width, embed)
     wrap(perturb_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
         rows.tensors[0], seed, _bytes(mask), unit, out, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
         noise_var, MASKED=mask is not None, RELATIVE=unit is not None, ALIGNED=rows.count == 1 or _aligned(width),
@@ -116,13 +150,13 @@ def ascend_measure(
     rows = as_rows(grad)
     shape = grad.shape if kind == "opaque" else (rows.count,)
     out = new_output(shape, torch.float32, grad.device)
-    tile = launch.row_tile(width)
+    tile = _tile("measure", launch.row_tile, width, grad)
     from_seed = noise.dtype == torch.int64
     wrap(measure_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], noise, noise if from_seed else rows.tensors[0], norm, _bytes(mask), unit, out, rows.count,
         width, rows.size1, rows.size2, *rows.strides[0], noise_var, step_size, UPDATE=update, NORM=kind,
         GIVEN=norm is not None, FROM_SEED=from_seed, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block,
-        BLOCKS=tile.blocks, **_resources(tile, wrap),
+        BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
@@ -152,7 +186,7 @@ def ascend(
         scope = "given"
     out = new_output(embed.shape, embed.dtype, embed.device)
     noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
-    tile = launch.row_tile(width)
+    tile = _tile("ascend", launch.row_tile, width, embed)
     from_seed = noise.dtype == torch.int64
     wrap(ascend_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         *rows.tensors, noise, noise if from_seed else rows.tensors[0], norm, shrink, _bytes(mask), unit, out,
@@ -160,7 +194,7 @@ def ascend(
         step_size, epsilon, UPDATE=update, NORM=kind, SCOPE=scope,
         GROUP_BLOCK=launch.next_power_of_two(group) if scope == "group" else 1, FROM_SEED=from_seed,
         KEEP_NOISE=keep_noise, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
-        **_resources(tile, wrap),
+        STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return out, noise_out
 
@@ -176,8 +210,10 @@ def divergence_forward(
     """See `FusedBackend.divergence_forward`."""
     width = input.shape[-1]
     rows = as_rows(input, target)
-    tile = launch.split_tile(rows.count, width, _processors(input.device))
+    tile = _split_tile(rows.count, width, input)
     splits = launch.splits(tile, width)
+    if splits == 1:
+        tile = _tile("divergence_forward", lambda width: tile, width, input)
     merge = launch.merge_tile(splits)
     last = launch.grid(tile if splits == 1 else merge, rows.count, whole_rows=True)
     form = "rows" if output == "sum" and last > 1 else output  # a single program adds the rows as well
@@ -189,7 +225,7 @@ def divergence_forward(
         wrap(divergence_forward_kernel)[(last,)](
             *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
             *rows.strides[1], alpha, weight, scale, KIND=kind, OUTPUT=form, KEEP=keep,
-            **_loads(mask, scale, relative), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
+            **_loads(mask, scale, relative), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages,
             **_resources(tile, wrap),
         )  # fmt: skip
     else:
@@ -212,7 +248,7 @@ def _measure(rows: Rows, mask: Tensor | None, tile: launch.Tile, scale: float, r
     wrap(divergence_measure_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
         *rows.tensors, _bytes(mask), partials, rows.count, width, splits, rows.size1, rows.size2, *rows.strides[0],
         *rows.strides[1], scale, **_loads(mask, scale, relative), ROWS=tile.rows, BLOCK=tile.block,
-        BLOCKS=tile.blocks, **_resources(tile, wrap),
+        BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return partials
 
@@ -230,7 +266,7 @@ def _finish(
         rows.size2, *rows.strides[0], *rows.strides[1], alpha, scale, KIND=kind,
         OUTPUT="rows" if terms is None else "terms", **_loads(mask, scale, relative), MERGE=partials is not None,
         KEEP=keep, SPLITS=1 if partials is None else launch.next_power_of_two(splits),
-        ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
+        ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return losses
 
@@ -242,7 +278,7 @@ def divergence_measure(
     """See `FusedBackend.divergence_measure`."""
     width = input.shape[-1]
     rows = as_rows(input, target)
-    tile = launch.split_tile(rows.count, width, _processors(input.device))
+    tile = _split_tile(rows.count, width, input)
     splits = launch.splits(tile, width)
     partials = _measure(rows, mask, tile, scale, relative, wrap)
     if splits == 1:
@@ -262,7 +298,7 @@ def divergence_finish(
     """See `FusedBackend.divergence_finish`."""
     width = input.shape[-1]
     rows = as_rows(input, target)
-    tile = launch.split_tile(rows.count, width, _processors(input.device))
+    tile = _split_tile(rows.count, width, input)
     splits = launch.splits(tile, width)
     losses = _finish(rows, mask, tile, None, stats.contiguous(), None, kind, alpha, scale, relative, False, wrap)
     if splits == 1:
@@ -288,11 +324,11 @@ def divergence_backward(
     flags = {"KIND": kind, "WANT_X": want_input, "WANT_T": want_target, **_loads(mask, scale, relative)}
     if output == "terms":
         rows = as_rows(input, target, free=grad)  # often expanded: any strides will do
-        tile = launch.row_tile(width)
+        tile = _tile("divergence_backward_elementwise", launch.row_tile, width, input)
         wrap(divergence_backward_elementwise_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
             rows.tensors[2], *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
             *rows.strides[0], *rows.strides[1], *rows.strides[2], rows.tensors[2].stride(-1), alpha, scale, **flags,
-            ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
+            ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
         )  # fmt: skip
         return dx, dt
     if output == "rows":
@@ -300,7 +336,7 @@ def divergence_backward(
         grad, grad_strides = rows.tensors[2], rows.strides[2]
     else:
         rows, grad_strides = as_rows(input, target), (0, 0, 0)
-    tile = launch.flat_tile(width)
+    tile = _tile("divergence_backward", launch.flat_tile, width, input)
     wrap(divergence_backward_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
         grad, *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
         *rows.strides[0], *rows.strides[1], *grad_strides, alpha, weight * scale, scale, **flags, ROWS=tile.rows,
@@ -314,10 +350,10 @@ def fisher_direction(logits: Tensor, wide: bool, wrap: Wrap = _plain) -> Tensor:
     width = logits.shape[-1]
     rows = as_rows(logits)
     out = new_output(logits.shape, torch.float32 if wide else logits.dtype, logits.device)
-    tile = launch.row_tile(width)
+    tile = _tile("fisher_direction", launch.row_tile, width, logits)
     wrap(fisher_direction_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], out, rows.count, width, rows.size1, rows.size2, *rows.strides[0], ROWS=tile.rows,
-        BLOCK=tile.block, BLOCKS=tile.blocks, **_resources(tile, wrap),
+        BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 

@@ -189,6 +189,28 @@ void divergences(int64_t rows, int64_t width) {
         }
 }
 
+void fisher_directions(int64_t rows, int64_t width) {
+  const Scratch scratch(cpu::fisher_scratch(width));
+  for (const Dtype dtype : dtypes)
+    for (int variant = 0; variant < 8; ++variant) {
+      const bool wide = variant & 1, strided = variant & 2, stream = variant & 4;
+      const int64_t step = strided ? width + 5 : width;
+      Tensor logits(rows * step, dtype, 3), out(rows * width, wide ? Dtype::fp32 : dtype);
+      const cpu::Fisher args = {{rows, width, 1, 1}, {logits.data(), dtype, step, 0, 0, 1}, out.data(), out.dtype, stream};
+      cpu::kernels().fisher_direction(args, 0, cpu::chunks(rows, width), scratch.memory);
+      if (out.dtype != Dtype::fp32) continue;
+      for (int64_t row = 0; row < rows; ++row) {
+        double sum = 0;
+        int negative = 0;
+        for (int64_t i = row * width; i < (row + 1) * width; ++i) {
+          sum += out.floats()[i];
+          negative += out.floats()[i] < 0;
+        }
+        check(std::abs(sum) < 1e-6 && negative <= 1, "Fisher direction", width);
+      }
+    }
+}
+
 void pool() {
   Pool pool;
   std::vector<Pool::Block*> blocks;
@@ -211,6 +233,7 @@ int main() {
     for (const int64_t width : {1, 2, 3, 7, 16, 33, 64, 65, 129, 1023, 1024, 1025, 3000}) {
       perturb_and_ascend(width > 1000 ? 2 : 5, width);
       divergences(width > 1000 ? 2 : 17, width);
+      fisher_directions(width > 1000 ? 2 : 37, width);
     }
   }
   pool();
