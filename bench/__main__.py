@@ -24,7 +24,7 @@ START = time.perf_counter()
 HERE = pathlib.Path(__file__).parent
 QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
 GROUPS = ("all", "ops", "lm", "regulariser", "train", "overhead")
-ALONE = ("accuracy", "quality", "report", "tune")  # what goes with no other group
+ALONE = ("accuracy", "quality", "report", "tune", "compare")  # what goes with no other group
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "model; train: whole training steps); or accuracy: how exact the divergences of nearly equal logits are; or "
         "quality: what the regularizers do to accuracy, clean and attacked; or report: measure nothing, write "
         "README.md's tables from bench/results; or tune: sweep launch choices of the Triton kernels on a GPU, and "
-        "write the table they are launched by",
+        "write the table they are launched by; or compare A.json B.json: whether two runs agree on every speed",
     )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"
@@ -61,12 +61,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=pathlib.Path, metavar="DIR", help="folder of results (default: bench/out/DEVICE)")
     made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="JSON file (default: results.json in --out)")
     made.add_argument("--plot", type=pathlib.Path, metavar="PATH", help="PNG file (default: speed.png in --out)")
+    made.add_argument("--energy", action="store_true", help="also measure joules a call, where the device counts them")
     made.add_argument("--list", action="store_true", help="list the cases and contestants, and measure nothing")
     return made
 
 
 def _group(text: str) -> str:
-    if text not in (*GROUPS, *ALONE):
+    if text not in (*GROUPS, *ALONE) and not text.endswith(".json"):
         raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join((*GROUPS, *ALONE))})")
     return text
 
@@ -81,9 +82,13 @@ def _positive(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     parse = parser()
     options = parse.parse_args(arguments)
-    groups = options.groups or ["all"]
+    groups: list[str] = options.groups or ["all"]
+    files = [pathlib.Path(each) for each in groups if each.endswith(".json")]
+    groups = [each for each in groups if not each.endswith(".json")]
     if len(groups) > 1 and set(groups) & set(ALONE):
-        parse.error(f"{' and '.join(ALONE)} go with no other group, got {' '.join(groups)}")
+        parse.error(f"{', '.join(ALONE)} go with no other group, got {' '.join(groups)}")
+    if len(files) != 2 * (groups == ["compare"]):
+        parse.error(f"compare takes two JSON files, nothing else takes any: got {len(files)} with {' '.join(groups)}")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     try:
         import torch
@@ -101,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in set(backends) - set(peers.default_backends()):
         parse.error(f"--backends {name}: choose from {', '.join(peers.default_backends())}")
     console = Console()
+    if groups == ["compare"]:
+        return _compare(files, parse, console)
     if groups == ["report"]:
         from . import readme
 
@@ -183,6 +190,27 @@ def _quality(options: argparse.Namespace, parse: argparse.ArgumentParser, consol
     return 0
 
 
+def _compare(files: list[pathlib.Path], parse: argparse.ArgumentParser, console: Console) -> int:
+    from . import compare
+    from .report import load_json
+
+    reports = []
+    for path in files:
+        try:
+            reports.append(load_json(path))
+        except OSError as error:
+            parse.error(f"{path}: {error.strerror}")
+        except (ValueError, KeyError, TypeError) as error:
+            parse.error(f"{path} holds no results of the bench: {error}")
+    try:
+        found = compare.compare(*reports)
+    except ValueError as error:
+        parse.error(str(error))
+    compare.show(found, console)
+    compare.warn_of_work(reports, console)
+    return 1 if any(each.verdict == compare.DISAGREE for each in found) else 0
+
+
 def _tune(device: torch.device, options: argparse.Namespace, console: Console) -> int:
     if device.type != "cuda":
         print("python -m bench tune measures launch choices on a GPU; none was found", file=sys.stderr)
@@ -210,16 +238,15 @@ def _tune(device: torch.device, options: argparse.Namespace, console: Console) -
 
 
 def _list(chosen: list[Case], backends: list[str], device: torch.device) -> int:
-    from . import liger, peers
+    from . import peers
 
     for case in chosen:
         print(f"{case.group:<12} {case.name}")
-    print("contestants:", ", ".join((peers.EAGER, peers.COMPILED)))
-    for name in backends:
-        reason = peers.why_not(name, device)
-        print(f"  {peers.OURS}{name}: {'timed' if reason is None else 'not run, ' + reason}")
-    reason = liger.why_not(device)
-    print(f"  {liger.LIGER.strip()}, divergences: {'timed' if reason is None else 'not run, ' + reason}")
+    print("contestants, each in the cases that it has to do with:")
+    for name, note, reason in peers.roster(device, backends):
+        print(f"  {name}: {note}" + ("" if reason is None else f" (not run: {reason})"))
+    print("Results are checked before anything is timed: against the case's float64 reference, or where a contestant")
+    print('computes something else against that in float64 ("checked" in the JSON file). A wrong one gets no time.')
     return 0
 
 
@@ -228,6 +255,7 @@ def _measure(
 ) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from . import energy
     from .measure import busy_share
     from .peers import contestants
     from .plots import save_plots
@@ -239,6 +267,10 @@ def _measure(
     limit = options.limit or (QUICK_LIMIT if options.quick else float("inf"))
     seconds = options.seconds or (0.6 if options.quick else 2.0)
 
+    count = energy.counter(device) if options.energy else None
+    if options.energy and count is None:
+        fix = " (pip install nvidia-ml-py)" if device.type == "cuda" else ""
+        console.print(f"[yellow]--energy:[/] nothing here counts joules that this user may read{fix}", highlight=False)
     report = Report(environment(device), busy=busy_share())
     report.measure_limits(device, chosen)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -256,8 +288,10 @@ def _measure(
             def say(doing: str, name: str = name) -> None:
                 progress.update(bar, description=f"{name}: {doing}".replace("[", r"\["))
 
-            entrants = functools.partial(contestants, compiling=elapsed < limit)
-            report.rows += run_case(waiting[0], device, backends, seconds=seconds, say=say, entrants=entrants)
+            entrants = functools.partial(contestants, compiling=elapsed < limit, time_left=limit - elapsed)
+            report.rows += run_case(
+                waiting[0], device, backends, seconds=seconds, say=say, entrants=entrants, count=count
+            )
             waiting.pop(0)
             report.compare_with_limits()
             save_json(report, json_path)  # after every case: a run that is killed keeps what it measured

@@ -16,27 +16,76 @@ from torch.utils._pytree import tree_leaves
 
 SAMPLE_SECONDS = 2e-3  # short calls are repeated within a sample until the clock no longer matters
 MAX_CALLS = 200
-MIN_SAMPLES, MAX_SAMPLES = 5, 200
+MIN_SAMPLES, MAX_SAMPLES = 6, 200  # six: the fewest whose whole range is a 95 % interval
+PRECISION = 0.02  # how far from a median its interval may reach
+TIGHT_SAMPLES = 20  # what an early end takes: fewer may agree by luck
 SLOW_SECONDS = 0.25  # calls this slow need no second warm-up
 MAX_SETS = 16
+HOST_CALLS = 15
 CPU_COLD_BYTES = 256 << 20  # what input sets may take together without a GPU
 CUDA_COLD_FACTOR = 4  # input sets fill the L2 cache this many times
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and quartiles over samples; each sample is the mean of ``calls`` consecutive calls."""
+    """Median and quartiles over samples; each sample is the mean of ``calls`` consecutive calls.
+
+    ``low`` and ``high``: the `interval` of the median; None in results of older versions.
+    """
 
     median: float
     q1: float
     q3: float
     samples: int
     calls: int
+    low: float | None = None
+    high: float | None = None
 
     @property
     def spread(self) -> float:
         """Interquartile range as a share of the median."""
         return (self.q3 - self.q1) / self.median
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one run, one a round, in seconds; each is the mean of ``calls`` consecutive calls."""
+
+    seconds: list[float]
+    calls: int
+
+    def timing(self) -> Timing:
+        q1, median, q3 = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return Timing(median, q1, q3, len(self.seconds), self.calls, *interval(self.seconds))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % confidence interval of the median, whatever the distribution: two of the sorted ``values``.
+
+    The number of values below the median is binomial. Fewer than `MIN_SAMPLES` values give no such interval: then it is
+    their whole range, which covers the median less often (one of two values lies on either side half of the time).
+    """
+    ordered, count = sorted(values), len(values)
+    cut, tail = 0, 0.0  # how many to leave out at either end, and the chance that the median is below what remains
+    while (tail := tail + math.comb(count, cut) * 0.5**count) <= 0.025:
+        cut += 1
+    return ordered[max(0, cut - 1)], ordered[count - max(1, cut)]
+
+
+def within(value: float, low: float, high: float) -> bool:
+    """Whether ``low`` and ``high`` are within `PRECISION` of ``value``."""
+    return max(high - value, value - low) <= PRECISION * value
+
+
+def speed_interval(rivals: Sequence[Samples], mine: Samples) -> tuple[float, float]:
+    """The interval of the time of the fastest of ``rivals`` over that of ``mine``.
+
+    Made of the ratios of every round, in which what slows both cancels. Any rival may be the fastest in truth: the ends
+    are the least of those of all. Widened where need be to hold the ratio of the medians, which is what is printed.
+    """
+    ends = [interval([r / m for r, m in zip(each.seconds, mine.seconds, strict=True)]) for each in rivals]
+    speed = min(statistics.median(each.seconds) for each in rivals) / statistics.median(mine.seconds)
+    return min(speed, *(low for low, _ in ends)), max(speed, min(high for _, high in ends))
 
 
 def synchronize(device: torch.device) -> None:
@@ -63,12 +112,20 @@ def input_sets(make: Callable[[int], tuple[Any, ...]], device: torch.device) -> 
 
 
 def interleaved(
+    runs: dict[str, Callable[..., Any]], sets: Sequence[tuple[Any, ...]], device: torch.device, seconds: float
+) -> dict[str, Timing]:
+    """What `interleaved_samples` come to."""
+    return {name: each.timing() for name, each in interleaved_samples(runs, sets, device, seconds).items()}
+
+
+def interleaved_samples(
     runs: dict[str, Callable[..., Any]],
     sets: Sequence[tuple[Any, ...]],
     device: torch.device,
     seconds: float,
-) -> dict[str, Timing]:
-    """Time every run in turn, one sample each a round, until ``seconds`` have passed.
+) -> dict[str, Samples]:
+    """Time every run in turn, one sample each a round, until each median is known to `PRECISION` or ``seconds`` have
+    passed.
 
     Slow calls may take up to four times that to reach `MIN_SAMPLES`, and get two samples at the least.
     Each round starts with another run. Inputs go around over all calls of all runs, so that nobody finds the inputs
@@ -83,10 +140,12 @@ def interleaved(
         spent = time.perf_counter() - start
         if spent > (seconds if done >= MIN_SAMPLES else 4 * seconds) and done >= 2:
             break
+        if done >= TIGHT_SAMPLES and all(within(statistics.median(s), *interval(s)) for s in samples.values()):
+            break
         for name in order:
             samples[name].append(_sample(runs[name], turn, calls[name], device))
         order.append(order.pop(0))
-    return {name: _summary(values, calls[name]) for name, values in samples.items()}
+    return {name: Samples(values, calls[name]) for name, values in samples.items()}
 
 
 def _calls_per_sample(run: Callable[..., Any], turn: Any, device: torch.device) -> int:
@@ -114,9 +173,16 @@ def _sample(run: Callable[..., Any], turn: Any, calls: int, device: torch.device
     return (time.perf_counter() - begin_time) / calls
 
 
-def _summary(values: list[float], calls: int) -> Timing:
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return Timing(median, q1, q3, len(values), calls)
+def host_time(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], device: torch.device) -> float:
+    """Seconds until a call returns, the device idle when it starts and not waited for: the median of `HOST_CALLS`."""
+    times = []
+    for arguments in itertools.islice(itertools.cycle(sets), HOST_CALLS):
+        synchronize(device)
+        begin = time.perf_counter()
+        run(*arguments)
+        times.append(time.perf_counter() - begin)
+    synchronize(device)
+    return statistics.median(times)
 
 
 def busy_share() -> float | None:

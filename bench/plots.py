@@ -6,11 +6,15 @@ import itertools
 import pathlib
 from collections.abc import Callable
 
-from .peers import COMPILED, EAGER
+from .liger import LIGER
+from .mtdnn import MTDNN
+from .peers import COMPILED, EAGER, MODES
 from .report import Report
 from .run import Row
 
-COLORS = {EAGER: "#9aa5b1", COMPILED: "#52606d"}
+FAMILIES = LIGER.strip(), MTDNN.strip()  # many contestants, of which at the most one is a rival in a case
+THEIRS = (EAGER, COMPILED, *(f"{COMPILED} {mode}" for mode in MODES), *FAMILIES)
+COLORS = dict(zip(THEIRS, ("#9aa5b1", "#52606d", "#323f4b", "#7b8794", "#b08968", "#c9ada7"), strict=True))
 OURS = ("#1f77b4", "#2a9d55", "#d97706", "#8b5cf6")
 
 
@@ -42,13 +46,13 @@ def _bars(
     from matplotlib import pyplot
 
     cases = list(dict.fromkeys(row.case for row in rows))
-    names = list(dict.fromkeys(row.contestant for row in rows))
+    names = list(dict.fromkeys(map(_name, rows)))
     ours = itertools.cycle(OURS)
     colors = {name: COLORS.get(name) or next(ours) for name in names}
     thick = 0.8 / len(names)
     figure, axes = pyplot.subplots(figsize=(9, 1.6 + (0.22 * len(names) + 0.25) * len(cases)), layout="constrained")
     for place, name in enumerate(names):
-        mine = [row for row in rows if row.contestant == name]
+        mine = [row for row in rows if _name(row) == name]
         heights = [cases.index(row.case) + (place - (len(names) - 1) / 2) * thick for row in mine]
         values = [value(row) for row in mine]
         bars = axes.barh(heights, values, thick * 0.92, color=colors[name], label=name)
@@ -73,6 +77,10 @@ def _bars(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _name(row: Row) -> str:
+    return next((family for family in FAMILIES if row.contestant.startswith(family)), row.contestant)
 
 
 def _label(value: float) -> str:

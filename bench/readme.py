@@ -10,7 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 
 from . import accuracy, quality
 from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
-from .report import Report, duration, flop_rate, geometric_means, host_overheads, load_json, rate, share
+from .report import (
+    Report,
+    duration,
+    explained,
+    flop_rate,
+    geometric_means,
+    host_overheads,
+    load_json,
+    rate,
+    share,
+    speed_text,
+)
 from .run import Row
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -96,15 +107,30 @@ def _quality(path: pathlib.Path) -> str:
 
 
 def _speed(report: Report) -> str:
-    """Times, what the best of ours is worth against either rival, and how near it is to what cannot be less."""
+    """Times, what the best of ours is worth against either rival, and how near it is to what cannot be less.
+
+    Where intervals were measured, what it is worth against the fastest rival of all as well.
+    """
     ours = [name for name in dict.fromkeys(row.contestant for row in report.rows if row.timing) if OURS in name]
-    lines = [["case", "smart-pytorch", "its torch.compile", *ours, "x smart-pytorch", "x torch.compile", "floor"]]
+    fastest = ["x the fastest rival"] if any(row.speed_low is not None for row in report.rows) else []
+    header = [
+        "case",
+        "smart-pytorch",
+        "its torch.compile",
+        *ours,
+        "x smart-pytorch",
+        "x torch.compile",
+        *fastest,
+        "floor",
+    ]
+    lines = [header]
     for case in dict.fromkeys(row.case for row in report.rows):
         rows = {row.contestant: row for row in report.rows if row.case == case and row.timing is not None}
-        best = min((rows[name] for name in ours if name in rows), key=_median)
-        ratios = [f"{_median(rows[name]) / _median(best):.2f}" if name in rows else "" for name in (EAGER, COMPILED)]
+        best = min((rows[name] for name in ours if name in rows), key=_median, default=None)
+        ratios = [_ratio(rows.get(name), best) for name in (EAGER, COMPILED)]
         times = (_time(rows.get(name)) for name in (EAGER, COMPILED, *ours))
-        lines.append([case, *times, *ratios, _floor(best, rows.get(MODEL_ONLY))])
+        speed = [speed_text(best) if best else ""] if fastest else []
+        lines.append([case, *times, *ratios, *speed, _floor(best, rows.get(MODEL_ONLY))])
     title = f"Median time of a call, forward and backward ({_where(report.environment)}{_limits(report)}):"
     overheads = [
         f"`{name}`, {case}: {part:.0%} of smart-pytorch's time beside the model."
@@ -118,11 +144,17 @@ def _median(row: Row) -> float:
     return row.timing.median
 
 
-def _floor(best: Row, model: Row | None) -> str:
+def _ratio(rival: Row | None, best: Row | None) -> str:
+    return "" if rival is None or best is None else f"{_median(rival) / _median(best):.2f}"
+
+
+def _floor(best: Row | None, model: Row | None) -> str:
     """The model's own passes, or the share of a plain copy's rate; nothing where only the host works."""
     if model is not None:
         return f"model alone {_time(model)}"
-    return "" if best.copy_share is None or best.copy_share < 0.01 else f"{best.copy_share:.0%} of a copy"
+    return (
+        "" if best is None or best.copy_share is None or best.copy_share < 0.01 else f"{best.copy_share:.0%} of a copy"
+    )
 
 
 def _language(report: Report) -> str:
@@ -130,22 +162,18 @@ def _language(report: Report) -> str:
     lines = [
         ["case", "contestant", "median", "x the fastest rival", "peak extra memory", "of eager's", "rate", "of limit"]
     ]
-    notes: dict[str, str] = {}
+    notes = explained(report.rows)
     for case in dict.fromkeys(row.case for row in report.rows):
         rows = [row for row in report.rows if row.case == case and row.timing is not None]
         eager = next((row.peak for row in rows if row.contestant == EAGER), None)
         for row in rows:
-            speed = "" if row.speed is None else f"{row.speed:.2f}"
             peak = "" if row.peak is None else f"{row.peak / 2**20:.0f} MiB"
             part = f"{row.peak / eager:.0%}" if row.peak and eager else ""
-            name = row.contestant
-            if row.note:
-                notes[name] = row.note
-                name += " (*)"
-            lines.append([case, name, _time(row), speed, peak, part, rate(row), share(row)])
-    explained = [f"(*) {name}: {note}." for name, note in notes.items()]
+            name = row.contestant + (" (*)" if row.contestant in notes else "")
+            lines.append([case, name, _time(row), speed_text(row), peak, part, rate(row), share(row)])
+    footnotes = [f"(*) {name}: {note}." for name, note in notes.items()]
     title = f"Median time and peak memory of a call ({_where(report.environment)}{_limits(report)}):"
-    return "\n".join([title, "", _markdown(lines), *explained, *_means(report), ""])
+    return "\n".join([title, "", _markdown(lines), *footnotes, *_means(report), ""])
 
 
 def _limits(report: Report) -> str:

@@ -12,7 +12,7 @@ import pathlib
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,9 @@ from rich.table import Table
 import smart_fast
 
 from .cases import Case
+from .chunked import CHUNKED
 from .liger import LIGER
-from .measure import Timing, copy_bandwidth, gemm_rate
+from .measure import Timing, copy_bandwidth, gemm_rate, within
 from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
 from .run import Row
 
@@ -126,7 +127,8 @@ def host_overheads(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
     cases of the group overhead that hold a model."""
     medians: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row.group == "overhead" and row.timing is not None and row.contestant != COMPILED:
+        compiled = row.contestant.startswith(COMPILED)
+        if row.group == "overhead" and row.timing is not None and row.role != "other" and not compiled:
             medians.setdefault(row.case, {})[row.contestant] = row.timing.median
     return {
         (case, name): (median - times[MODEL_ONLY]) / (times[EAGER] - times[MODEL_ONLY])
@@ -153,8 +155,9 @@ def save_json(report: Report, path: pathlib.Path) -> None:
 def load_json(path: pathlib.Path) -> Report:
     """The inverse of `save_json`."""
     content = json.loads(path.read_text())
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path.name} has schema {content.get('schema')}, this version reads {SCHEMA}")
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path.name} has schema {schema}, this version reads {SCHEMA}")
     rows = []
     for fields in content["rows"]:
         row = _known(Row, fields)
@@ -174,7 +177,7 @@ def _known(kind: Any, fields: dict[str, Any]) -> Any:
 def show(report: Report, console: Console) -> None:
     """The table, then the geometric means and the cases that were not run."""
     if not console.is_terminal:
-        console.width = max(console.width, 120)  # a log file has no edge to wrap at
+        console.width = max(console.width, 150)  # a log file has no edge to wrap at
     console.print(_heading(report), highlight=False, soft_wrap=True)
     console.print(_table(report.rows))
     for (group, contestant), (speed, cases) in geometric_means(report.rows).items():
@@ -190,6 +193,8 @@ def show(report: Report, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    for name, note in explained(report.rows).items():
+        console.print(f"[dim]{_escape(name)}: {_escape(note)}[/]", highlight=False, soft_wrap=True)
     for note in _absent(report.rows):
         console.print(f"[yellow]not run:[/] {_escape(note)}", highlight=False, soft_wrap=True)
     for name in report.left_out:
@@ -205,20 +210,37 @@ def _heading(report: Report) -> str:
     return f"[bold]{env['device']}[/]{threads}; copy bandwidth {copy}{gemms}; commit {env['commit']}\n{versions}"
 
 
+def explained(rows: Iterable[Row]) -> dict[str, str]:
+    """``contestant -> what it computes``, of the outside ones that were timed, smart-pytorch's own functions aside."""
+    return {
+        row.contestant: row.note
+        for row in rows
+        if row.note
+        and row.timing
+        and row.role in ("rival", "other")
+        and not row.contestant.startswith((EAGER, COMPILED))
+    }
+
+
 def _absent(rows: Sequence[Row]) -> list[str]:
-    """Each of our backends and of Liger-Kernel's losses that did not run, once, with its reason."""
-    return list(dict.fromkeys(f"{row.contestant}: {row.skipped}" for row in rows if _is_absent(row)))
+    """Our backends and the outside kernels that did not run, each once, with what they have in common: the reason."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if _is_absent(row):
+            reasons.setdefault(row.skipped or "", {})[row.contestant] = None
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
 
 
 def _is_absent(row: Row) -> bool:
     skipped = row.skipped is not None and not row.skipped.startswith("failed")
-    return skipped and row.contestant.startswith((OURS, LIGER))
+    return skipped and row.contestant.startswith((OURS, LIGER, CHUNKED, f"{COMPILED} "))
 
 
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case / contestant", overflow="fold", min_width=34)
-    for column in COLUMNS:
+    table.add_column("case / contestant", overflow="fold", min_width=30)
+    more = {title: text for title, text in MORE.items() if any(text(row) for row in rows)}
+    for column in (*COLUMNS, *more):
         table.add_column(column, justify="right", no_wrap=True)
     case = None
     for row in rows:
@@ -229,9 +251,8 @@ def _table(rows: Sequence[Row]) -> Table:
             table.add_row(f"[bold]{_escape(case)}[/]")
         if _is_absent(row):
             continue
-        table.add_row(*_cells(row), style="dim" if row.role in ("part", "other") else None)
-        if row.note and row.timing:
-            table.add_row(f"    [dim]{_escape(row.note)}[/]")
+        cells = *_cells(row), *(text(row) for text in more.values())
+        table.add_row(*cells, style="dim" if row.role in ("part", "other") else None)
         if row.wrong:
             table.add_row(f"    [red]{_escape(row.wrong)}[/]")
         if row.skipped:
@@ -246,7 +267,7 @@ def _cells(row: Row) -> list[str]:
         return [name, "[bold red]WRONG[/]", *[""] * (len(COLUMNS) - 2), error]
     if timing is None:
         return [name, "not run", *[""] * (len(COLUMNS) - 2), error]
-    speed = "" if row.speed is None else f"{row.speed:.2f}"
+    speed = speed_text(row)
     return [
         name,
         duration(timing.median),
@@ -258,6 +279,22 @@ def _cells(row: Row) -> list[str]:
         "" if row.beside_model is None else f"{row.beside_model:.0%}",
         error,
     ]
+
+
+#: Columns that only some runs have: until a call on a GPU returns, joules.
+MORE: dict[str, Callable[[Row], str]] = {
+    "host": lambda row: "" if row.host is None else duration(row.host),
+    "energy": lambda row: "" if row.energy is None else f"{row.energy * 1e3:.3g} mJ",
+}
+
+
+def speed_text(row: Row) -> str:
+    """The speed, with its interval where that is wide: ``1.95 (1.80-2.10)``."""
+    if row.speed is None:
+        return ""
+    if row.speed_low is None or row.speed_high is None or within(row.speed, row.speed_low, row.speed_high):
+        return f"{row.speed:.2f}"
+    return f"{row.speed:.2f} ({row.speed_low:.2f}-{row.speed_high:.2f})"
 
 
 def rate(row: Row) -> str:

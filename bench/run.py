@@ -12,8 +12,18 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .measure import Timing, input_sets, interleaved, peak_memory, synchronize
-from .peers import MODEL_ONLY, NOT_EAGER, contestants
+from .energy import Counter, joules_per_call
+from .measure import (
+    Samples,
+    Timing,
+    host_time,
+    input_sets,
+    interleaved_samples,
+    peak_memory,
+    speed_interval,
+    synchronize,
+)
+from .peers import KEEPS_MEMORY, MODEL_ONLY, NOT_EAGER, contestants
 from .task import Contestant, Finding, Task
 
 CHECK_SEED = 1000
@@ -23,11 +33,13 @@ CHECK_SEED = 1000
 class Row:
     """One contestant in one case. Times in seconds, rates in bytes or FLOPs per second; None: not measured.
 
-    ``speed`` is the median of the fastest right rival divided by this one's: above one is faster than every rival.
+    ``speed`` is the median of the fastest right rival divided by this one's: above one is faster than every rival;
+    ``speed_low`` and ``speed_high`` are its 95 % interval (`measure.speed_interval`). ``host``: until a call on a GPU
+    returns. ``energy``: joules of a call.
     ``beside_model`` is the share of the time that is not the model's own passes. ``error`` is the largest deviation
     found, relative where the reference is not zero. ``bytes`` and ``flops`` are the case's floor, whatever the
-    contestant moves or multiplies. ``copy_share`` and ``gemm_share`` are filled in by the report. ``note`` says what an
-    outside kernel computes.
+    contestant moves or multiplies. ``copy_share`` and ``gemm_share`` are filled in by the report. ``note`` says what
+    the contestant computes, ``checked`` what was compared, with what, and how far off it was.
     """
 
     case: str
@@ -48,6 +60,11 @@ class Row:
     flops: int | None = None
     gemm_share: float | None = None
     note: str | None = None
+    speed_low: float | None = None
+    speed_high: float | None = None
+    checked: str | None = None
+    host: float | None = None
+    energy: float | None = None
 
 
 def run_case(
@@ -58,8 +75,10 @@ def run_case(
     seconds: float,
     say: Callable[[str], None] = lambda doing: None,
     entrants: Callable[..., Iterable[Contestant]] = contestants,
+    count: Counter | None = None,
 ) -> list[Row]:
-    """All rows of ``case``, in order. ``say`` is told what is going on; ``entrants`` makes the contestants."""
+    """All rows of ``case``, in order. ``say`` is told what is going on; ``entrants`` makes the contestants; ``count``
+    counts joules, which are measured where it is given."""
     if case.needs is not None and importlib.util.find_spec(case.needs) is None:
         return [Row(case.name, case.group, "everyone", "rival", skipped=f"{case.needs} is not installed")]
     say("building")
@@ -72,15 +91,24 @@ def run_case(
     rows = {each.name: _checked(case, task, each, checked, device, say) for each in field}
     del checked  # large cases need its memory
     runs = {each.name: each.run for each in field if each.run is not None and _right(rows[each.name])}
+    samples: dict[str, Samples] = {}
     if runs:
         say("timing")
         sets = input_sets(task.inputs, device)
-        for name, timing in interleaved(runs, sets, device, seconds).items():
-            rows[name].timing = timing
+        samples = interleaved_samples(runs, sets, device, seconds)
+        for name, run in runs.items():
+            rows[name].timing = timing = samples[name].timing()
+            if device.type == "cuda":
+                rows[name].host = host_time(run, sets, device)
+            if count is not None:
+                say(f"measuring the energy of {name}")
+                rows[name].energy = joules_per_call(run, sets, device, count, timing.median)
         say("measuring memory")
         for name, run in runs.items():
+            if name.endswith(KEEPS_MEMORY):
+                continue
             rows[name].peak = peak_memory(run, sets[0], device)
-    _derive(list(rows.values()), case)
+    _derive(list(rows.values()), case, samples)
     del task, field, runs
     gc.collect()
     if device.type == "cuda":
@@ -122,6 +150,8 @@ def _checked(
         return row
     row.error = max(found.error for found in findings)
     row.wrong = "; ".join(_describe(found) for found in findings if found.wrong) or None
+    against = "the case's float64 reference" if contestant.check is None else "what it computes, in float64"
+    row.checked = f"against {against}: {'; '.join(map(_describe, findings))}"
     return row
 
 
@@ -139,16 +169,17 @@ def plain_error(error: Exception) -> str:
     return re.sub(r"(/[\w.+-]+){2,}", "(path)", f"{type(error).__name__}: {first}")[:200]
 
 
-def _derive(rows: list[Row], case: Case) -> None:
-    """What follows from the medians."""
+def _derive(rows: list[Row], case: Case, samples: dict[str, Samples]) -> None:
+    """What follows from the times."""
     medians = {row.contestant: row.timing.median for row in rows if row.timing is not None}
-    rivals = [medians[row.contestant] for row in rows if row.role == "rival" and row.timing is not None]
+    rivals = [row.contestant for row in rows if row.role == "rival" and row.timing is not None]
     model = medians.get(MODEL_ONLY)
     for row in rows:
         if row.timing is None or row.role not in ("rival", "ours"):
             continue
         if rivals:
-            row.speed = min(rivals) / row.timing.median
+            row.speed = min(medians[each] for each in rivals) / row.timing.median
+            row.speed_low, row.speed_high = speed_interval([samples[each] for each in rivals], samples[row.contestant])
         if case.bytes is not None:
             row.bytes, row.bandwidth = case.bytes, case.bytes / row.timing.median
         row.flops = case.flops

@@ -32,8 +32,7 @@ class Contestant:
 
     ``role``: "ours"; "rival", which does the same work; "other", which does related work and is compared with nobody;
     or "part" for a piece of the work. ``run`` is the timed call, None if it is ``skipped`` (the reason). ``check``
-    takes ``run`` and its inputs, where the task's own check does not apply. ``note`` says what an outside kernel
-    computes.
+    takes ``run`` and its inputs, where the task's own check does not apply. ``note`` says what the contestant computes.
     """
 
     name: str

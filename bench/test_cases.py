@@ -17,12 +17,12 @@ from .measure import input_sets, synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases.select(DEVICE, quick=True)
-OURS = [
-    f"{peers.OURS}{name}{way}"
+WAYS = [
+    f"{peers.OURS}{name}, {way}"
     for name in peers.default_backends()
-    for way in ("", ", whole logits", ", hidden states", ", compiled", ", CUDA graph")
+    for way in ("whole logits", "hidden states", "compiled", "CUDA graph")
 ]
-CONTESTANTS = [peers.EAGER, peers.COMPILED, *OURS]
+CONTESTANTS = [*(peer.name for peer in peers.roster(DEVICE, peers.default_backends())), *WAYS]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -43,7 +43,11 @@ def test_case(benchmark, case_and_task, name):
     if contestant.run is None:
         pytest.skip(contestant.skipped)
     with torch._inductor.config.patch(fallback_random=case.needs_same_noise):
-        findings = task.check(contestant.run, task.inputs(0), contestant.backend)
+        inputs = task.inputs(0)
+        if contestant.check is None:
+            findings = task.check(contestant.run, inputs, contestant.backend)
+        else:
+            findings = contestant.check(contestant.run, inputs)
     assert not [found for found in findings if found.wrong]
 
     turn = itertools.cycle(input_sets(task.inputs, DEVICE))
