@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import pathlib
-import re
 import signal
 import sys
 import time
@@ -21,10 +20,9 @@ if TYPE_CHECKING:  # torch and rich are imported once the arguments are known to
     from .cases import Case
 
 START = time.perf_counter()
-HERE = pathlib.Path(__file__).parent
 QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
 GROUPS = ("all", "ops", "lm", "regulariser", "train", "overhead")
-ALONE = ("accuracy", "quality", "report", "tune", "compare")  # what goes with no other group
+ALONE = ("accuracy", "quality", "kernels", "tune", "compare", "report")  # what goes with no other group (commands.py)
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 
 
@@ -41,9 +39,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help=f"what to measure, among {', '.join(GROUPS)} (default all; lm: divergences at the size of a language "
         "model; train: whole training steps); or accuracy: how exact the divergences of nearly equal logits are; or "
-        "quality: what the regularizers do to accuracy, clean and attacked; or report: measure nothing, write "
-        "README.md's tables from bench/results; or tune: sweep launch choices of the Triton kernels on a GPU, and "
-        "write the table they are launched by; or compare A.json B.json: whether two runs agree on every speed",
+        "quality: what the regularizers do to accuracy, clean and attacked; or kernels: bytes over time of each fused "
+        "kernel; or tune: sweep launch choices of the Triton kernels on a GPU, and write the table they are launched "
+        "by; or compare A.json B.json: whether two runs agree on every speed; or report: measure nothing, write "
+        "README.md's tables from bench/results",
     )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"
@@ -94,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
         from rich.console import Console
 
-        from . import cases, peers
+        from . import cases, commands, peers
     except ModuleNotFoundError as error:
         parse.exit(1, f"python -m bench needs {error.name}: pip install -e '.[bench]'\n")
 
@@ -106,135 +105,17 @@ def main(arguments: list[str] | None = None) -> int:
     for name in set(backends) - set(peers.default_backends()):
         parse.error(f"--backends {name}: choose from {', '.join(peers.default_backends())}")
     console = Console()
-    if groups == ["compare"]:
-        return _compare(files, parse, console)
-    if groups == ["report"]:
-        from . import readme
-
-        readme.write()
-        return 0
-    if groups == ["accuracy"]:
-        return _accuracy(backends, device, options, console)
-    if groups == ["quality"]:
-        return _quality(options, parse, console)
-    if groups == ["tune"]:
-        return _tune(device, options, console)
+    if groups[0] in ALONE:
+        call = commands.Call(options, parse, device, backends, files, console, START)
+        return commands.ALONE[groups[0]](call)
     chosen = cases.select(device, quick=options.quick, groups=groups, containing=options.cases)
     if not chosen:
         parse.error(f"--cases {options.cases!r}: no such case among those that --list prints")
     if options.list:
         return _list(chosen, backends, device)
     if device.type == "cpu" and "native" in backends:
-        _build_native(console)
+        commands.build_native(console)
     return _measure(chosen, backends, device, options, console)
-
-
-def _build_native(console: Console) -> None:
-    """What a CPU has to show is compiled first; why it cannot be is said with the results."""
-    from smart_fast.backends import build_native
-
-    try:
-        build_native()
-    except (RuntimeError, ImportError) as error:
-        console.print(f"[yellow]native:[/] {error}", highlight=False, soft_wrap=True)
-
-
-def _folder(options: argparse.Namespace, device: torch.device) -> pathlib.Path:
-    from .report import device_name
-
-    folder: pathlib.Path | None = options.out
-    return folder or HERE / "out" / re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-
-
-def _accuracy(backends: list[str], device: torch.device, options: argparse.Namespace, console: Console) -> int:
-    from smart_fast import available_backends
-
-    from . import accuracy
-    from .report import environment
-
-    unavailable = available_backends()
-    fused = [name for name in backends if name != "torch" and unavailable[name] is None]
-    for name in backends:
-        if unavailable[name] is not None:
-            console.print(f"[yellow]not run:[/] {name}: {unavailable[name]}", highlight=False, soft_wrap=True)
-    results = list(accuracy.measure(device, fused))
-    path = options.json or _folder(options, device) / "accuracy.json"
-    accuracy.save(results, environment(device), path)
-    accuracy.show(results, console)
-    console.print(f"wrote {os.path.relpath(path)}", highlight=False)
-    return 0
-
-
-def _quality(options: argparse.Namespace, parse: argparse.ArgumentParser, console: Console) -> int:
-    import torch
-
-    try:
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError:
-        parse.exit(1, "python -m bench quality needs scikit-learn: pip install -e '.[bench]'\n")
-    from . import quality
-    from .report import environment
-
-    device = torch.device("cpu")
-    _build_native(console)
-    with console.status("") as status:
-        results = quality.measure(lambda doing: status.update(doing))
-    folder = _folder(options, device)
-    path, plot = options.json or folder / "quality.json", options.plot or folder / "quality.png"
-    quality.save(results, environment(device), path)
-    quality.save_plot(results, plot)
-    quality.show(results, console)
-    for each in (path, plot):
-        console.print(f"wrote {os.path.relpath(each)}", highlight=False)
-    console.print(f"took {time.perf_counter() - START:.0f} s", highlight=False)
-    return 0
-
-
-def _compare(files: list[pathlib.Path], parse: argparse.ArgumentParser, console: Console) -> int:
-    from . import compare
-    from .report import load_json
-
-    reports = []
-    for path in files:
-        try:
-            reports.append(load_json(path))
-        except OSError as error:
-            parse.error(f"{path}: {error.strerror}")
-        except (ValueError, KeyError, TypeError) as error:
-            parse.error(f"{path} holds no results of the bench: {error}")
-    try:
-        found = compare.compare(*reports)
-    except ValueError as error:
-        parse.error(str(error))
-    compare.show(found, console)
-    compare.warn_of_work(reports, console)
-    return 1 if any(each.verdict == compare.DISAGREE for each in found) else 0
-
-
-def _tune(device: torch.device, options: argparse.Namespace, console: Console) -> int:
-    if device.type != "cuda":
-        print("python -m bench tune measures launch choices on a GPU; none was found", file=sys.stderr)
-        return 1
-    from smart_fast.kernels import tuning
-
-    from smart_fast.backends.triton_ops import device_name
-
-    from . import tune, tune_targets
-
-    path = options.json or tuning.FOLDER / tuning.file_name(device_name(device))
-    with console.status("") as status:
-        table = tune.sweep(
-            tune_targets.targets(options.cases),
-            device,
-            path,
-            seconds=options.seconds or 0.3,
-            limit=options.limit or float("inf"),
-            say=lambda doing: status.update(doing.replace("[", r"\[")),
-        )
-    tune.show(table, console)
-    console.print(f"wrote {os.path.relpath(path)}", highlight=False)
-    console.print(f"took {time.perf_counter() - START:.0f} s", highlight=False)
-    return 0 if table["entries"] else 1
 
 
 def _list(chosen: list[Case], backends: list[str], device: torch.device) -> int:
@@ -255,14 +136,14 @@ def _measure(
 ) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from . import energy
+    from . import commands, energy
     from .measure import busy_share
     from .peers import contestants
     from .plots import save_plots
     from .report import Report, environment, save_json, show
     from .run import run_case
 
-    folder = _folder(options, device)
+    folder = commands.folder(options, device)
     json_path, plot_path = options.json or folder / "results.json", options.plot or folder / "speed.png"
     limit = options.limit or (QUICK_LIMIT if options.quick else float("inf"))
     seconds = options.seconds or (0.6 if options.quick else 2.0)

@@ -46,6 +46,11 @@ class Timing:
         """Interquartile range as a share of the median."""
         return (self.q3 - self.q1) / self.median
 
+    def shared_by(self, count: int) -> Timing:
+        """Of one of ``count`` equal parts."""
+        low, high = (None if each is None else each / count for each in (self.low, self.high))
+        return Timing(self.median / count, self.q1 / count, self.q3 / count, self.samples, self.calls, low, high)
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -27,7 +27,7 @@ from .cases import Case
 from .chunked import CHUNKED
 from .liger import LIGER
 from .measure import Timing, copy_bandwidth, gemm_rate, within
-from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
+from .peers import COMPILED, EAGER, MODEL_ONLY, NOT_EAGER, OURS
 from .run import Row
 
 SCHEMA = 1  # fields are only ever added: older files lack some, and readers pass over those they do not know
@@ -127,8 +127,8 @@ def host_overheads(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
     cases of the group overhead that hold a model."""
     medians: dict[str, dict[str, float]] = {}
     for row in rows:
-        compiled = row.contestant.startswith(COMPILED)
-        if row.group == "overhead" and row.timing is not None and row.role != "other" and not compiled:
+        eager = not row.contestant.endswith(NOT_EAGER)  # the model's passes were timed eagerly
+        if row.group == "overhead" and row.timing is not None and row.role != "other" and eager:
             medians.setdefault(row.case, {})[row.contestant] = row.timing.median
     return {
         (case, name): (median - times[MODEL_ONLY]) / (times[EAGER] - times[MODEL_ONLY])

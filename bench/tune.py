@@ -55,10 +55,7 @@ def replayed(
             for each in sets:
                 run(*each)
     timings = interleaved({name: graph.replay for name, graph in graphs.items()}, [()], device, seconds)
-    return {
-        name: dataclasses.replace(t, median=t.median / len(sets), q1=t.q1 / len(sets), q3=t.q3 / len(sets))
-        for name, t in timings.items()
-    }
+    return {name: timing.shared_by(len(sets)) for name, timing in timings.items()}
 
 
 def faster(found: Timing, default: Timing) -> bool:
