@@ -18,7 +18,7 @@ from torch import nn
 
 from .divergences import Divergence, LinearDivergence
 from .models import Model, bert, bert_masked_lm, deberta, pooled_head, qwen2, roberta
-from .operations import Ascend, Perturb
+from .operations import Ascend, Direction, Perturb
 from .regularizer import Regularizer
 from .task import Task
 from .training import TrainingStep
@@ -69,6 +69,11 @@ def ascend(shape: tuple[int, ...], dtype: torch.dtype, where: str, update: str =
     """Read the embedding and the gradient, write the perturbed embedding."""
     kind = "ascend inf" if update == "smart-pytorch" else f"ascend inf {update}"
     return _operation(kind, shape, dtype, 3, where, Ascend, shape, dtype, update)
+
+
+def direction(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
+    """Read the logits, write the direction."""
+    return _operation("fisher direction", shape, dtype, 2, where, Direction, shape, dtype)
 
 
 def divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
@@ -190,6 +195,10 @@ TABLE: tuple[Case, ...] = (
     divergence("js", (1024, 30522), BF16, "cpu"),
     divergence("js", (512, 128256), FP32, "cpu"),
     divergence("js", (512, 128256), BF16, "cpu"),
+    direction((4096, 2), FP32, "cpu cuda"),
+    direction((1024, 30522), FP32, "cpu"),
+    direction((1024, 30522), BF16, "cpu"),
+    direction((8192, 32000), BF16, "cuda"),
     lm_linear("sym_kl", 256, 64, 8000, FP32, "quick cpu cuda"),
     regularizer("pooled head 768 to 3", (32, 768), "quick cpu cuda", HEAD, needs=None),
     regularizer("masked LM 1x128, V=30522", (4, 32, 128), "quick", TINIER_LM),

@@ -11,7 +11,7 @@ from smart_pytorch.smart_pytorch import inf_norm
 from torch import Tensor
 
 import smart_fast
-from smart_fast import autograd
+from smart_fast import autograd, fisher
 from smart_fast.backends import select
 from smart_fast.backends.base import Step
 
@@ -144,6 +144,39 @@ class Ascend:
             step = noise + STEP_SIZE * grad / grad.abs().amax(-1, keepdim=True)
             expected = embed + step.clamp(-RADIUS, RADIUS)
         return [finding("perturbed embedding", deviation([run(*inputs)], [expected]), TOLERANCE[self.dtype])]
+
+
+class Direction:
+    """softmax - onehot(argmax) of logits ``[..., V]``: what ``ascent="fisher"`` goes backward from."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def inputs(self, seed: int) -> tuple[Tensor, ...]:
+        generator = _generator(self.device, seed)
+        return (torch.randn(self.shape, device=self.device, generator=generator).to(self.dtype),)
+
+    def smart_pytorch(self) -> Callable[..., Any]:
+        """smart-pytorch has none: the formula as it stands."""
+
+        def direction(logits: Tensor) -> Tensor:
+            largest = logits.argmax(-1, keepdim=True)
+            minus_one = torch.full_like(largest, -1.0, dtype=torch.float32)
+            return logits.softmax(-1, dtype=torch.float32).scatter_add(-1, largest, minus_one).to(logits.dtype)
+
+        return direction
+
+    def ours(self, backend: str) -> Callable[..., Any]:
+        return lambda logits: fisher.direction(logits, backend, wide=False)
+
+    def call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    def check(self, run: Callable[..., Any], inputs: tuple[Any, ...], backend: str | None) -> list[Finding]:
+        logits = inputs[0].double()
+        expected = logits.softmax(-1)
+        expected.scatter_add_(-1, logits.argmax(-1, keepdim=True), torch.full_like(expected[..., :1], -1.0))
+        return [finding("direction", deviation([run(*inputs)], [expected]), TOLERANCE[self.dtype])]
 
 
 def seeded_noise(embed: Tensor, seed: Tensor, noise_var: float) -> Tensor:

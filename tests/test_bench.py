@@ -89,6 +89,8 @@ every_kind = pytest.mark.parametrize(
         cases.ascend((16, 33), torch.float32, "cpu", update="paper"),
         *(cases.divergence(kind, (8, 5), torch.float32, "cpu") for kind in ("kl", "sym_kl", "js")),
         cases.divergence("js", (8, 500), torch.bfloat16, "cpu"),
+        cases.direction((8, 50), torch.float32, "cpu"),
+        cases.direction((8, 500), torch.bfloat16, "cpu"),
         cases.lm_divergence("sym_kl", (8, 500), torch.bfloat16, "cpu", backward=False),
         *(cases.lm_linear(kind, 8, 6, 50, torch.float32, "cpu") for kind in ("kl", "sym_kl", "js")),
         cases.lm_linear("sym_kl", 8, 16, 50, torch.bfloat16, "cpu"),
