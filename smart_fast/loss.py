@@ -99,6 +99,14 @@ def js_loss(
     return _divergence("js", input, target, reduction, alpha, mask, temperature, backend, process_group)
 
 
+#: Kind, reduction and alpha of the losses above where nothing else is asked for.
+DEFAULTS = {
+    kl_loss: ("kl", "batchmean", 1.0),
+    sym_kl_loss: ("sym_kl", "sum", 1.0),
+    js_loss: ("js", "sum", 1.0),
+}
+
+
 def hellinger_loss(
     input: Tensor,
     target: Tensor,

@@ -21,12 +21,21 @@ def gradients(
     """
     if smart._wrapped and torch.compiler.is_compiling():
         return distributed.eagerly(gradients, smart, run, perturbed, clean, args, kwargs)
-    device, scale = perturbed[0].device, None
-    if smart.loss_scale is not None:
-        scale = precision.current_scale(smart.loss_scale, device)
+    scale = None
     # smart-pytorch's own rule is to be what it is there, bit for bit.
     faithful = smart.update == "smart-pytorch" and smart.scale == "absolute"
-    rescaled = scale is None and not faithful and precision.underflows(perturbed[0], smart.ascent_dtype)
+    rescaled = smart.loss_scale is None and not faithful and precision.underflows(perturbed[0], smart.ascent_dtype)
+    in_group, frozen = distributed.in_use(), _freezes(smart)
+    outside = not torch.is_grad_enabled() or in_group or frozen or not smart.ascent_dropout
+    as_it_is = not rescaled and smart.loss_scale is None and smart.ascent_dtype is None
+    if as_it_is and not outside and not torch.compiler.is_compiling():  # the usual case, without further ado
+        return smart._input_gradients(
+            lambda *inputs: smart._compare("loss_fn", smart.loss_fn, run(*inputs, *args, **kwargs), clean),
+            [autograd.track(each) for each in perturbed],
+        )
+    device = perturbed[0].device
+    if smart.loss_scale is not None:
+        scale = precision.current_scale(smart.loss_scale, device)
 
     def loss_of(*inputs: Tensor) -> Tensor:
         if rescaled:
@@ -40,8 +49,7 @@ def gradients(
         return loss if scale is None else loss * scale
 
     in_autocast = passes.in_autocast(loss_of, smart.ascent_dtype, device.type)
-    in_group, frozen = distributed.in_use(), _freezes(smart)
-    if torch.is_grad_enabled() and smart.ascent_dropout and not (in_group or frozen):
+    if not outside:
         grads = smart._input_gradients(in_autocast, _tracked(perturbed, rescaled))
     else:
         with (

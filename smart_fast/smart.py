@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from . import autograd, distributed, fisher, passes, precision, settings, states
 from . import perturbed as perturbed_pass
 from ._checks import check_mask, check_tensor
 from .ascent import InputGradients
-from .backends import calling, select
+from .backends import calling, plain_divergence, select
 from .backends.base import Step
 from .diagnostics import Record
+from .loss import DEFAULTS
 from .noise import token_rms
 from .norms import Norm, inf_norm
 
@@ -304,6 +306,11 @@ class SMARTLoss(nn.Module):
         return perturbed_pass.gradients(self, run, perturbed, state, args, kwargs)
 
     def _compare(self, name: str, loss_fn: Any, perturbed: Any, state: Any) -> Tensor:
+        known = DEFAULTS.get(loss_fn) if type(loss_fn) is FunctionType else None
+        if known is not None and (short := plain_divergence(self.backend)) is not None:
+            found = short(perturbed, state, *known)
+            if found is not None:
+                return found
         with calling(self.backend, ascent=name == "loss_fn"):
             loss: Tensor = states.compare(name, loss_fn, perturbed, state)
         return loss
