@@ -58,7 +58,8 @@ def _verdict(first: Row, second: Row) -> str:
         return WITHIN
     low, high = _interval(first)
     other_low, other_high = _interval(second)
-    return SPREAD if low <= other_high and other_low <= high else DISAGREE
+    # What the intervals leave to be explained may be as large as what needs no explanation.
+    return SPREAD if max(low, other_low) <= (1 + AGREEMENT) * min(high, other_high) else DISAGREE
 
 
 def _interval(row: Row) -> tuple[float, float]:
@@ -67,6 +68,12 @@ def _interval(row: Row) -> tuple[float, float]:
     if row.speed_low is None or row.speed_high is None:
         return row.speed, row.speed
     return row.speed_low, row.speed_high
+
+
+def summary(found: list[Comparison]) -> str:
+    counts = Counter(each.verdict for each in found)
+    parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (WITHIN, SPREAD, DISAGREE))
+    return f"{len(found)} ratios in both runs: {parts}"
 
 
 def show(found: list[Comparison], console: Console) -> None:
@@ -89,9 +96,7 @@ def show(found: list[Comparison], console: Console) -> None:
         name = f"  {escape(each.first.contestant)}"
         table.add_row(name, *speeds, f"{each.difference:+.1%}", each.verdict, style=STYLES.get(each.verdict))
     console.print(table)
-    counts = Counter(each.verdict for each in found)
-    parts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in (WITHIN, SPREAD, DISAGREE))
-    console.print(f"{len(found)} ratios in both runs: {parts}", highlight=False)
+    console.print(summary(found), highlight=False)
 
 
 def warn_of_work(reports: Iterable[Report], console: Console) -> None:

@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from . import accuracy, quality
+from . import accuracy, compare, quality
 from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
 from .report import (
     Report,
@@ -50,6 +50,7 @@ def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
     return {
         "accuracy": _accuracy(results / "accuracy.json"),
         "quality": _quality(results / "quality.json"),
+        "agreement": _agreement(results / "agreement-1.json", results / "agreement-2.json"),
         "speed": "\n".join(_speed(report) for report in others if report.rows),
         "speed-lm": "\n".join(_language(report) for report in language if report.rows) or NOT_MEASURED,
     }
@@ -88,6 +89,21 @@ def _accuracy(path: pathlib.Path) -> str:
     shape = f"{accuracy.ROWS} rows, V = {accuracy.VOCABULARY}"
     title = f"Largest relative error in fp32 over kl, sym_kl and js, {shape} ({_where(environment)}):"
     return f"{title}\n\n{_markdown(lines)}"
+
+
+def _agreement(first: pathlib.Path, second: pathlib.Path) -> str:
+    """How many speeds of two runs agree, and those that are further apart."""
+    if not (first.is_file() and second.is_file()):
+        return "(No two runs are committed yet.)\n"
+    reports = load_json(first), load_json(second)
+    found = compare.compare(*reports)
+    lines = [["case", "contestant", "first run", "second run", "verdict"]]
+    for each in found:
+        if each.verdict != compare.WITHIN:
+            row = each.first
+            lines.append([row.case, row.contestant, speed_text(row), speed_text(each.second), each.verdict])
+    table = [_markdown(lines)] if len(lines) > 1 else []
+    return "\n".join([f"{compare.summary(found)} ({_where(reports[1].environment)}).", "", *table])
 
 
 def _quality(path: pathlib.Path) -> str:

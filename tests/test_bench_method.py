@@ -188,8 +188,9 @@ def verdicts(first, second):
         ((2.19, 2.18, 2.2), (2.0, 1.99, 2.01), compare.WITHIN),
         ((2.0, 1.8, 2.5), (3.0, 2.4, 3.1), compare.SPREAD),
         ((3.0, 2.4, 3.1), (2.0, 1.8, 2.5), compare.SPREAD),
-        ((2.0, 1.8, 2.3), (3.0, 2.4, 3.1), compare.DISAGREE),
-        ((3.0, 2.4, 3.1), (2.0, 1.8, 2.3), compare.DISAGREE),
+        ((2.0, 1.8, 2.3), (3.0, 2.4, 3.1), compare.SPREAD),  # 4 % apart
+        ((2.0, 1.8, 2.1), (3.0, 2.4, 3.1), compare.DISAGREE),
+        ((3.0, 2.4, 3.1), (2.0, 1.8, 2.1), compare.DISAGREE),
         ((2.0, None, None), (3.0, 2.4, 3.1), compare.DISAGREE),
         ((2.0, None, None), (3.0, 1.9, 3.1), compare.SPREAD),
     ],
