@@ -72,7 +72,7 @@ if [ "$device" = cuda ]; then
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 part sanitize 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
             "$python" -m bench.sanitize --device cuda --backends triton native
     fi
-    part kernels 35 "$python" -m bench kernels --device cuda --limit 20 --seconds 0.3 --backends triton native \
+    part kernels 35 "$python" -m bench kernels --device cuda --limit 28 --seconds 0.3 --backends triton native \
         --json "$out/kernels.json"
     part bench 75 "$python" -m bench ops regulariser overhead --device cuda --limit 45 --seconds 0.7 \
         --backends torch triton --json "$out/results.json" --plot "$parts/speed.png"

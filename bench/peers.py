@@ -27,7 +27,8 @@ KEEPS_MEMORY = ("CUDA graph", "reduce-overhead")  # how those end whose memory i
 MODE_SECONDS, TUNING_SECONDS = 30.0, 180.0  # time left without which no further mode is compiled; a whole model tuned
 NO_TIME = "no time was left to compile it"
 NOTES = {
-    EAGER: "smart-pytorch's own functions as they are: the work of the case",
+    EAGER: "smart-pytorch's own functions as they are: the work of the case; what it lacks (masks, units, the paper's "
+    "projection, the Fisher direction) as it would be written in PyTorch",
     COMPILED: "the same functions under torch.compile, static shapes, its default mode; graph breaks are allowed",
     f"{COMPILED} {MODES[0]}": "the same, every kernel and GEMM tuned",
     f"{COMPILED} {MODES[1]}": "the same as CUDA graphs, which hold their memory between calls: it is not measured",
