@@ -11,6 +11,7 @@
 # PYTHON names the interpreter (default python3). A package that the machine lacks (smart-pytorch, usually) can be put
 # beside the checkout: pip install --no-deps --target .gpu_deps smart-pytorch==0.0.4; DEPS names another folder. With
 # liger-kernel added there, its losses are timed too.
+# Launch choices are swept by another call: python -m bench tune --limit 480, again until it leaves nothing out.
 # Exit status: that of the first part that failed; the parts after it run all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -56,12 +57,12 @@ part() {
 }
 
 # Triton and native in processes of their own: a kernel that faults takes down whatever shares its process.
-# 15 + 125 (build beside tests) + 50 + 60 + 35 + 75 + 75 + 75 + 25 = 535 s at most. A bench starts no case later than
+# 20 + 120 (build beside tests) + 50 + 60 + 35 + 75 + 75 + 75 + 25 = 535 s at most. A bench starts no case later than
 # 20 s after its --limit.
-part versions 15 "$python" -m smart_fast
+part versions 20 "$python" -m smart_fast
 if [ "$device" = cuda ]; then
-    if wanted build; then run build 120 "$python" -m smart_fast build & fi
-    part tests 125 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k "not native" tests
+    if wanted build; then run build 115 "$python" -m smart_fast build & fi
+    part tests 120 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k "not native" tests
     wait
     if wanted build; then ended build; fi
     part tests-native 50 "$python" -m pytest -p no:cacheprovider -n 8 -m gpu -k native tests
