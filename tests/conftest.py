@@ -24,6 +24,8 @@ def _same_numbers_every_time() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # By far the longest first, or one of several workers has them left at the end.
+    items.sort(key=lambda item: "compile_only" not in item.keywords)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
