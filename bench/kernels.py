@@ -116,42 +116,39 @@ def _of_embeddings(module: Any) -> dict[str, Operator]:
 
 def _logits(module: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Operator:
     def make(seed: int) -> tuple[Any, ...]:
-        """``(x, t, statistics of their rows)``."""
+        """``(x, t, statistics of their rows, the gradient of a sum)``."""
         generator = torch.Generator(device).manual_seed(seed)
         t = torch.randn(shape, device=device, generator=generator)
         x = torch.randn(shape, device=device, generator=generator).add_(t)
         x, t = x.to(dtype), t.to(dtype)
-        return x, t, module.divergence_forward(x, t, DivergenceSpec("kl", "sum"), None, True, True)[1]
+        stats = module.divergence_forward(x, t, DivergenceSpec("kl", "sum"), None, True, True)[1]
+        return x, t, stats, torch.ones((), device=device)
 
     return make
 
 
 def _of_logits(module: Any) -> dict[str, Operator]:
-    one = {}
-
     def forward(kind: str) -> Operator:
-        def run(x: Tensor, t: Tensor, stats: Tensor) -> Any:
+        def run(x: Tensor, t: Tensor, stats: Tensor, one: Tensor) -> Any:
             return module.divergence_forward(x, t, DivergenceSpec(kind, "sum"), None, True, True)
 
         return run
 
     def backward(kind: str) -> Operator:
-        def run(x: Tensor, t: Tensor, stats: Tensor) -> Any:
-            if x.device not in one:
-                one[x.device] = torch.ones((), device=x.device)
-            return module.divergence_backward(one[x.device], x, t, stats, DivergenceSpec(kind, "sum"), None, True, True)
+        def run(x: Tensor, t: Tensor, stats: Tensor, one: Tensor) -> Any:
+            return module.divergence_backward(one, x, t, stats, DivergenceSpec(kind, "sum"), None, True, True)
 
         return run
 
     found: dict[str, Operator] = {}
     for kind in ("kl", "sym_kl", "js"):
         found |= {f"{kind} forward": forward(kind), f"{kind} backward": backward(kind)}
-    found["fisher direction"] = lambda x, t, stats: module.fisher_direction(x, False)
+    found["fisher direction"] = lambda x, t, stats, one: module.fisher_direction(x, False)
     return found
 
 
 #: Which of the inputs that `make` gives a kernel reads: the others are for its neighbors.
-_READS = {"perturb": (0, 2), "ascend": (0, 1, 3), "forward": (0, 1), "backward": (0, 1, 2), "direction": (0,)}
+_READS = {"perturb": (0, 2), "ascend": (0, 1, 3), "forward": (0, 1), "backward": (0, 1, 2, 3), "direction": (0,)}
 
 
 def _given(kernel: str, inputs: tuple[Tensor, ...]) -> int:

@@ -14,8 +14,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 for package in ("smart_pytorch", "rich"):
     pytest.importorskip(package, reason=f"the bench needs {package}")
-if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
-    sys.path.insert(0, str(ROOT))
 
 from bench import accuracy, cases, divergences, measure, peers, readme, regularizer, report, training  # noqa: E402
 from bench.run import Row, plain_error, run_case  # noqa: E402

@@ -6,8 +6,6 @@ Stand-ins in plain PyTorch follow its documentation (0.8.5); where the package i
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,6 @@ from torch import nn
 
 for package in ("smart_pytorch", "rich"):
     pytest.importorskip(package, reason=f"the bench needs {package}")
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
-    sys.path.insert(0, str(ROOT))
 
 from bench import cases, liger  # noqa: E402
 from bench.run import run_case  # noqa: E402

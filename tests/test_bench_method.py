@@ -17,9 +17,6 @@ import torch
 
 for package in ("smart_pytorch", "rich"):
     pytest.importorskip(package, reason=f"the bench needs {package}")
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
-    sys.path.insert(0, str(ROOT))
 
 from bench import accuracy, cases, compare, energy, measure, peers, readme, report  # noqa: E402
 from bench.__main__ import main  # noqa: E402

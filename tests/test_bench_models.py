@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import functools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 for package in ("smart_pytorch", "transformers", "rich"):
     pytest.importorskip(package, reason=f"the bench needs {package}")
-if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
-    sys.path.insert(0, str(ROOT))
 
 from bench import cases, models  # noqa: E402
 from bench.regularizer import Regularizer  # noqa: E402

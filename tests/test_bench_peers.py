@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 for package in ("smart_pytorch", "rich"):
     pytest.importorskip(package, reason=f"the bench needs {package}")
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
-    sys.path.insert(0, str(ROOT))
 
 import smart_fast  # noqa: E402
 from bench import cases, chunked, liger, mtdnn, peers  # noqa: E402

@@ -6,9 +6,7 @@ import functools
 import json
 import re
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,6 @@ from torch import nn
 
 for package in ("smart_pytorch", "rich", "matplotlib", "transformers"):
     pytest.importorskip(package, reason=f"the bench needs {package}")
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
-    sys.path.insert(0, str(ROOT))
 
 import smart_fast  # noqa: E402
 from bench import __main__ as command  # noqa: E402

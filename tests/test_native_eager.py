@@ -123,3 +123,18 @@ def test_nodes_have_names(native):
     loss = SMARTLoss(lambda x: x, kl_loss, backend="native")(embed, torch.randn(2, 3))
     assert loss.grad_fn.name() == "SmartFastDivergence"
     assert loss.grad_fn.next_functions[0][0].name() == "SmartFastShift"
+
+
+@pytest.mark.parametrize("loss", [kl_loss, sym_kl_loss, js_loss], ids=lambda loss: loss.__name__)
+def test_default_losses_are_what_they_are_behind_a_function(native, loss):
+    """`SMARTLoss` calls the operator for losses that it knows; of a function around one it knows nothing."""
+    net = torch.nn.Linear(6, 5)
+    embed = torch.randn(7, 6, requires_grad=True)
+
+    def found(loss_fn):
+        torch.manual_seed(1)
+        value = SMARTLoss(net, loss_fn, backend="native")(embed, net(embed))
+        return value, *torch.autograd.grad(value, [embed, *net.parameters()])
+
+    for ours, around in zip(found(loss), found(lambda input, target: loss(input, target)), strict=True):
+        assert torch.equal(ours, around)

@@ -17,8 +17,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 for package in ("smart_pytorch", "rich", "triton"):
     pytest.importorskip(package, reason=f"sweeps need {package}")
-if str(ROOT) not in sys.path:  # bench/ is not installed: it runs from the repository
-    sys.path.insert(0, str(ROOT))
 
 from smart_fast.kernels import launch, tuning  # noqa: E402
 from smart_fast.kernels.launch import Choice, Tile  # noqa: E402
