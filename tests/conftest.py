@@ -6,11 +6,16 @@ TRITON_INTERPRET must be set before Triton is first imported, hence here.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests import cuda_emulation
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -32,6 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulation.Emulated:
+    """The CUDA kernels on this CPU."""
+    from tests import cuda_emulation
+
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on PATH")
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cuda_emulation"
+    return cuda_emulation.Emulated(cuda_emulation.shared_library(directory))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ masks, edges, barriers and formulas are those of the kernels.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import math
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from smart_fast.backends.base import DivergenceSpec, Step, as_rows
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
+LIBRARY = "libcuda_emulation.so"
 SOURCES = ("perturb", "ascend", "divergence_forward", "divergence_backward", "fisher")
 FLAGS = (
     "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes",
@@ -33,6 +35,16 @@ KINDS = {"kl": 0, "sym_kl": 1, "js": 2}
 NORMS = {"inf": 0, "l2": 1, "l1": 2, "opaque": 3}
 UPDATES = {"smart-pytorch": 0, "sift": 1, "paper": 2}
 STATISTICS = 6
+#: Compute capability, multiprocessors, bytes of shared memory of a multiprocessor and, with the attribute, of a block.
+DEVICE = (8, 4, 64 * 1024, 64 * 1024)  # what tests run on unless they say otherwise
+A100 = (8, 108, 164 * 1024, 163 * 1024)
+L40 = (8, 142, 100 * 1024, 99 * 1024)
+H100 = (9, 132, 228 * 1024, 227 * 1024)
+B200 = (10, 148, 228 * 1024, 227 * 1024)
+ERRORS = {
+    1: "cudaErrorInvalidValue", 9: "cudaErrorInvalidConfiguration", 702: "cudaErrorLaunchTimeout",
+    716: "cudaErrorMisalignedAddress", 912: "cudaErrorInvalidClusterSize",
+}  # fmt: skip
 
 _Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -64,7 +76,17 @@ _Divergence = _structure(
 _Fisher = _structure("Fisher", shape=_Shape, logits=_Rows, out=_Pointer, out_dtype=_Int)
 
 
-def compile_library(directory: Path) -> ctypes.CDLL:
+def shared_library(directory: Path) -> ctypes.CDLL:
+    """That of ``directory``, compiled by whichever process comes first: pytest's workers share one."""
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / LIBRARY).is_file():
+            compile_library(directory)
+    return load_library(directory)
+
+
+def compile_library(directory: Path) -> None:
     """Compile the kernels for this CPU. Raises CalledProcessError with the compiler's output."""
     compiler = shutil.which("g++")
     assert compiler is not None
@@ -79,11 +101,16 @@ def compile_library(directory: Path) -> ctypes.CDLL:
     with ThreadPoolExecutor(2) as pool:
         files = [*(CSRC / "cuda" / f"{name}.cu" for name in SOURCES), HERE / "cuda_emulation.cpp"]
         objects = list(pool.map(compile_one, files))
-    library = directory / "libcuda_emulation.so"
-    subprocess.run([compiler, "-shared", "-fsanitize=undefined", "-o", library, *objects], check=True)
-    loaded = ctypes.CDLL(str(library))
-    for name in ("size_of", "forward_partials", "seed_from"):
+    unfinished = directory / f"unfinished-{LIBRARY}"
+    subprocess.run([compiler, "-shared", "-fsanitize=undefined", "-o", unfinished, *objects], check=True)
+    unfinished.rename(directory / LIBRARY)
+
+
+def load_library(directory: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(directory / LIBRARY))
+    for name in ("size_of", "device_queries", "seed_from"):
         getattr(loaded, name).restype = _Long
+    loaded.probe.argtypes = (_Pointer, *(ctypes.c_uint,) * 4, _Long, _Int, ctypes.c_uint)
     for which, structure in enumerate((_Perturb, _Ascend, _Divergence, _Fisher)):
         assert loaded.size_of(which) == ctypes.sizeof(structure), structure.__name__
     return loaded
@@ -115,6 +142,14 @@ def check_guards(*outputs: Tensor | None) -> None:
         assert (memory[begin + out.numel() :] == GUARDED).all()
 
 
+class CudaError(RuntimeError):
+    """A launch that a device would refuse, or that would have failed there."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"CUDA error {code}: {ERRORS.get(code, 'unknown')}")
+        self.code = code
+
+
 class Emulated:
     """The operators ``native_*`` and `FusedBackend`'s functions over them."""
 
@@ -123,6 +158,18 @@ class Emulated:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
+
+    def set_device(self, major: int, multiprocessors: int, shared: int, shared_of_block: int) -> None:
+        self.library.set_device(major, multiprocessors, shared, shared_of_block)
+
+    def run_only(self, last_clusters: int, rows: int = 1) -> None:
+        """From here on only the last blocks, those of the last of ``rows`` rows; 0: all again."""
+        self.library.run_only(last_clusters, _Long(rows - 1))
+
+    def _call(self, name: str, args: ctypes.Structure, *more: object) -> None:
+        error = getattr(self.library, name)(ctypes.byref(args), *more)
+        if error:
+            raise CudaError(error)
 
     def _rows(self, *tensors: Tensor, free: Tensor | None = None) -> tuple:
         view = as_rows(*tensors, free=free)
@@ -145,7 +192,7 @@ class Emulated:
             shape, rows, _pointer(mask), _pointer(unit), _Seed(given=_pointer(seed)), None, noise_var, _pointer(out),
             _pointer(noise),
         )  # fmt: skip
-        assert self.library.perturb(ctypes.byref(args)) == 0
+        self._call("perturb", args)
         del alive
         check_guards(out, noise)
         return out, noise
@@ -155,7 +202,7 @@ class Emulated:
         alive, shape, (rows,) = self._rows(embed)
         out, seed = new_output(embed.shape, embed.dtype), torch.full((1,), -1)
         args = _Perturb(shape, rows, None, None, _Seed(**state), _pointer(seed), noise_var, _pointer(out), None)
-        assert self.library.perturb(ctypes.byref(args)) == 0
+        self._call("perturb", args)
         del alive
         return out, seed
 
@@ -169,7 +216,7 @@ class Emulated:
             args.norms, _norm = self._norms(norm, args)
         out = new_output(grad.shape if kind == "opaque" else (args.shape.rows,), torch.float32)
         args.measured = _pointer(out)
-        assert self.library.ascend(ctypes.byref(args)) == 0
+        self._call("ascend", args)
         del alive
         check_guards(out)
         return out
@@ -190,7 +237,7 @@ class Emulated:
         out = new_output(embed.shape, embed.dtype)
         kept = new_output(embed.shape, torch.float32) if keep_noise else None
         args.out, args.noise_out = _pointer(out), _pointer(kept)
-        assert self.library.ascend(ctypes.byref(args)) == 0
+        self._call("ascend", args)
         del alive
         check_guards(out, kept)
         return out, kept
@@ -255,7 +302,7 @@ class Emulated:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         alive, args = self._divergence(input, target, spec, mask)
         stats = new_output((args.shape.rows, STATISTICS), torch.float32)
-        partial = new_output((self.library.forward_partials(ctypes.byref(args)),), torch.float32)
+        partial = new_output((self._partials(args),), torch.float32)
         if spec.output == "terms":
             loss = new_output(input.shape, torch.promote_types(input.dtype, target.dtype))
             args.terms, args.terms_dtype = _pointer(loss), DTYPES[loss.dtype]
@@ -266,10 +313,15 @@ class Emulated:
             loss = new_output((), torch.float32)
             args.loss, args.partial = _pointer(loss), _pointer(partial)
         args.stats = _pointer(stats)
-        assert self.library.divergence_forward(ctypes.byref(args)) == 0
+        self._call("divergence_forward", args)
         del alive
         check_guards(loss, stats, partial)
         return loss, stats if want_input or want_target else None
+
+    def _partials(self, args: ctypes.Structure) -> int:
+        count = _Long()
+        self._call("forward_partials", args, ctypes.byref(count))
+        return count.value
 
     def divergence_backward(
         self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
@@ -286,11 +338,11 @@ class Emulated:
             spec.weight * spec.scale,
         )
         if spec.output == "terms":
-            assert self.library.divergence_elements_backward(ctypes.byref(args)) == 0
+            self._call("divergence_elements_backward", args)
         else:
             if spec.output == "sum":
                 args.upstream, args.upstream_dtype = _pointer(grad), DTYPES[grad.dtype]
-            assert self.library.divergence_backward(ctypes.byref(args)) == 0
+            self._call("divergence_backward", args)
         del alive
         check_guards(dx, dt)
         return dx, dt
@@ -299,7 +351,7 @@ class Emulated:
         alive, args = self._divergence(input, target, spec, mask)
         parts = new_output((args.shape.rows, STATISTICS), torch.float32)
         args.parts = _pointer(parts)
-        assert self.library.divergence_forward(ctypes.byref(args)) == 0
+        self._call("divergence_forward", args)
         del alive
         check_guards(parts)
         return parts
@@ -311,7 +363,7 @@ class Emulated:
         stats = stats.contiguous()
         losses = new_output((args.shape.rows,), torch.float32)
         args.stats, args.losses = _pointer(stats), _pointer(losses)
-        assert self.library.divergence_finish(ctypes.byref(args)) == 0
+        self._call("divergence_finish", args)
         del alive
         check_guards(losses)
         return losses
@@ -320,7 +372,7 @@ class Emulated:
         alive, shape, (rows,) = self._rows(logits)
         out = new_output(logits.shape, torch.float32 if wide else logits.dtype)
         args = _Fisher(shape, rows, _pointer(out), DTYPES[out.dtype])
-        assert self.library.fisher_direction(ctypes.byref(args)) == 0
+        self._call("fisher_direction", args)
         del alive
         check_guards(out)
         return out

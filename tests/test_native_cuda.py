@@ -44,13 +44,6 @@ def test_compiles_without_spills(target: str) -> None:
     assert max(each["registers"] for each in kernels) <= 128
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulation.Emulated:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ on PATH")
-    return cuda_emulation.Emulated(cuda_emulation.compile_library(tmp_path_factory.mktemp("cuda_emulation")))
-
-
 # ---- conversions and noise -------------------------------------------------------------------------------------------
 
 
@@ -325,18 +318,24 @@ def test_divergences_of_halves(
 
 @pytest.mark.parametrize(
     "device",
-    [(8, 4, 4096), (8, 4, 40 * 1024), (8, 4, 228 * 1024), (9, 2, 40 * 1024), (9, 16, 228 * 1024)],
+    [
+        (8, 4, 4096, 4096),
+        (8, 4, 40 * 1024, 40 * 1024),
+        cuda_emulation.A100,
+        (9, 2, 40 * 1024, 40 * 1024),
+        (9, 16, 228 * 1024, 227 * 1024),
+    ],
     ids=["no shared memory", "some", "enough", "clusters of a row that is too long", "clusters for few rows"],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_rows(kind: str, device: tuple[int, int, int], emulated: cuda_emulation.Emulated) -> None:
+def test_long_rows(kind: str, device: tuple[int, int, int, int], emulated: cuda_emulation.Emulated) -> None:
     """None, some or all of the row in shared memory; several blocks of a cluster on a row."""
-    emulated.library.set_device(*device)
+    emulated.set_device(*device)
     mask = torch.tensor([True, False])
     check_divergence(emulated, kind, *pair(2, 30522, apart=1e-4), False)
     check_divergence(emulated, kind, *pair(2, 30521, dtype=torch.bfloat16), False, mask)
     check_divergence(emulated, kind, *pair(2, 20000), True, mask)
-    emulated.library.set_device(8, 4, 64 * 1024)
+    emulated.set_device(*cuda_emulation.DEVICE)
 
 
 @pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2, 20.0])

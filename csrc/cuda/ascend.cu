@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(most_threads, 1) ascend_long_kernel(const Asce
 }
 
 template <class Rule>
-void run(const Ascend& args, cudaStream_t stream) {
+cudaError_t run(const Ascend& args, cudaStream_t stream) {
   const Shape& shape = args.shape;
   const Dtype dtype = args.grad.dtype;
   const int size = chunk_size(dtype);
@@ -355,21 +355,19 @@ void run(const Ascend& args, cudaStream_t stream) {
                     (!moves || (args.embed.dtype == dtype && aligned(shape, args.embed, size)));
   if (fits && fast) {
     const dim3 block = block_of(ceil_div(chunks_of(shape, size) * size, PER_THREAD));
-    with_type(dtype, [&](auto tag) {
-      launch(ascend_kernel<typename decltype(tag)::type, Rule>, rows_grid(shape, block), block, 0, stream, args);
+    const Config config = {rows_grid(shape, block), block};
+    return with_type(dtype, [&](auto tag) {
+      return launch(ascend_kernel<typename decltype(tag)::type, Rule>, config, stream, args);
     });
-  } else {
-    const dim3 block = block_of(ceil_div(chunks_of(shape, 4), 2));
-    launch(ascend_long_kernel<Rule>, rows_grid(shape, block), block, 0, stream, args);
   }
+  const dim3 block = block_of(ceil_div(chunks_of(shape, 4), 2));
+  return launch(ascend_long_kernel<Rule>, Config{rows_grid(shape, block), block}, stream, args);
 }
 
 template <Norm NORM>
-void run_rule(const Ascend& args, cudaStream_t stream) {
-  if (args.update == Update::paper && args.norm != Norm::opaque)
-    run<Ball<NORM>>(args, stream);
-  else
-    run<Scaled<NORM>>(args, stream);
+cudaError_t run_rule(const Ascend& args, cudaStream_t stream) {
+  if (args.update == Update::paper && args.norm != Norm::opaque) return run<Ball<NORM>>(args, stream);
+  return run<Scaled<NORM>>(args, stream);
 }
 
 }  // namespace
@@ -378,17 +376,14 @@ cudaError_t ascend(const Ascend& args, cudaStream_t stream) {
   if (args.shape.rows * args.shape.width == 0) return cudaSuccess;
   switch (args.norm) {
     case Norm::l2:
-      run_rule<Norm::l2>(args, stream);
-      break;
+      return run_rule<Norm::l2>(args, stream);
     case Norm::l1:
-      run_rule<Norm::l1>(args, stream);
-      break;
+      return run_rule<Norm::l1>(args, stream);
     case Norm::inf:
     case Norm::opaque:
-      run_rule<Norm::inf>(args, stream);
-      break;
+      return run_rule<Norm::inf>(args, stream);
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace cuda

@@ -257,7 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
     args.losses = loss.mutable_data_ptr<float>();
   } else {
     args.loss = loss.mutable_data_ptr<float>();
-    const int64_t partials = cuda::forward_partials(args);
+    int64_t partials = 0;
+    C10_CUDA_CHECK(cuda::forward_partials(args, partials));
     partial = launch.output_if(partials > 1, {partials}, at::kFloat);
     args.partial = pointer_if<float>(partials > 1, partial);
   }

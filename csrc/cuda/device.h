@@ -13,9 +13,16 @@
   extern __shared__ __align__(16) char bytes_of_##name[]; \
   type* const name = reinterpret_cast<type*>(bytes_of_##name)
 
-// Thread-block clusters, which have come with sm_90.
 namespace smart_fast {
 namespace cuda {
+
+// 16 bytes in memory. On a device an address that is no multiple of 16 is a fault; the emulation reports it.
+template <class Vector, class Element>
+__host__ __device__ __forceinline__ Vector& vector_at(Element* address) {
+  return *reinterpret_cast<Vector*>(address);
+}
+
+// Thread-block clusters, which have come with sm_90.
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int cluster_blocks() {

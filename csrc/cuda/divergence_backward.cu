@@ -10,6 +10,7 @@ namespace cuda {
 namespace {
 
 constexpr int PER_THREAD = 2;  // chunks
+constexpr int THREADS = 256;   // of a block of `backward_kernel`
 
 SMART_FAST_INLINE float row_factor(const Divergence& args, int64_t row) {
   return read_element(advance(args.grad.data, args.grad.dtype, row_offset(args.shape, args.grad, row)), args.grad.dtype, 0);
@@ -17,7 +18,7 @@ SMART_FAST_INLINE float row_factor(const Divergence& args, int64_t row) {
 
 // Gradients of a loss of whole rows: tiles in any order. Masked rows get zeros and are not read.
 template <class T, Kind KIND>
-__global__ void __launch_bounds__(256, 4) backward_kernel(const Divergence args) {
+__global__ void __launch_bounds__(THREADS, 4) backward_kernel(const Divergence args) {
   constexpr int size = Chunk<T>::size;
   const Shape& shape = args.shape;
   float scale = args.weight;
@@ -152,31 +153,25 @@ __global__ void __launch_bounds__(most_threads, 1) finish_kernel(const Divergenc
 }
 
 template <class T, Kind KIND>
-void run_tiles(const Divergence& args, cudaStream_t stream) {
-  const int64_t chunks = chunks_of(args.shape, Chunk<T>::size), threads = ceil_div(chunks, PER_THREAD);
-  const dim3 block = block_of(threads < 256 ? threads : 256);
-  launch(backward_kernel<T, KIND>, tiles_grid(args.shape, block, chunks, PER_THREAD), block, 0, stream, args);
+cudaError_t run_tiles(const Divergence& args, cudaStream_t stream) {
+  const int64_t chunks = chunks_of(args.shape, Chunk<T>::size);
+  const dim3 block = block_of(ceil_div(chunks, PER_THREAD), THREADS);
+  return launch(backward_kernel<T, KIND>, Config{tiles_grid(args.shape, block, chunks, PER_THREAD), block}, stream, args);
 }
 
 template <Kind KIND>
-void run(const Divergence& args, cudaStream_t stream) {
+cudaError_t run(const Divergence& args, cudaStream_t stream) {
   const int size = chunk_size(args.x.dtype);
   if (args.shape.width <= NARROW) return run_tiles<Any<1>, KIND>(args, stream);
   if (args.x.dtype == args.t.dtype && aligned(args.shape, args.x, size) && aligned(args.shape, args.t, size))
-    return with_type(args.x.dtype, [&](auto tag) { run_tiles<typename decltype(tag)::type, KIND>(args, stream); });
-  run_tiles<Any<4>, KIND>(args, stream);
+    return with_type(args.x.dtype, [&](auto tag) { return run_tiles<typename decltype(tag)::type, KIND>(args, stream); });
+  return run_tiles<Any<4>, KIND>(args, stream);
 }
 
-template <Kind KIND>
-void run_elements(const Divergence& args, cudaStream_t stream) {
+// Kernels that walk over rows one element at a time.
+cudaError_t run_rows(void (*kernel)(Divergence), const Divergence& args, cudaStream_t stream) {
   const dim3 block = block_of(ceil_div(args.shape.width, 4));
-  launch(elements_backward_kernel<KIND>, rows_grid(args.shape, block), block, 0, stream, args);
-}
-
-template <Kind KIND>
-void run_finish(const Divergence& args, cudaStream_t stream) {
-  const dim3 block = block_of(ceil_div(args.shape.width, 4));
-  launch(finish_kernel<KIND>, rows_grid(args.shape, block), block, 0, stream, args);
+  return launch(kernel, Config{rows_grid(args.shape, block), block}, stream, args);
 }
 
 template <class Run>
@@ -184,30 +179,27 @@ cudaError_t by_kind(const Divergence& args, const Run& run) {
   if (args.shape.rows == 0) return cudaSuccess;
   switch (args.kind) {
     case Kind::kl:
-      run(std::integral_constant<Kind, Kind::kl>());
-      break;
+      return run(std::integral_constant<Kind, Kind::kl>());
     case Kind::sym_kl:
-      run(std::integral_constant<Kind, Kind::sym_kl>());
-      break;
+      return run(std::integral_constant<Kind, Kind::sym_kl>());
     case Kind::js:
-      run(std::integral_constant<Kind, Kind::js>());
-      break;
+      return run(std::integral_constant<Kind, Kind::js>());
   }
-  return cudaGetLastError();
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
 cudaError_t divergence_backward(const Divergence& args, cudaStream_t stream) {
-  return by_kind(args, [&](auto kind) { run<decltype(kind)::value>(args, stream); });
+  return by_kind(args, [&](auto kind) { return run<decltype(kind)::value>(args, stream); });
 }
 
 cudaError_t divergence_elements_backward(const Divergence& args, cudaStream_t stream) {
-  return by_kind(args, [&](auto kind) { run_elements<decltype(kind)::value>(args, stream); });
+  return by_kind(args, [&](auto kind) { return run_rows(elements_backward_kernel<decltype(kind)::value>, args, stream); });
 }
 
 cudaError_t divergence_finish(const Divergence& args, cudaStream_t stream) {
-  return by_kind(args, [&](auto kind) { run_finish<decltype(kind)::value>(args, stream); });
+  return by_kind(args, [&](auto kind) { return run_rows(finish_kernel<decltype(kind)::value>, args, stream); });
 }
 
 }  // namespace cuda

@@ -308,93 +308,82 @@ __global__ void __launch_bounds__(most_threads, 1) sum_kernel(const Partials arg
 
 enum class Layout { narrow, registers, general };
 
-struct Device {
-  int shared, multiprocessors;
-  bool clusters;
-};
-
-// `shared`: bytes that a block may take so that two of them run at once on a multiprocessor.
-Device current_device() {
-  int id = 0, each = 0, most = 0, major = 0, count = 0;
-  cudaGetDevice(&id);
-  cudaDeviceGetAttribute(&each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id);
-  const int half = each / 2 - 2048;  // less what the system and the reductions take
-  return {half < most - 1024 ? half : most - 1024, count, major == 9 || major == 10};
-}
-
 struct Plan {
   Layout layout;
-  bool typed;   // one dtype, chunks aligned
-  int kept;     // chunks a thread leaves in shared memory
-  int cluster;  // blocks of a row
-  dim3 block, grid;
+  bool typed;  // one dtype, chunks aligned
+  int kept;    // chunks a thread leaves in shared memory
+  Config config;
 };
 
-Plan plan_of(const Divergence& args) {
+cudaError_t plan_of(const Divergence& args, Plan& plan) {
   const int size = chunk_size(args.x.dtype);
   const Shape& shape = args.shape;
-  Plan plan = {};
-  plan.cluster = 1;
+  plan = {};
   plan.typed = args.x.dtype == args.t.dtype && aligned(shape, args.x, size) && aligned(shape, args.t, size);
   const int64_t chunks = chunks_of(shape, plan.typed ? size : 4);
+  dim3& block = plan.config.block;
+  int& cluster = plan.config.cluster;
   if (shape.width <= NARROW) {
     plan.layout = Layout::narrow;
-    plan.block = block_of(ceil_div(shape.width, 4));
+    block = block_of(ceil_div(shape.width, 4));
   } else if (plan.typed && chunks * size <= MOST_KEPT) {
     plan.layout = Layout::registers;
-    plan.block = block_of(ceil_div(chunks * size, 16));
+    block = block_of(ceil_div(chunks * size, 16));
   } else {
     plan.layout = Layout::general;
-    plan.block = block_of(chunks < 128 ? 64 : ceil_div(chunks, 2));
-    const Device device = current_device();
-    const int64_t slot = 2 * 16 * int64_t(plan.block.x), room = device.shared > 0 ? device.shared / slot : 0;
-    const auto needed = [&] { return ceil_div(chunks, int64_t(plan.block.x) * plan.cluster); };
+    block = block_of(chunks < 128 ? 64 : ceil_div(chunks, 2));
+    Device device;
+    const cudaError_t error = current_device(device);
+    if (error != cudaSuccess) return error;
+    const int64_t slot = 2 * 16 * int64_t(block.x), room = device.shared / slot;
+    const auto needed = [&] { return ceil_div(chunks, int64_t(block.x) * cluster); };
     if (plan.typed && device.clusters)
-      while (plan.cluster < 8 && needed() > 1 && (needed() > room || shape.rows * plan.cluster < device.multiprocessors))
-        plan.cluster *= 2;
+      while (cluster < 8 && needed() > 1 && (needed() > room || shape.rows * cluster < device.multiprocessors)) cluster *= 2;
     plan.kept = int(needed() < room ? needed() : room);
+    plan.config.shared = size_t(plan.kept * slot);
   }
-  plan.grid = rows_grid(shape, plan.block);
-  if (plan.cluster > 1) {
-    const int64_t most_rows = most_blocks / plan.cluster;
-    plan.grid.x = unsigned((shape.rows < most_rows ? shape.rows : most_rows) * plan.cluster);
+  plan.config.grid = rows_grid(shape, block);
+  if (cluster > 1) {
+    const int64_t most_rows = most_blocks / cluster;
+    plan.config.grid.x = unsigned((shape.rows < most_rows ? shape.rows : most_rows) * cluster);
   }
-  return plan;
-}
-
-template <class T, Kind KIND, class Group>
-void run_long(const Divergence& args, const Plan& plan, cudaStream_t stream) {
-  const size_t bytes = size_t(plan.kept) * 2 * sizeof(Chunk<T>) * plan.block.x;
-  const auto kernel = long_kernel<T, KIND, Group>;
-  if (bytes > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-  if (plan.cluster > 1)
-    launch_cluster(kernel, plan.cluster, plan.grid, plan.block, bytes, stream, args, plan.kept);
-  else
-    launch(kernel, plan.grid, plan.block, bytes, stream, args, plan.kept);
+  return cudaSuccess;
 }
 
 template <Kind KIND>
-void run(const Divergence& args, const Plan& plan, cudaStream_t stream) {
-  if (plan.layout == Layout::narrow) return launch(row_kernel<Any<1>, KIND>, plan.grid, plan.block, 0, stream, args);
-  if (!plan.typed) return run_long<Any<4>, KIND, Group>(args, plan, stream);
-  with_type(args.x.dtype, [&](auto tag) {
+cudaError_t run(const Divergence& args, const Plan& plan, cudaStream_t stream) {
+  const Config& config = plan.config;
+  if (plan.layout == Layout::narrow) return launch(row_kernel<Any<1>, KIND>, config, stream, args);
+  if (!plan.typed) return launch(long_kernel<Any<4>, KIND, Group>, config, stream, args, plan.kept);
+  return with_type(args.x.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (plan.layout == Layout::registers)
-      launch(row_kernel<T, KIND>, plan.grid, plan.block, 0, stream, args);
-    else if (plan.cluster > 1)
-      run_long<T, KIND, ClusterGroup>(args, plan, stream);
-    else
-      run_long<T, KIND, Group>(args, plan, stream);
+    if (plan.layout == Layout::registers) return launch(row_kernel<T, KIND>, config, stream, args);
+    if (config.cluster > 1) return launch(long_kernel<T, KIND, ClusterGroup>, config, stream, args, plan.kept);
+    return launch(long_kernel<T, KIND, Group>, config, stream, args, plan.kept);
   });
+}
+
+cudaError_t run(const Divergence& args, const Plan& plan, cudaStream_t stream) {
+  switch (args.kind) {
+    case Kind::kl:
+      return run<Kind::kl>(args, plan, stream);
+    case Kind::sym_kl:
+      return run<Kind::sym_kl>(args, plan, stream);
+    case Kind::js:
+      return run<Kind::js>(args, plan, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-int64_t forward_partials(const Divergence& args) {
-  return args.shape.rows == 0 ? 0 : plan_of(args).grid.x;
+cudaError_t forward_partials(const Divergence& args, int64_t& count) {
+  count = 0;
+  if (args.shape.rows == 0) return cudaSuccess;
+  Plan plan;
+  const cudaError_t error = plan_of(args, plan);
+  if (error == cudaSuccess) count = plan.config.grid.x;
+  return error;
 }
 
 cudaError_t divergence_forward(const Divergence& args, cudaStream_t stream) {
@@ -402,23 +391,12 @@ cudaError_t divergence_forward(const Divergence& args, cudaStream_t stream) {
     if (args.loss != nullptr) return cudaMemsetAsync(args.loss, 0, sizeof(float), stream);
     return cudaSuccess;
   }
-  const Plan plan = plan_of(args);
-  switch (args.kind) {
-    case Kind::kl:
-      run<Kind::kl>(args, plan, stream);
-      break;
-    case Kind::sym_kl:
-      run<Kind::sym_kl>(args, plan, stream);
-      break;
-    case Kind::js:
-      run<Kind::js>(args, plan, stream);
-      break;
-  }
-  if (args.loss != nullptr && plan.grid.x > 1) {
-    const Partials partials = {args.partial, int64_t(plan.grid.x), args.weight, args.loss};
-    launch(sum_kernel, dim3(1), dim3(most_threads), 0, stream, partials);
-  }
-  return cudaGetLastError();
+  Plan plan;
+  cudaError_t error = plan_of(args, plan);
+  if (error == cudaSuccess) error = run(args, plan, stream);
+  if (error != cudaSuccess || args.loss == nullptr || plan.config.grid.x == 1) return error;
+  const Partials partials = {args.partial, int64_t(plan.config.grid.x), args.weight, args.loss};
+  return launch(sum_kernel, Config{dim3(1), dim3(most_threads)}, stream, partials);
 }
 
 }  // namespace cuda

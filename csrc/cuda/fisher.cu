@@ -148,24 +148,17 @@ cudaError_t fisher_direction(const Fisher& args, cudaStream_t stream) {
   if (shape.rows * shape.width == 0) return cudaSuccess;
   const auto run = [&](auto kernel, int64_t threads) {
     const dim3 block = block_of(threads);
-    launch(kernel, rows_grid(shape, block), block, 0, stream, args);
+    return launch(kernel, Config{rows_grid(shape, block), block}, stream, args);
   };
   const int size = chunk_size(args.logits.dtype);
   const int64_t chunks = chunks_of(shape, size);
-  if (shape.width <= NARROW) {
-    run(row_kernel<Any<1>>, ceil_div(shape.width, 4));
-  } else if (!aligned(shape, args.logits, size)) {
-    run(long_kernel<Any<4>>, shape.width < 512 ? 64 : ceil_div(shape.width, 8));
-  } else {
-    with_type(args.logits.dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      if (chunks * size <= MOST_KEPT)
-        run(row_kernel<T>, ceil_div(chunks * size, 16));
-      else
-        run(long_kernel<T>, most_threads);
-    });
-  }
-  return cudaGetLastError();
+  if (shape.width <= NARROW) return run(row_kernel<Any<1>>, ceil_div(shape.width, 4));
+  if (!aligned(shape, args.logits, size)) return run(long_kernel<Any<4>>, shape.width < 512 ? 64 : ceil_div(shape.width, 8));
+  return with_type(args.logits.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (chunks * size <= MOST_KEPT) return run(row_kernel<T>, ceil_div(chunks * size, 16));
+    return run(long_kernel<T>, most_threads);
+  });
 }
 
 }  // namespace cuda

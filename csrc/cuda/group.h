@@ -21,8 +21,9 @@ struct Sum {
 };
 
 // Room for the partial results of the warps of a block. Two of it take turns, so that one barrier a reduction is enough:
-// whoever writes one of them has passed the barrier of the other, behind every reader of the first.
-struct Shared {
+// whoever writes one of them has passed the barrier of the other, behind every reader of the first. Of a multiple of 16
+// bytes, as the dynamic shared memory behind it is aligned.
+struct alignas(16) Shared {
   float turn[2][3][most_warps];
   float cluster[2][3];
 };

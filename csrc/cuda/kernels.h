@@ -82,14 +82,14 @@ struct Fisher {
   Dtype out_dtype;  // fp32, or that of the logits
 };
 
-cudaError_t perturb(const Perturb&, cudaStream_t);
-cudaError_t ascend(const Ascend&, cudaStream_t);
-int64_t forward_partials(const Divergence&);
-cudaError_t divergence_forward(const Divergence&, cudaStream_t);  // measures only, if there are `parts`
-cudaError_t divergence_finish(const Divergence&, cudaStream_t);
-cudaError_t divergence_backward(const Divergence&, cudaStream_t);
-cudaError_t divergence_elements_backward(const Divergence&, cudaStream_t);
-cudaError_t fisher_direction(const Fisher&, cudaStream_t);
+[[nodiscard]] cudaError_t perturb(const Perturb&, cudaStream_t);
+[[nodiscard]] cudaError_t ascend(const Ascend&, cudaStream_t);
+[[nodiscard]] cudaError_t forward_partials(const Divergence&, int64_t& count);
+[[nodiscard]] cudaError_t divergence_forward(const Divergence&, cudaStream_t);  // measures only, if there are `parts`
+[[nodiscard]] cudaError_t divergence_finish(const Divergence&, cudaStream_t);
+[[nodiscard]] cudaError_t divergence_backward(const Divergence&, cudaStream_t);
+[[nodiscard]] cudaError_t divergence_elements_backward(const Divergence&, cudaStream_t);
+[[nodiscard]] cudaError_t fisher_direction(const Fisher&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace smart_fast

@@ -1,5 +1,10 @@
-// How work is laid out over blocks: functions of shapes alone.
+// How work is laid out over blocks, functions of shapes and of the device alone, and how kernels are launched.
 #pragma once
+
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
 
 #include "group.h"
 #include "kernels.h"
@@ -25,11 +30,12 @@ inline int64_t chunks_of(const Shape& shape, int size) {
   return ceil_div(shape.width + skew, size);
 }
 
-// [threads of a row, rows of a block]: lanes of a warp while they suffice, then whole warps.
-inline dim3 block_of(int64_t threads) {
+// [threads of a row, rows of a block]: lanes of a warp while they suffice, then whole warps, up to the `most` threads
+// that the kernel's launch bounds allow.
+inline dim3 block_of(int64_t threads, int most = most_threads) {
   if (threads > 32) {
     const int64_t whole = ceil_div(threads, 32) * 32;
-    return dim3(unsigned(whole < most_threads ? whole : most_threads), 1);
+    return dim3(unsigned(whole < most ? whole : most), 1);
   }
   unsigned lanes = 1;
   while (lanes < threads) lanes *= 2;
@@ -67,7 +73,7 @@ struct Tag {
 
 // Calls visit(Tag<T>) with the element type of a dtype.
 template <class Visit>
-void with_type(Dtype dtype, const Visit& visit) {
+[[nodiscard]] cudaError_t with_type(Dtype dtype, const Visit& visit) {
   switch (dtype) {
     case Dtype::fp32:
       return visit(Tag<float>());
@@ -76,31 +82,83 @@ void with_type(Dtype dtype, const Visit& visit) {
     case Dtype::fp16:
       return visit(Tag<Fp16>());
   }
+  return cudaErrorInvalidValue;
 }
 
-#if !defined(SMART_FAST_EMULATION)
-template <class... Args>
-void launch(void (*kernel)(Args...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args&... args) {
-  kernel<<<grid, block, shared, stream>>>(args...);
+// What launches depend on. `shared`: bytes of dynamic shared memory that a block may take so that two of them run at once
+// on a multiprocessor.
+struct Device {
+  int id, shared, multiprocessors;
+  bool clusters;
+};
+
+// The current device. Attributes are asked for once a device: each query costs as much as a launch.
+[[nodiscard]] inline cudaError_t current_device(Device& device) {
+  int id = 0;
+  cudaError_t error = cudaGetDevice(&id);
+  if (error != cudaSuccess) return error;
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(id);
+  if (found != known.end()) {
+    device = found->second;
+    return cudaSuccess;
+  }
+  int each = 0, most = 0, major = 0, count = 0;
+  const std::pair<int*, cudaDeviceAttr> wanted[] = {{&each, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+                                                    {&most, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                                                    {&major, cudaDevAttrComputeCapabilityMajor},
+                                                    {&count, cudaDevAttrMultiProcessorCount}};
+  for (const auto& [value, attribute] : wanted) {
+    error = cudaDeviceGetAttribute(value, attribute, id);
+    if (error != cudaSuccess) return error;
+  }
+  const int half = each / 2 - 2048, whole = most - int(sizeof(Shared));  // less what the system and the reductions take
+  const int shared = half < whole ? half : whole;
+  device = known[id] = {id, shared > 0 ? shared : 0, count, major == 9 || major == 10};
+  return cudaSuccess;
 }
 
-// The same with the blocks in clusters; the grid is a multiple of `cluster`.
-template <class... Args>
-void launch_cluster(void (*kernel)(Args...), int cluster, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                    const Args&... args) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, args...);
+// Lets a kernel take all of `Device::shared`. Without that a block gets 48 KiB, static shared memory included. Set once
+// for each kernel and device, always, so that no width depends on it being needed.
+[[nodiscard]] inline cudaError_t opt_in(const void* kernel, const Device& device) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device.id}) != 0) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared);
+  if (error == cudaSuccess) done.insert({kernel, device.id});
+  return error;
 }
-#endif
+
+struct Config {
+  dim3 grid, block;
+  size_t shared = 0;  // bytes of dynamic shared memory
+  int cluster = 1;    // blocks of a cluster, of which the grid holds whole ones
+};
+
+template <class... Parameters, class... Args>
+[[nodiscard]] cudaError_t launch(void (*kernel)(Parameters...), const Config& config, cudaStream_t stream,
+                                 const Args&... args) {
+  if (config.shared > 0) {
+    Device device;
+    cudaError_t error = current_device(device);
+    if (error == cudaSuccess) error = opt_in(reinterpret_cast<const void*>(kernel), device);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(config.cluster), 1, 1};
+  cudaLaunchConfig_t settings = {};
+  settings.gridDim = config.grid;
+  settings.blockDim = config.block;
+  settings.dynamicSmemBytes = config.shared;
+  settings.stream = stream;
+  settings.attrs = &cluster;
+  settings.numAttrs = config.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&settings, kernel, args...);
+}
 
 }  // namespace cuda
 }  // namespace smart_fast

@@ -209,7 +209,7 @@ struct Reader {
 
   SMART_FAST_INLINE Chunk<T> read(int64_t first, int64_t width, Fill fill) const {
     constexpr int size = Chunk<T>::size;
-    if (inside(first, size, width)) return {*reinterpret_cast<const uint4*>(data + first)};
+    if (inside(first, size, width)) return {vector_at<const uint4>(data + first)};
     const Chunk<T> padding = Chunk<T>::filled(fill);
     if (outside(first, size, width)) return padding;
     using Bit = typename Bits<T>::type;
@@ -251,7 +251,7 @@ struct Writer {
     if (outside(first, size, width)) return;
     const uint4 raw = Chunk<T>::pack(values).raw;
     if (inside(first, size, width)) {
-      *reinterpret_cast<uint4*>(data + first) = raw;
+      vector_at<uint4>(data + first) = raw;
       return;
     }
     using Bit = typename Bits<T>::type;
@@ -287,7 +287,7 @@ struct Floats {
     if (SIZE % 4 == 0 && inside(first, SIZE, width)) {
 #pragma unroll
       for (int i = 0; i < SIZE; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(row + first + i);
+        const float4 four = vector_at<const float4>(row + first + i);
         v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
       }
       return;
@@ -299,7 +299,7 @@ struct Floats {
     if (SIZE % 4 == 0 && inside(first, SIZE, width)) {
 #pragma unroll
       for (int i = 0; i < SIZE; i += 4)
-        *reinterpret_cast<float4*>(row + first + i) = {v[i], v[i + 1], v[i + 2], v[i + 3]};
+        vector_at<float4>(row + first + i) = {v[i], v[i + 1], v[i + 2], v[i + 3]};
       return;
     }
 #pragma unroll

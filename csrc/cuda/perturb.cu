@@ -7,9 +7,10 @@ namespace cuda {
 namespace {
 
 constexpr int PER_THREAD = 2;  // chunks: two loads in flight while the first noise is computed
+constexpr int THREADS = 256;   // of a block
 
 template <class T>
-__global__ void __launch_bounds__(256, 3) perturb_kernel(const Perturb args) {
+__global__ void __launch_bounds__(THREADS, 3) perturb_kernel(const Perturb args) {
   constexpr int size = Chunk<T>::size;
   const Shape& shape = args.shape;
   const int64_t seed = seed_of(args.seed);
@@ -51,11 +52,10 @@ __global__ void __launch_bounds__(256, 3) perturb_kernel(const Perturb args) {
 }
 
 template <class T>
-void run(const Perturb& args, cudaStream_t stream) {
+cudaError_t run(const Perturb& args, cudaStream_t stream) {
   const int64_t chunks = chunks_of(args.shape, Chunk<T>::size);
-  const int64_t threads = ceil_div(chunks, PER_THREAD);
-  const dim3 block = block_of(threads < 256 ? threads : 256);
-  launch(perturb_kernel<T>, tiles_grid(args.shape, block, chunks, PER_THREAD), block, 0, stream, args);
+  const dim3 block = block_of(ceil_div(chunks, PER_THREAD), THREADS);
+  return launch(perturb_kernel<T>, Config{tiles_grid(args.shape, block, chunks, PER_THREAD), block}, stream, args);
 }
 
 }  // namespace
@@ -70,10 +70,8 @@ cudaError_t perturb(const Perturb& given, cudaStream_t stream) {
     args.embed.stride0 = 0;
   }
   if (aligned(args.shape, args.embed, chunk_size(args.embed.dtype)))
-    with_type(args.embed.dtype, [&](auto tag) { run<typename decltype(tag)::type>(args, stream); });
-  else
-    run<Any<4>>(args, stream);
-  return cudaGetLastError();
+    return with_type(args.embed.dtype, [&](auto tag) { return run<typename decltype(tag)::type>(args, stream); });
+  return run<Any<4>>(args, stream);
 }
 
 }  // namespace cuda
