@@ -180,3 +180,38 @@ def test_the_report(how, tmp_path, capsys):
         assert "SMART_FAST_BACKEND: 'jax' does not exist" in report
     for part in (f"smart-fast {smart_fast.__version__}", torch.__version__, "cpu:", "torch    available", "native"):
         assert part in report
+
+
+# ---- what "auto" means -----------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_first_rule_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smart_fast.backends import auto
+
+    small = auto.Rule("native", "small or unaligned", fewer_than=100, unaligned=True)
+    large = auto.Rule("triton", "the rest")
+    monkeypatch.setitem(auto.RULES, "cpu", (small, large))
+    assert auto.candidates(torch.zeros(3, 4)) == ["native", "triton"]
+    assert auto.candidates(torch.zeros(30, 4)) == ["triton"]
+    assert auto.candidates(torch.zeros(30, 5)) == ["native", "triton"]  # rows of 20 bytes
+    assert auto.candidates(torch.zeros(121)[1:].view(30, 4)) == ["native", "triton"]
+    assert auto.candidates(torch.zeros(30, 4, device="meta")) == []
+
+
+def test_auto_serves_by_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smart_fast import backends
+    from smart_fast.backends import auto
+
+    monkeypatch.setattr(backends, "_default", "auto")
+    x = torch.zeros(3, 4)
+    monkeypatch.setitem(auto.RULES, "cpu", (auto.Rule("triton", "interpreted here"),))
+    assert backends.select("auto", x).name == "triton"
+    monkeypatch.setitem(auto.RULES, "cpu", ())
+    assert backends.select("auto", x) is None
+
+
+def test_every_rule_names_a_backend_and_a_reason() -> None:
+    from smart_fast.backends import NAMES, auto
+
+    rules = [rule for rules in auto.RULES.values() for rule in rules]
+    assert all(rule.backend in NAMES and rule.why for rule in rules)

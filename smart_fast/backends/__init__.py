@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..compiling import when_traced
+from .auto import candidates
 from .base import FUSED_DTYPES
 
 NAMES = ("torch", "triton", "native")
@@ -218,8 +219,11 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any
         return None
     device = tensors[0].device
     if backend == "auto":
-        module = _load_native(build=False) if device.type == "cpu" else _load_triton()
-        return None if isinstance(module, str) or module.cannot_serve(device) else module
+        for name in candidates(tensors[0]):
+            module = _load_native(build=False) if name == "native" else _load_triton()
+            if not isinstance(module, str) and module.cannot_serve(device) is None:
+                return module
+        return None
     module = _load_triton() if backend == "triton" else _load_native(build=True)
     reason = module if isinstance(module, str) else module.cannot_serve(device)
     if reason is None:
