@@ -10,7 +10,11 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-packages = ["smart_fast", "smart_fast.backends", "smart_fast.integrations", "smart_fast.kernels"]
+packages = [
+    "smart_fast",
+    *sorted(f"smart_fast.{each.parent.name}" for each in (ROOT / "smart_fast").glob("*/__init__.py")),
+    "smart_fast.kernels",
+]
 if CSRC.is_dir():
     packages += [
         "smart_fast.csrc",
@@ -19,10 +23,10 @@ if CSRC.is_dir():
 
 
 def extension():
-    """smart_fast._native, as native_build.py builds it; that file is read without importing the package."""
+    """smart_fast._native, as build.py builds it; that file is read without importing the package."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    spec = importlib.util.spec_from_file_location("native_build", ROOT / "smart_fast" / "native_build.py")
+    spec = importlib.util.spec_from_file_location("build", ROOT / "smart_fast" / "build.py")
     native_build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native_build)
     cuda = [f"csrc/{path.relative_to(CSRC)}" for path in native_build.cuda_sources(CSRC)]

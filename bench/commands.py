@@ -168,7 +168,7 @@ def tune(call: Call) -> int:
         return 1
     from smart_fast.kernels import tuning
 
-    from smart_fast.backends.triton_ops import device_name
+    from smart_fast.backends.triton_launch import device_name
 
     from . import tune, tune_targets
 

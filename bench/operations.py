@@ -11,7 +11,8 @@ from smart_pytorch.smart_pytorch import inf_norm
 from torch import Tensor
 
 import smart_fast
-from smart_fast import autograd, fisher
+from smart_fast import autograd
+from smart_fast.ascent import fisher
 from smart_fast.backends import select
 from smart_fast.backends.base import Step
 

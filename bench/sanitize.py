@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import smart_fast
-from smart_fast import fisher
+from smart_fast.ascent import fisher
 from smart_fast.backends import select
 
 #: Few, since each is compiled anew by Triton: a row of several to a program, one to a program, and in blocks.

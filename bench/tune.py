@@ -27,7 +27,7 @@ from smart_fast.kernels import launch, tuning
 from smart_fast.kernels.launch import Choice
 from torch import Tensor
 
-from smart_fast.backends import triton_ops as ops
+from smart_fast.backends import triton_launch as ops
 
 from . import report
 from .measure import Timing, copy_bandwidth, input_sets, interleaved

@@ -11,7 +11,7 @@ import torch
 from smart_fast.kernels import launch
 from torch import Tensor
 
-from smart_fast.backends import triton_ops as ops
+from smart_fast.backends import triton_launch as ops
 
 from .cases import BF16, DTYPES, FP32
 

@@ -7,16 +7,18 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "philox.py")
     # A source checkout: the kernels, installed as smart_fast.kernels, still lie beside this package.
     __path__.append(str(_here.parent))
 
+from . import linear as linear  # noqa: E402
+from . import loss as loss  # noqa: E402
 from . import recipes  # noqa: E402
-from .alice import AliceLoss  # noqa: E402
 from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
-from .bregman import BregmanProximal, paper_beta  # noqa: E402
-from .checkpointing import checkpointed  # noqa: E402
 from .diagnostics import ascent_ratio  # noqa: E402
-from .linear import LinearDivergence, linear_js_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
-from .loss import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
+from .losses.linear import LinearDivergence, linear_js_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
+from .losses.logits import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
+from .methods.alice import AliceLoss  # noqa: E402
+from .methods.bregman import BregmanProximal, paper_beta  # noqa: E402
 from .norms import inf_norm, l1_norm, l2_norm, sentence_norm  # noqa: E402
 from .smart import SMARTLoss  # noqa: E402
+from .training.checkpointing import checkpointed  # noqa: E402
 
 __version__ = "0.1.0"
 

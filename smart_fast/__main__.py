@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from . import __version__, available_backends, native_build
+from . import __version__, available_backends, build
 from .backends import build_native, default_backend
 
 _FIXES = {
@@ -63,7 +63,7 @@ def _lines() -> list[str]:
 def _native_lines() -> list[str]:
     if available_backends()["native"] is not None:
         return []
-    about = native_build.report(build_native().extension)
+    about = build.report(build_native().extension)
     sets = ", ".join(about["instruction_sets"])
     return [
         f"native   {about['compiler']}, torch {about['torch']}, cuda: {'yes' if about['cuda'] else 'no'}",

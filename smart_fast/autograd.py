@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import compiling, parallel, projection
-from .backends import log_ratio, torch_backend
+from .backends import log_ratio, pytorch
 from .backends.base import DivergenceSpec, FusedBackend, Step
+from .losses import chunks, sharded
 from .noise import draw_normal, draw_seed
+from .training import compiling
 
 
 class _Shift(torch.autograd.Function):
@@ -77,7 +78,7 @@ def perturb(
 ) -> tuple[Tensor, Tensor]:
     """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
     if backend is None:
-        return torch_backend.perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
+        return pytorch.perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
     if _has_nodes(backend):
         return backend.perturb_fresh(embed, generator, float(noise_var), mask, keep_noise, unit)
     seed = draw_seed(embed.device, generator)
@@ -108,7 +109,7 @@ def ascend(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``embed`` plus the noise moved along ``grad``, and that noise if another step will need it."""
     if backend is None:
-        return torch_backend.ascend(embed, grad, noise, step, mask, unit)
+        return pytorch.ascend(embed, grad, noise, step, mask, unit)
     if _has_nodes(backend):
         return backend.ascend(embed, grad, noise, step, mask, keep_noise, unit)
     perturbed, noise_out = backend.ascend(embed.detach(), grad.detach(), noise, step, mask, keep_noise, unit)
@@ -154,7 +155,7 @@ def divergence(
     Of ``logits / temperature``, times ``temperature**2``.
     """
     if backend is None:
-        return torch_backend.divergence(input, target, kind, reduction, alpha, mask, temperature)
+        return pytorch.divergence(input, target, kind, reduction, alpha, mask, temperature)
     square = temperature * temperature
     if reduction == "none":
         spec = DivergenceSpec(kind, "terms", float(alpha), 1.0, 1.0 / temperature)
@@ -196,10 +197,10 @@ class _ParallelDivergence(torch.autograd.Function):
         ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: Any, spec: DivergenceSpec, group: Any
     ) -> tuple[Tensor, Tensor]:
         if spec.output == "terms":
-            stats, width = parallel.statistics(backend, input, target, spec, mask, group)
+            stats, width = sharded.statistics(backend, input, target, spec, mask, group)
             loss = log_ratio.terms(input, target, stats, spec, mask)
         else:
-            rows, stats, width = parallel.rows(backend, input, target, spec, mask, group)
+            rows, stats, width = sharded.rows(backend, input, target, spec, mask, group)
             loss = rows.view(input.shape[:-1])
         ctx.save_for_backward(input, target, mask, stats)
         ctx.options = backend, spec, group
@@ -215,7 +216,7 @@ class _ParallelDivergence(torch.autograd.Function):
         if spec.output == "terms":
             gradients = log_ratio.divergence_backward(
                 grad, input, target, stats, spec, mask, want_input, want_target,
-                reduce=lambda sums: parallel.all_reduce(sums, group),
+                reduce=lambda sums: sharded.all_reduce(sums, group),
             )  # fmt: skip
         else:
             gradients = backend.divergence_backward(grad, input, target, stats, spec, mask, want_input, want_target)
@@ -254,12 +255,12 @@ class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
-        plan: projection.Plan, total: bool,
+        plan: chunks.Plan, total: bool,
     ) -> Tensor:  # fmt: skip
-        wanted = projection.Wanted(*ctx.needs_input_grad[:4])
+        wanted = chunks.Wanted(*ctx.needs_input_grad[:4])
         tensors = input, target, weight, bias, mask
         with torch.autocast(input.device.type, enabled=False):
-            loss, stats, ctx.gradients = projection.losses(
+            loss, stats, ctx.gradients = chunks.losses(
                 plan, *tensors, keep=any(wanted), now=wanted if total and any(wanted) else None
             )
         if any(wanted):
@@ -271,7 +272,7 @@ class _LinearDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight, bias, mask, stats = ctx.saved_tensors
-        wanted = projection.Wanted(*ctx.needs_input_grad[:4])
+        wanted = chunks.Wanted(*ctx.needs_input_grad[:4])
         # Used up: a second backward pass computes its own.
         sums, ctx.gradients = ctx.gradients, None
         common = grad
@@ -283,15 +284,15 @@ class _LinearDivergence(torch.autograd.Function):
                 # In half precision products of upstream gradients and hidden states could overflow or vanish.
                 common = rows.abs().amax()
                 common = torch.where(common == 0, 1.0, common)
-                sums = projection.gradients(ctx.plan, input, target, weight, bias, mask, stats, rows / common, wanted)
+                sums = chunks.gradients(ctx.plan, input, target, weight, bias, mask, stats, rows / common, wanted)
                 grad = grad if ctx.total else rows
             dtypes = input.dtype, target.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-            found = projection.finished(ctx.plan, sums, wanted, grad, common, dtypes)
+            found = chunks.finished(ctx.plan, sums, wanted, grad, common, dtypes)
         return *found, None, None, None
 
 
 def linear_divergence(
-    plan: projection.Plan, input: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
+    plan: chunks.Plan, input: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
     total: bool,
 ) -> Tensor:  # fmt: skip
     """The divergence of ``input @ weight.T + bias`` from ``target @ weight.T + bias``, summed or for each of N tokens.

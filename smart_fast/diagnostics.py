@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from . import passes, states
-from .backends import ball, log_ratio
+from .ascent import modes
+from .backends import balls, log_ratio
 from .backends.base import DivergenceSpec, Step
+from .losses import states
 from .norms import l2_norm
 
 __all__ = ["ascent_ratio"]
@@ -104,7 +105,7 @@ def _step(grad: Tensor, step: Step, unit: Tensor | None) -> Tensor:
     """What one step adds to the noise, before anything is projected."""
     size = step.step_size if unit is None else step.step_size * unit
     if step.update == "paper":
-        return size * ball.direction(grad, step.norm_fn)
+        return size * balls.direction(grad, step.norm_fn)
     if step.update == "sift":
         epsilon = step.epsilon if unit is None else step.epsilon * unit
         return size * (grad / (step.norm_fn(grad) + epsilon))
@@ -153,7 +154,7 @@ def _changes(smart: Any, embeds: list[Tensor], args: Any, mask: Any, kwargs: Any
     training = smart.training
     smart.eval()
     try:
-        with passes.setting([smart], "diagnose", True), passes.setting([smart], "skip_in_eval", False):
+        with modes.setting([smart], "diagnose", True), modes.setting([smart], "skip_in_eval", False):
             with torch.enable_grad():
                 state = smart.eval_fn(*inputs, *args, **kwargs)
                 smart(tuple(inputs) if len(inputs) > 1 else inputs[0], state, *args, mask=mask, **kwargs)

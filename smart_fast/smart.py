@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from . import autograd, distributed, fisher, passes, precision, settings, states
-from . import perturbed as perturbed_pass
-from ._checks import check_mask, check_tensor
-from .ascent import InputGradients
+from . import autograd, options
+from .ascent import fisher, modes, precision
+from .ascent import perturbed as perturbed_pass
+from .ascent.input_gradients import InputGradients
 from .backends import calling, plain_divergence, select
 from .backends.base import Step
+from .checks import check_mask, check_tensor
 from .diagnostics import Record
-from .loss import DEFAULTS
+from .losses import states
+from .losses.logits import DEFAULTS
 from .noise import token_rms
 from .norms import Norm, inf_norm
+from .training import ddp_fsdp
 
 __all__ = ["SMARTLoss"]
 
@@ -144,7 +147,7 @@ class SMARTLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in settings.NAMES:
+        if name in options.NAMES:
             self.__dict__["_checked"] = None
 
     def forward(
@@ -175,14 +178,14 @@ class SMARTLoss(nn.Module):
             first = check_tensor("embed", embed[0] if isinstance(embed, (tuple, list)) and embed else embed)
             return torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=torch.is_grad_enabled())
         if self.freeze_batch_norm:
-            with passes.setting(passes.training_batch_norms(self.eval_fn), "track_running_stats", False):
+            with modes.setting(modes.training_batch_norms(self.eval_fn), "track_running_stats", False):
                 return self._regularizer(step, embed, state, args, mask, kwargs)
         return self._regularizer(step, embed, state, args, mask, kwargs)
 
     def _regularizer(self, step: Step, embed: Any, state: Any, args: Any, mask: Any, kwargs: Any) -> Tensor:
         run, num_steps = self.eval_fn, self.num_steps
         if self.shared_dropout:
-            run = passes.ReplayedDropout.of(run).replay
+            run = modes.ReplayedDropout.of(run).replay
         several = isinstance(embed, (tuple, list))
         embeds = tuple(embed) if several else (embed,)
         masks = self._check_inputs(embeds, mask, several)
@@ -249,12 +252,12 @@ class SMARTLoss(nn.Module):
 
     def _check_settings(self) -> Step:
         """Check the attributes; the settings of a step. Remembered until an attribute changes."""
-        step = settings.check(self)
+        step = options.check(self)
         if not torch.compiler.is_compiling():
             self.__dict__["_checked"] = step
-            self.__dict__["_wrapped"] = distributed.is_wrapped(self.eval_fn)
+            self.__dict__["_wrapped"] = ddp_fsdp.is_wrapped(self.eval_fn)
             if self.shared_dropout:
-                passes.ReplayedDropout.of(self.eval_fn)
+                modes.ReplayedDropout.of(self.eval_fn)
         return step
 
     def _skips(self) -> bool:

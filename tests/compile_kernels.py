@@ -24,7 +24,7 @@ from smart_fast.kernels.launch import MAX_BLOCK
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from smart_fast.backends import triton_ops as ops
+from smart_fast.backends import triton_launch as ops
 from smart_fast.backends.base import STATISTICS
 
 TARGETS = {

@@ -78,7 +78,7 @@ KERNELS = {
 @pytest.fixture(scope="session")
 def native() -> ModuleType:
     """The module of the native backend, compiled if need be."""
-    from smart_fast import native_build
+    from smart_fast import build as native_build
     from smart_fast.backends import build_native
 
     if native_build.load() is None and (reason := native_build.missing()):
@@ -95,7 +95,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[ModuleType, torch.
     if name == "triton":
         if device.type == "cpu" and torch.cuda.is_available():
             pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 with CUDA_VISIBLE_DEVICES= interprets them")
-        module = pytest.importorskip("smart_fast.backends.triton_backend")
+        module = pytest.importorskip("smart_fast.backends.triton")
     else:
         module = request.getfixturevalue("native")
         if reason := module.cannot_serve(device):
@@ -132,7 +132,7 @@ def poison(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
         backend.extension.poison_outputs(False)
         return
 
-    from smart_fast.backends import triton_ops
+    from smart_fast.backends import triton_launch as triton_ops
 
     def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)

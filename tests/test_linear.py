@@ -19,10 +19,10 @@ from smart_fast import (
     linear_js_loss,
     linear_kl_loss,
     linear_sym_kl_loss,
-    projection,
     sym_kl_loss,
 )
-from smart_fast.projection import chunk_tokens
+from smart_fast.losses import chunks
+from smart_fast.losses.chunks import chunk_tokens
 from tests import oracle
 
 LOSSES = {"kl": linear_kl_loss, "sym_kl": linear_sym_kl_loss, "js": linear_js_loss}
@@ -237,7 +237,7 @@ def test_masked_tokens_may_hold_anything(
     kind: str, reduction: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if on_gpu:  # where masked tokens keep their places
-        monkeypatch.setattr(projection, "_kept", lambda mask: (None, mask))
+        monkeypatch.setattr(chunks, "_kept", lambda mask: (None, mask))
     given, mask = tensors(), some_tokens((3, 5))
     want = run(kind, given, reduction, mask=mask)
     dirty = [each.detach().clone() for each in given]
@@ -444,7 +444,7 @@ def test_the_module_holds_the_weight_and_does_not_register_it() -> None:
 
 def test_the_backend_of_the_caller_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(smart_fast.linear, "select", lambda backend, *_: asked.append(backend))
+    monkeypatch.setattr(smart_fast.losses.linear, "select", lambda backend, *_: asked.append(backend))
     linear, _ = regularizers(Body())
     embed = torch.randn(2, 6, dtype=torch.float64)
     linear(embed, linear.eval_fn(embed))

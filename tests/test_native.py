@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import smart_fast
-from smart_fast import native_build
+from smart_fast import build as native_build
 from smart_fast.backends import select
 from smart_fast.backends.base import Step
 from tests import oracle
@@ -53,7 +53,7 @@ def test_how_it_was_built(native):
 
 @pytest.mark.parametrize("width", [768, 30, 7])
 def test_noise_of_the_triton_kernels(native, width):
-    triton_backend = pytest.importorskip("smart_fast.backends.triton_backend")
+    triton_backend = pytest.importorskip("smart_fast.backends.triton")
     if triton_backend.cannot_serve(torch.device("cpu")):
         pytest.skip("the Triton kernels are not interpreted here")
     embed = torch.zeros(50, width)

@@ -14,7 +14,7 @@ import zipfile
 import pytest
 import torch
 
-from smart_fast import native_build
+from smart_fast import build as native_build
 from tests.helpers import ROOT, run_python
 
 PROBE = """
@@ -32,7 +32,7 @@ PyMODINIT_FUNC JOIN(PyInit_, TORCH_EXTENSION_NAME)(void) {
 """
 USE = """
 from pathlib import Path
-from smart_fast import native_build
+from smart_fast import build as native_build
 native_build.CPU_SOURCES = ("bindings.cpp",)
 native_build.sources = lambda: Path({csrc!r})
 """
@@ -205,7 +205,7 @@ def test_compiled_at_installation(tmp_path):
     assert "none-any" not in wheel.name
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    code = "from smart_fast import native_build; print(native_build.load().probe, native_build.load().__file__)"
+    code = "from smart_fast import build; print(build.load().probe, build.load().__file__)"
     done = run_python(code, cwd=tmp_path, path=(site,))
     assert done.stdout.startswith(f"42 {site}"), done.stderr
 

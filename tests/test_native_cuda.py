@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smart_fast import fisher, inf_norm, l1_norm, l2_norm, sentence_norm
+from smart_fast import inf_norm, l1_norm, l2_norm, sentence_norm
+from smart_fast.ascent import fisher
 from smart_fast.backends.base import DivergenceSpec, Step
 from tests import compile_cuda, cuda_emulation, oracle
 from tests import test_divergence_wide as wide
@@ -489,7 +490,7 @@ def operators() -> Callable[..., object]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 768), (3, 5, 1001), (2, 9001)])
 def test_device_agrees_with_triton(shape: tuple[int, ...], dtype: torch.dtype, operators) -> None:
-    from smart_fast.backends import triton_ops
+    from smart_fast.backends import triton_launch as triton_ops
 
     embed, grad = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
     seed = torch.tensor([SEED], device="cuda")

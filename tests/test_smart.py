@@ -489,9 +489,11 @@ def test_one_empty_embedding_of_a_pair():
 @pytest.mark.filterwarnings("ignore::smart_fast.BackendFallbackWarning")
 def test_the_backend_reaches_losses_inside_a_lambda(monkeypatch):
     asked = []
-    select = smart_fast.loss.select
-    monkeypatch.setattr("smart_fast.loss.select", lambda backend, *a, **k: asked.append(backend) or select("torch", *a))
-    monkeypatch.setattr("smart_fast.loss.plain_divergence", lambda backend: None)
+    select = smart_fast.losses.logits.select
+    monkeypatch.setattr(
+        "smart_fast.losses.logits.select", lambda backend, *a, **k: asked.append(backend) or select("torch", *a)
+    )
+    monkeypatch.setattr("smart_fast.losses.logits.plain_divergence", lambda backend: None)
     net, embed = nn.Linear(WIDTH, 3), embedding()
     SMARTLoss(net, lambda p, s: kl_loss(p, s) + js_loss(p, s, backend="torch"), backend="native")(embed, net(embed))
     assert asked == ["native", "torch"] * 2
@@ -503,9 +505,11 @@ def test_the_backend_reaches_losses_inside_a_lambda(monkeypatch):
 @pytest.mark.filterwarnings("ignore::smart_fast.BackendFallbackWarning")
 def test_two_smart_losses_inside_each_other_keep_their_backends(monkeypatch):
     asked = []
-    select = smart_fast.loss.select
-    monkeypatch.setattr("smart_fast.loss.select", lambda backend, *a, **k: asked.append(backend) or select("torch", *a))
-    monkeypatch.setattr("smart_fast.loss.plain_divergence", lambda backend: None)
+    select = smart_fast.losses.logits.select
+    monkeypatch.setattr(
+        "smart_fast.losses.logits.select", lambda backend, *a, **k: asked.append(backend) or select("torch", *a)
+    )
+    monkeypatch.setattr("smart_fast.losses.logits.plain_divergence", lambda backend: None)
     net, embed = nn.Linear(WIDTH, 3), embedding()
     inner = SMARTLoss(net, kl_loss, backend="torch", num_steps=0)
     outer = SMARTLoss(net, lambda p, s: inner(embed, s) + kl_loss(p, s), backend="native", num_steps=0)

@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from bench import tune, tune_candidates, tune_targets  # noqa: E402
 from bench.measure import Timing  # noqa: E402
 from smart_fast import kl_loss  # noqa: E402
-from smart_fast.backends import triton_ops as ops  # noqa: E402
+from smart_fast.backends import triton_launch as ops  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME = ops.device_name(DEVICE)

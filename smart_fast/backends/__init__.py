@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiling import when_traced
+from ..training.compiling import when_traced
 from .auto import candidates
 from .base import FUSED_DTYPES
 
@@ -50,9 +50,9 @@ def _load_triton() -> ModuleType | str:
             _triton = "triton is not installed (pip install triton; wheels exist for Linux)"
         else:
             try:
-                from . import triton_backend
+                from . import triton
 
-                _triton = triton_backend
+                _triton = triton
             except Exception as error:
                 _triton = f"triton cannot be imported: {type(error).__name__}: {error}"
     return _triton
@@ -66,16 +66,16 @@ def _seek_native(build: bool) -> str:
     """Set ``_native`` if that can be done; returns why not, or nothing. Looks once for what was built earlier."""
     global _native, _native_sought
     if _native is None and (build or not _native_sought):
-        from .. import native_build
+        from .. import build as native_build
 
         _native_sought = True
         try:
             extension = native_build.build() if build else native_build.load()
             if extension is not None:
-                from . import native_backend
+                from . import native
 
-                native_backend.extension = extension
-                _native = native_backend
+                native.extension = extension
+                _native = native
         except native_build.BuildError as error:
             _native = f"it cannot be built: {error}"
         except Exception as error:
@@ -233,7 +233,7 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = ()) -> Any
 
 
 def plain_divergence(backend: str) -> Callable[..., Tensor | None] | None:
-    """The short way to a divergence in eager mode (`native_backend.plain_divergence`), if ``backend`` has one."""
+    """The short way to a divergence in eager mode (`native.plain_divergence`), if ``backend`` has one."""
     if backend == "auto":
         backend = default_backend()
     if backend == "torch" or backend == "triton" or not isinstance(_native, ModuleType):

@@ -6,7 +6,7 @@ With p = softmax(x), q = softmax(t), d = x - t, everything is written in the log
                                   D = lse(x) - lse(t)         elsewhere: expm1 would overflow
 
 so that losses of nearly equal sides keep their digits. fp32 inside, float64 for float64 logits. For losses that need
-more than `smart_fast.backends.torch_backend` (which is smart-pytorch's order of operations) and have no kernel at hand.
+more than `smart_fast.backends.pytorch` (which is smart-pytorch's order of operations) and have no kernel at hand.
 """
 
 from __future__ import annotations

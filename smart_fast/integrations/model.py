@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_count, check_number
 from ..backends import check_name
 from ..backends.base import UPDATES
-from ..loss import js_loss, kl_loss, sym_kl_loss
+from ..checks import check_choice, check_count, check_number
+from ..losses.logits import js_loss, kl_loss, sym_kl_loss
 from ..norms import Norm, inf_norm, sentence_norm
-from ..settings import SCALES
+from ..options import SCALES
 from ..smart import SMARTLoss
 
 __all__ = ["EmbeddingTap", "ModelRegularizer", "SMARTArguments", "Smoothness", "input_embeddings"]

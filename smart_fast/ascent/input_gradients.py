@@ -11,9 +11,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
-from . import compiling
-from .backends import short_way_to_gradients
-from .noise import remember_generators
+from ..backends import short_way_to_gradients
+from ..noise import remember_generators
+from ..training import compiling
 
 LossOf = Callable[..., Tensor]
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import precision, states
-from ._checks import check_bool, check_callable, check_choice, check_count, check_number
+from .ascent import precision
 from .backends import check_name
 from .backends.base import UPDATES, Step
+from .checks import check_bool, check_callable, check_choice, check_count, check_number
+from .losses import states
 
 ASCENTS = ("perturbed", "fisher")
 SCALES = ("absolute", "relative")

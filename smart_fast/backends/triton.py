@@ -1,7 +1,7 @@
 """The Triton kernels behind the backend contract: allocate, choose a tile, launch.
 
 Imported only when Triton is there and a backend is asked for it. In eager mode the kernels are launched directly; when
-torch.compile traces, the registered operators of `triton_ops` are called instead (see `smart_fast.autograd`).
+torch.compile traces, the registered operators of `triton_launch` are called instead (see `smart_fast.autograd`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused
-from . import triton_ops as ops
+from . import steps
+from . import triton_launch as ops
 from .base import DivergenceSpec, Step
 
 name = "triton"
@@ -61,7 +61,7 @@ def ascend(
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
     unit: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return fused.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
+    return steps.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
 
 
 def divergence_forward(

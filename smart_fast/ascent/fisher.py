@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiling, distributed, parallel, precision, states
-from .backends import select
+from ..backends import select
+from ..losses import sharded, states
+from ..training import compiling, ddp_fsdp
+from . import precision
 
 _STATIC = (
     "ascent='fisher' goes backward through the state, which a DistributedDataParallel with static_graph=True has made,"
@@ -60,10 +62,10 @@ def gradients(
     if rescale:
         scale = precision.sample_scale(seeds, precision.by_sample(embeds, seeds))
         seeds = [seed * precision.like_samples(scale, seed) for seed in seeds]
-    if distributed.in_use():
-        distributed.check_loss(outputs[0], _STATIC)
+    if ddp_fsdp.in_use():
+        ddp_fsdp.check_loss(outputs[0], _STATIC)
     seeds = [seed.to(each.dtype) for seed, each in zip(seeds, outputs, strict=True)]
-    with distributed.ascent(eval_fn):
+    with ddp_fsdp.ascent(eval_fn):
         found = compiling.vector_jacobian_product(outputs, list(embeds), seeds)
     if any(each is None for each in found):
         raise ValueError(
@@ -80,7 +82,7 @@ def direction(logits: Tensor, backend: str = "torch", *, wide: bool = True) -> T
     Computed in fp32 (fp64 of fp64), returned so if ``wide``, else in the dtype of ``logits``. The entry of the largest
     is the sum of the others, with the sign changed: nothing cancels where it is near one.
     """
-    module = None if logits.numel() == 0 or parallel.is_dtensor(logits) else select(backend, logits)
+    module = None if logits.numel() == 0 or sharded.is_dtensor(logits) else select(backend, logits)
     if module is not None:
         found: Tensor = module.fisher_direction(logits, wide)
         return found

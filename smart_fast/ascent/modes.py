@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_iter
 
-from .noise import remember_generators
+from ..noise import remember_generators
 
 
 @contextlib.contextmanager

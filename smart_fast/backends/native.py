@@ -1,6 +1,6 @@
 """The compiled operators behind the backend contract.
 
-Imported once the extension is loaded (`smart_fast.native_build`), which registers ``torch.ops.smart_fast.native_*``.
+Imported once the extension is loaded (`smart_fast.build`), which registers ``torch.ops.smart_fast.native_*``.
 An operator in C++ costs little enough that eager mode and torch.compile take the same path.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused
+from . import steps
 from .base import STATISTICS, DivergenceSpec, Step, new_output
 
 name = "native"
@@ -81,7 +81,7 @@ def ascend(
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
     unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return fused.ascend(
+    return steps.ascend(
         _measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit, folds_groups=True
     )
 
@@ -160,7 +160,7 @@ def _fake_ascend_measure(
     grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float, update: str,
     norm: Tensor | None = None, unit: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return fused.fake_ascend_measure(grad, noise, norm, mask, unit, kind, noise_var, step_size, update)
+    return steps.fake_ascend_measure(grad, noise, norm, mask, unit, kind, noise_var, step_size, update)
 
 
 def _fake_ascend(
@@ -169,7 +169,7 @@ def _fake_ascend(
     moved_norm: Tensor | None = None, unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rest = kind, scope, noise_var, step_size, update, epsilon, keep_noise
-    return fused.fake_ascend(embed, grad, noise, norm, moved_norm, mask, unit, *rest)
+    return steps.fake_ascend(embed, grad, noise, norm, moved_norm, mask, unit, *rest)
 
 
 def _fake_divergence_forward(
@@ -177,7 +177,7 @@ def _fake_divergence_forward(
     scale: float, relative: bool, keep: bool, want_input: bool, want_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     spec = DivergenceSpec(kind, output, alpha, weight, scale, relative)
-    loss, stats = fused.fake_divergence_forward(input, target, mask, *spec, keep)
+    loss, stats = steps.fake_divergence_forward(input, target, mask, *spec, keep)
     d_input = new_output(input.shape if want_input else (0,), input.dtype, input.device)
     return loss, stats, d_input, new_output(target.shape if want_target else (0,), target.dtype, target.device)
 
@@ -201,9 +201,9 @@ for _operator, _fake in (
     ("ascend_measure", _fake_ascend_measure),
     ("ascend", _fake_ascend),
     ("divergence_forward", _fake_divergence_forward),
-    ("divergence_backward", fused.fake_divergence_backward),
+    ("divergence_backward", steps.fake_divergence_backward),
     ("divergence_measure", _fake_divergence_measure),
     ("divergence_finish", _fake_divergence_finish),
-    ("fisher_direction", fused.fake_fisher_direction),
+    ("fisher_direction", steps.fake_fisher_direction),
 ):
     torch.library.register_fake(f"smart_fast::native_{_operator}", _fake)

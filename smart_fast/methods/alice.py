@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_number
-from .smart import SMARTLoss
+from ..checks import check_number
+from ..smart import SMARTLoss
 
 __all__ = ["AliceLoss"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..norms import known_norm
-from . import ball, torch_backend
+from . import balls, pytorch
 from .base import STATISTICS, Step, new_output
 
 
@@ -44,7 +44,7 @@ def ascend(
         # The norm of the norms of the rows of a sentence is that of the sentence.
         shape = grad.shape if known is None else (*grad.shape[:-1], 1)
         measured = measure(grad, noise, None, mask, unit, kind, *common).view(shape)
-        found = _broadcastable(ball.norm(measured, step.norm_fn) if paper else step.norm_fn(measured), grad)
+        found = _broadcastable(balls.norm(measured, step.norm_fn) if paper else step.norm_fn(measured), grad)
         if found.dim() > 0 and found.shape[-1] != 1:
             return _in_pytorch(perturb, embed, grad, noise, step, mask, keep_noise, unit)
         norm = _for_each_row(found, grad)
@@ -53,7 +53,7 @@ def ascend(
                 moved = measure(grad, noise, norm, mask, unit, "l2", *common).view(shape)
             else:
                 moved = measure(grad, noise, norm, mask, unit, "opaque", *common)
-            shrink = _for_each_row(ball.shrinkage(moved, step.norm_fn, step.epsilon), grad)
+            shrink = _for_each_row(balls.shrinkage(moved, step.norm_fn, step.epsilon), grad)
         if kind == "opaque":
             kind = "l2" if paper else "inf"
     perturbed, new_noise = move(
@@ -85,7 +85,7 @@ def _in_pytorch(
     """For norms that differ within a row, and other cases where little is left to fuse."""
     if noise.dtype == torch.int64:
         noise = perturb(torch.zeros_like(embed, dtype=torch.float32), noise, float(step.noise_var), mask, unit)
-    perturbed, new_noise = torch_backend.ascend(embed, grad.float(), noise, step, mask, unit)
+    perturbed, new_noise = pytorch.ascend(embed, grad.float(), noise, step, mask, unit)
     return perturbed, new_noise if keep_noise else None
 
 

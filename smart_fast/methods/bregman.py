@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from . import autograd, distributed, states
-from ._checks import check_callable, check_choice, check_count, check_number, check_tensor
-from .backends import backend_of_caller, calling, check_name, log_ratio, select
-from .precision import HALF
+from .. import autograd
+from ..ascent.precision import HALF
+from ..backends import backend_of_caller, calling, check_name, log_ratio, select
+from ..checks import check_callable, check_choice, check_count, check_number, check_tensor
+from ..losses import states
+from ..training import ddp_fsdp
 
 __all__ = ["BregmanProximal", "paper_beta"]
 
@@ -247,7 +249,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = getattr(model, "module" if isinstance(model, DistributedDataParallel) else "_orig_mod")
-    if distributed.is_sharded(model):
+    if ddp_fsdp.is_sharded(model):
         raise TypeError("model must not be sharded by FSDP2 (fully_shard), whose modules cannot be copied")
     return model
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_positive
-from .backends.base import Step
-from .compiling import when_traced
+from ..backends.base import Step
+from ..checks import check_positive
+from ..training.compiling import when_traced
 
 HALF = (torch.bfloat16, torch.float16)
 _PEAK = 2.0**8  # far from both ends of float16, whose models' gradients may grow as well as shrink

@@ -32,7 +32,7 @@ from ..kernels.divergence_split import (
 from ..kernels.fisher import fisher_direction_kernel
 from ..kernels.perturb import perturb_kernel
 from .base import STATISTICS, Rows, as_rows, new_output
-from .fused import (
+from .steps import (
     fake_ascend,
     fake_ascend_measure,
     fake_divergence_backward,

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import parallel
-from .backends.base import STATISTICS, DivergenceSpec
+from ..backends.base import STATISTICS, DivergenceSpec
+from . import sharded
 
 #: Gradients to fp16 logits are computed this much larger, or they would underflow (a probability of a large vocabulary
 #: is near 2**-17) before the upstream gradient reaches them. A power of two, small enough that 2**8 |r| does not
@@ -154,7 +154,7 @@ def losses(
     for chunk in _chunks(plan, input, target, weight, bias, mask):
         sides = chunk.difference, chunk.logits
         if plan.group is not None:
-            rows, stats, _ = parallel.rows(plan.backend, *sides, spec, chunk.mask, plan.group)
+            rows, stats, _ = sharded.rows(plan.backend, *sides, spec, chunk.mask, plan.group)
         else:
             rows, stats = plan.backend.divergence_forward(*sides, spec, chunk.mask, keep, keep)
         loss[chunk.tokens] = rows
@@ -254,7 +254,7 @@ def finished(
         if hidden is None:
             continue
         if plan.group is not None:
-            parallel.all_reduce(hidden, plan.group)
+            sharded.all_reduce(hidden, plan.group)
         for side, factor in enumerate(matrix):
             if wanted[side] and factor is not None:
                 scaled = hidden * (upstream * (factor / plan.gain)).unsqueeze(-1)

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .backends import log_ratio
-from .backends.base import STATISTICS, DivergenceSpec
+from ..backends import log_ratio
+from ..backends.base import STATISTICS, DivergenceSpec
 
 
 def check_group(group: Any) -> None:

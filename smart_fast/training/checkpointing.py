@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from . import distributed, passes
-from ._checks import check_callable
+from ..ascent import modes
+from ..checks import check_callable
+from . import ddp_fsdp
 
 __all__ = ["checkpointed"]
 
@@ -102,7 +103,7 @@ class _Recomputation:
     """
 
     def __init__(self, eval_fn: Callable[..., Any]) -> None:
-        norms = [each for each in distributed.modules(eval_fn) if isinstance(each, _NormBase) and each.training]
+        norms = [each for each in ddp_fsdp.modules(eval_fn) if isinstance(each, _NormBase) and each.training]
         self._eval_fn, self._norms = eval_fn, norms
         self._frozen = [each for each in norms if not each.track_running_stats]
 
@@ -110,8 +111,8 @@ class _Recomputation:
         statistics = [buffer for each in self._norms for buffer in each.buffers(recurse=False)]
         with contextlib.ExitStack() as stack:
             stack.callback(_restore, statistics, [each.clone() for each in statistics])
-            stack.enter_context(passes.setting(self._frozen, "track_running_stats", False))
-            stack.enter_context(distributed.recomputation(self._eval_fn))
+            stack.enter_context(modes.setting(self._frozen, "track_running_stats", False))
+            stack.enter_context(ddp_fsdp.recomputation(self._eval_fn))
             self._stack = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:

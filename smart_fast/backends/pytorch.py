@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ball
+from . import balls
 from .base import Step
 
 name = "torch"
@@ -36,7 +36,7 @@ def ascend(
     epsilon: float | Tensor = step.epsilon if unit is None else step.epsilon * unit
     if step.update == "paper":
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        moved = noise + step_size * ball.direction(grad.to(noise.dtype), step.norm_fn)
+        moved = noise + step_size * balls.direction(grad.to(noise.dtype), step.norm_fn)
         moved = _into_ball(moved, step, unit)
     elif step.update == "sift":
         scale = step.norm_fn(grad) + epsilon
@@ -58,10 +58,10 @@ def ascend(
 
 def _into_ball(noise: Tensor, step: Step, unit: Tensor | None) -> Tensor:
     if unit is None:
-        return ball.project(noise, step.norm_fn, step.epsilon)
+        return balls.project(noise, step.norm_fn, step.epsilon)
     known = unit > 0  # an embedding of zeros has no noise
     return torch.where(
-        known, ball.project(noise / torch.where(known, unit, 1.0), step.norm_fn, step.epsilon) * unit, 0.0
+        known, balls.project(noise / torch.where(known, unit, 1.0), step.norm_fn, step.epsilon) * unit, 0.0
     )
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import autograd, distributed, passes, precision
+from .. import autograd
+from ..training import ddp_fsdp
+from . import modes, precision
 
 
 def gradients(
@@ -20,12 +22,12 @@ def gradients(
     Where a loss scale is at work they are in fp32 and have been divided by it.
     """
     if smart._wrapped and torch.compiler.is_compiling():
-        return distributed.eagerly(gradients, smart, run, perturbed, clean, args, kwargs)
+        return ddp_fsdp.eagerly(gradients, smart, run, perturbed, clean, args, kwargs)
     scale = None
     # smart-pytorch's own rule is to be what it is there, bit for bit.
     faithful = smart.update == "smart-pytorch" and smart.scale == "absolute"
     rescaled = smart.loss_scale is None and not faithful and precision.underflows(perturbed[0], smart.ascent_dtype)
-    in_group, frozen = distributed.in_use(), _freezes(smart)
+    in_group, frozen = ddp_fsdp.in_use(), _freezes(smart)
     outside = not torch.is_grad_enabled() or in_group or frozen or not smart.ascent_dropout
     as_it_is = not rescaled and smart.loss_scale is None and smart.ascent_dtype is None
     if as_it_is and not outside and not torch.compiler.is_compiling():  # the usual case, without further ado
@@ -45,17 +47,17 @@ def gradients(
         if rescaled:  # a gradient to it, zero, even where nothing was rescaled
             loss = loss + 0.0 * carrier.sum()
         if in_group:
-            distributed.check_loss(loss)
+            ddp_fsdp.check_loss(loss)
         return loss if scale is None else loss * scale
 
-    in_autocast = passes.in_autocast(loss_of, smart.ascent_dtype, device.type)
+    in_autocast = modes.in_autocast(loss_of, smart.ascent_dtype, device.type)
     if not outside:
         grads = smart._input_gradients(in_autocast, _tracked(perturbed, rescaled))
     else:
         with (
             torch.enable_grad(),
-            distributed.ascent(smart.eval_fn),
-            passes.in_ascent(smart.eval_fn, frozen, smart.ascent_dropout),  # to the end: checkpoints run it again
+            ddp_fsdp.ascent(smart.eval_fn),
+            modes.in_ascent(smart.eval_fn, frozen, smart.ascent_dropout),  # to the end: checkpoints run it again
         ):
             grads = smart._input_gradients(in_autocast, _tracked(perturbed, rescaled))
     if rescaled:
@@ -90,4 +92,4 @@ def _freezes(smart: Any) -> bool:
     if torch.compiler.is_compiling():
         return False  # what nobody asks for is not in the graph
     frozen: bool | None = smart.freeze_parameters
-    return passes.is_compiled(smart.eval_fn) if frozen is None else frozen
+    return modes.is_compiled(smart.eval_fn) if frozen is None else frozen

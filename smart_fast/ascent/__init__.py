@@ -1,0 +1,1 @@
+"""What finds the direction of the ascent, and how `eval_fn` runs meanwhile. Knows nothing of SMARTLoss."""

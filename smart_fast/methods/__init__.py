@@ -1,0 +1,1 @@
+"""Methods beside SMARTLoss, and settings of published ones."""

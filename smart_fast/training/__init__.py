@@ -1,0 +1,1 @@
+"""What training brings along: DDP and FSDP2, checkpointing, torch.compile."""
