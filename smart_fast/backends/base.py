@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..norms import Norm
+from .updates import RULES
 
 #: The divergences: adding one is a row here, a formula per language, and a row in `smart_fast.loss`.
 DIVERGENCES = ("kl", "sym_kl", "js")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-UPDATES = ("smart-pytorch", "sift", "paper")
+UPDATES = tuple(RULES)
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: fp32 numbers that a divergence keeps of each row for its backward pass, and of a slice of a row to be merged.
@@ -27,16 +28,7 @@ STATISTICS = 6
 
 @dataclass(frozen=True)
 class Step:
-    """The hyper-parameters of one ascent step, as `SMARTLoss` documents them.
-
-    With u the unit of a row (1 unless ``scale="relative"``), g the gradient (0 for rows where it is not finite):
-
-        smart-pytorch   s = noise + step_size u g             noise <- s / (norm(s) + epsilon u)
-        sift            s = noise + step_size u g / (norm(g) + epsilon u)    noise <- s
-        paper           s = noise + step_size u g / norm(g)   noise <- u project(s / u onto norm <= epsilon)
-
-    where g / norm(g) is 0 if g is.
-    """
+    """The hyper-parameters of one ascent step; ``update`` names a row of `smart_fast.backends.updates`."""
 
     norm_fn: Norm
     noise_var: float | Tensor

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import balls
+from . import updates
 from .base import Step
 
 name = "torch"
@@ -32,37 +32,22 @@ def ascend(
     grad = torch.where(finite, grad, 0.0) if isinstance(finite, Tensor) else grad
     if unit is not None and mask is not None:  # of masked rows it may be anything
         unit = torch.where(mask.unsqueeze(-1), unit, 0.0)
-    step_size: float | Tensor = step.step_size if unit is None else step.step_size * unit
-    epsilon: float | Tensor = step.epsilon if unit is None else step.epsilon * unit
-    if step.update == "paper":
+    rule = updates.rule(step.update)
+    if rule.wide:
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        moved = noise + step_size * balls.direction(grad.to(noise.dtype), step.norm_fn)
-        moved = _into_ball(moved, step, unit)
-    elif step.update == "sift":
-        scale = step.norm_fn(grad) + epsilon
-        moved = noise + step_size * (grad / scale)
-    else:
-        moved = noise + step_size * grad
-        scale = step.norm_fn(moved) + epsilon
-        moved = moved / scale
-    if step.update != "paper" and unit is not None:  # an embedding of zeros has no noise
-        moved = torch.where(scale != 0, moved, noise)
-    elif step.update != "paper" and not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
-        # Nothing to divide by: smart-pytorch's NaN only where smart-pytorch has it.
-        moved = torch.where((scale != 0) | (finite & (step.update != "sift")), moved, noise)
+        grad = grad.to(noise.dtype)
+    added, divided = rule.step(grad, step.norm_fn, step.step_size, step.epsilon, unit)
+    moved, divided_last = rule.finish(noise + added, step.norm_fn, step.epsilon, unit)
+    denominator = divided if divided_last is None else divided_last
+    if denominator is not None and unit is not None:  # an embedding of zeros has no noise
+        moved = torch.where(denominator != 0, moved, noise)
+    elif denominator is not None and not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
+        keep = (denominator != 0) | finite if rule.keeps_nan else denominator != 0
+        moved = torch.where(keep, moved, noise)
     noise = moved.detach()
     if mask is not None:
         noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
     return _add(embed, noise, mask), noise
-
-
-def _into_ball(noise: Tensor, step: Step, unit: Tensor | None) -> Tensor:
-    if unit is None:
-        return balls.project(noise, step.norm_fn, step.epsilon)
-    known = unit > 0  # an embedding of zeros has no noise
-    return torch.where(
-        known, balls.project(noise / torch.where(known, unit, 1.0), step.norm_fn, step.epsilon) * unit, 0.0
-    )
 
 
 def _movable_rows(grad: Tensor, mask: Tensor | None) -> Tensor | bool:
