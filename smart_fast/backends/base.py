@@ -1,14 +1,14 @@
 """The contract of a backend, and the shapes its kernels see.
 
-A backend is a module of plain functions on tensors. The fused ones (Triton, native) are not differentiable by
-themselves; `smart_fast.autograd` wraps them. The PyTorch one is made of ordinary operations.
+A backend is an object with one typed contract, `Backend`. `smart_fast.autograd` makes differentiable what is not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ UPDATES = tuple(RULES)
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: fp32 numbers that a divergence keeps of each row for its backward pass, and of a slice of a row to be merged.
 STATISTICS = 6
+
+
+Nodes = Literal["always", "eager", "never"]
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,29 @@ class DivergenceSpec(NamedTuple):
     relative: bool = False
 
 
-class FusedBackend(Protocol):
-    """What a fused backend provides.
+class Backend(Protocol):
+    """What a backend provides; PyTorch is one of them.
 
     Shapes: ``embed``, ``grad`` and ``perturbed`` ``[..., D]``; ``mask`` bool ``[...]`` or None; logits ``[..., V]``
     with the same ``...`` for ``input`` and ``target``. Tensors may have any strides. Nothing passed in is written to.
     """
 
     name: str
-    #: Whether the backend has autograd nodes of its own for eager mode: those of `perturb_fresh`, `ascend` and
-    #: `divergence`, the first and the last of which only such a backend has.
-    differentiable: bool
+    #: When `perturb_fresh` and `ascend` (and, in eager mode, `divergence`) are differentiable by themselves: always
+    #: (PyTorch operations), in eager mode (nodes in C++), or never, so that `smart_fast.autograd` wraps them.
+    nodes: Nodes
+    #: Whether `loss` is there: whole losses by smart-pytorch's own operations, bit for bit.
+    reference: bool
+    #: The divergences that it knows.
+    kinds: frozenset[str]
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be used in this process, or None."""
+        ...
+
+    def cannot_serve(self, device: torch.device, kind: str | None = None) -> str | None:
+        """Why tensors on ``device``, and a divergence ``kind`` of them, cannot be served, or None."""
+        ...
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
@@ -83,10 +98,10 @@ class FusedBackend(Protocol):
         ...
 
     def perturb_fresh(
-        self, embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
+        self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`perturb` by a seed drawn from ``generator``, differentiable in ``embed``."""
+        """`perturb` by noise, or a seed, drawn from ``generator``. Called where there are ``nodes`` only."""
         ...
 
     def ascend(
@@ -100,7 +115,27 @@ class FusedBackend(Protocol):
         ...
 
     def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        """The loss of `divergence_forward`, differentiable."""
+        """The loss of `divergence_forward`, differentiable. Called where ``nodes`` are those of eager mode only."""
+        ...
+
+    def loss(
+        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
+        """The reduced divergence, by smart-pytorch's operations. Called if ``reference`` only."""
+        ...
+
+    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
+        """The reduced divergence of two ordinary tensors of one shape at the least cost, if there is such a way and
+        nothing about them needs more."""
+        ...
+
+    def gradient_functions(self) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+        """`torch.autograd.graph.get_gradient_edge` and `torch.autograd.grad` without what Python adds, if in C++."""
+        ...
+
+    def empty_cache(self) -> int:
+        """Free memory that is kept for outputs to come; the number of bytes it was."""
         ...
 
     def divergence_forward(

@@ -44,7 +44,7 @@ class _Ratio(NamedTuple):
 def divergence_forward(
     input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool, want_target: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """See `FusedBackend.divergence_forward`."""
+    """See `Backend.divergence_forward`."""
     losses, kept = [], []
     for x, t, keep in _blocks(input, target, mask):
         sides = _sides(x, t, spec, keep)
@@ -69,7 +69,7 @@ def divergence_backward(
     grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
     want_input: bool, want_target: bool, reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """See `FusedBackend.divergence_backward`. ``reduce`` completes sums ``[2, rows, 1]`` over the columns at hand where
+    """See `Backend.divergence_backward`. ``reduce`` completes sums ``[2, rows, 1]`` over the columns at hand where
     these are a slice of the vocabulary; only gradients of terms need it."""
     if spec.output == "terms":
         grad = grad.reshape(-1, input.shape[-1])
@@ -96,7 +96,7 @@ def divergence_backward(
 
 
 def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    """See `FusedBackend.divergence_measure`."""
+    """See `Backend.divergence_measure`."""
     return torch.cat([_measure(_sides(x, t, spec, keep)) for x, t, keep in _blocks(input, target, mask)])
 
 
@@ -116,7 +116,7 @@ def merge(measured: Tensor) -> Tensor:
 def divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
 ) -> Tensor:
-    """See `FusedBackend.divergence_finish`."""
+    """See `Backend.divergence_finish`."""
     return _from_statistics(_rows, input, target, stats, spec, mask)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import updates
-from .base import Step
-
-name = "torch"
+from ..noise import draw_normal
+from . import log_ratio, updates
+from .base import DIVERGENCES, DivergenceSpec, Nodes, Step
 
 
 def perturb(
@@ -105,3 +105,69 @@ def _formula(input: Tensor, target: Tensor, kind: str, reduction: str, alpha: fl
         F.kl_div(F.log_softmax(input, dim=-1), mean, reduction=reduction)
         + F.kl_div(F.log_softmax(target, dim=-1), mean, reduction=reduction)
     )
+
+
+class PyTorch:
+    """The contract by the functions of this file; what smart-pytorch has nothing of, by those of log_ratio.py."""
+
+    name = "torch"
+    nodes: Nodes = "always"
+    reference = True
+    kinds = frozenset(DIVERGENCES)
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def cannot_serve(self, device: torch.device, kind: str | None = None) -> str | None:
+        return None
+
+    def perturb_fresh(
+        self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
+
+    def perturb(
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        raise TypeError("PyTorch's noise comes from a generator, not from a seed: perturb_fresh draws it")
+
+    def ascend(
+        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        return ascend(embed, grad, noise, step, mask, unit)
+
+    def loss(
+        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
+        return divergence(input, target, kind, reduction, alpha, mask, temperature)
+
+    def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        raise TypeError("smart_fast.autograd wraps divergence_forward and divergence_backward")
+
+    divergence_forward = staticmethod(log_ratio.divergence_forward)
+    divergence_backward = staticmethod(log_ratio.divergence_backward)
+    divergence_measure = staticmethod(log_ratio.divergence_measure)
+    divergence_finish = staticmethod(log_ratio.divergence_finish)
+
+    def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        largest = logits.argmax(-1, keepdim=True)
+        q = logits.softmax(-1, dtype=dtype).scatter(-1, largest, 0.0)
+        q = q.scatter(-1, largest, -q.sum(-1, keepdim=True))
+        return q if wide else q.to(logits.dtype)
+
+    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
+        return None
+
+    def gradient_functions(self) -> None:
+        return None
+
+    def empty_cache(self) -> int:
+        return 0
+
+
+PYTORCH = PyTorch()

@@ -119,7 +119,7 @@ def _aligned(width: int) -> bool:
 def perturb(
     embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None, wrap: Wrap = _plain
 ) -> Tensor:
-    """See `FusedBackend.perturb`."""
+    """See `Backend.perturb`."""
     out = new_output(embed.shape, embed.dtype, embed.device)
     width = embed.shape[-1]
     rows = as_rows(embed)
@@ -166,7 +166,7 @@ def ascend(
     unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
     keep_noise: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `FusedBackend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
+    """See `Backend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
     `ascend_measure`, grouped by the first dimension; "given" one norm per row.
 
     paper takes given norms of the gradient, and for its projection ``shrink`` per row: a factor for kind "l2", what
@@ -207,7 +207,7 @@ def divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
     scale: float, relative: bool, keep: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `FusedBackend.divergence_forward`."""
+    """See `Backend.divergence_forward`."""
     width = input.shape[-1]
     rows = as_rows(input, target)
     tile = _split_tile(rows.count, width, input)
@@ -275,7 +275,7 @@ def divergence_measure(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
     scale: float, relative: bool, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
-    """See `FusedBackend.divergence_measure`."""
+    """See `Backend.divergence_measure`."""
     width = input.shape[-1]
     rows = as_rows(input, target)
     tile = _split_tile(rows.count, width, input)
@@ -295,7 +295,7 @@ def divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float,
     weight: float, scale: float, relative: bool, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
-    """See `FusedBackend.divergence_finish`."""
+    """See `Backend.divergence_finish`."""
     width = input.shape[-1]
     rows = as_rows(input, target)
     tile = _split_tile(rows.count, width, input)
@@ -317,7 +317,7 @@ def divergence_backward(
     alpha: float, weight: float, scale: float, relative: bool, want_input: bool, want_target: bool,
     wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `FusedBackend.divergence_backward`."""
+    """See `Backend.divergence_backward`."""
     width, stats = input.shape[-1], stats.contiguous()
     dx = new_output(input.shape if want_input else (0,), input.dtype, input.device)
     dt = new_output(target.shape if want_target else (0,), target.dtype, target.device)
@@ -346,7 +346,7 @@ def divergence_backward(
 
 
 def fisher_direction(logits: Tensor, wide: bool, wrap: Wrap = _plain) -> Tensor:
-    """See `FusedBackend.fisher_direction`."""
+    """See `Backend.fisher_direction`."""
     width = logits.shape[-1]
     rows = as_rows(logits)
     out = new_output(logits.shape, torch.float32 if wide else logits.dtype, logits.device)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.base import STATISTICS, DivergenceSpec
+from ..backends.base import STATISTICS, Backend, DivergenceSpec
 from . import sharded
 
 #: Gradients to fp16 logits are computed this much larger, or they would underflow (a probability of a large vocabulary
@@ -31,7 +31,7 @@ _FP16_GAIN = 2.0**8
 class Plan:
     """How the losses of one call are computed."""
 
-    backend: Any  # a module with the divergence part of FusedBackend
+    backend: Backend
     kind: str
     alpha: float
     scale: float  # 1 / temperature
@@ -153,14 +153,17 @@ def losses(
     spec = DivergenceSpec(plan.kind, "rows", plan.alpha, scale=plan.scale, relative=True)
     for chunk in _chunks(plan, input, target, weight, bias, mask):
         sides = chunk.difference, chunk.logits
+        stats: Tensor | None
         if plan.group is not None:
             rows, stats, _ = sharded.rows(plan.backend, *sides, spec, chunk.mask, plan.group)
         else:
             rows, stats = plan.backend.divergence_forward(*sides, spec, chunk.mask, keep, keep)
         loss[chunk.tokens] = rows
         if kept is not None:
+            assert stats is not None
             kept[chunk.rows] = stats
         if sums is not None:
+            assert stats is not None
             sums.add(chunk, stats, None)
     return loss, kept, None if sums is None else sums.result
 
@@ -217,7 +220,7 @@ class _Sums:
             needed[-1] and len(needed) > 1,
         )
         for matrix, to_hidden, logits in zip(self._matrices, hidden, to_logits, strict=False):
-            if to_hidden is not None:
+            if to_hidden is not None and logits is not None:
                 to_hidden[chunk.tokens] = _product(logits, self._weight, plan.precision)
             if logits is None:
                 continue

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import autograd
-from ..backends import ascending, backend_of_caller, check_name, log_ratio, select
+from ..backends import ascending, backend_of_caller, check_name, select
 from ..backends.base import DIVERGENCES, REDUCTIONS
 from ..checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
 from . import sharded
@@ -194,7 +194,7 @@ def _linear(
         same = count, input.shape[-1], chunk_bytes or 0
         widths = sharded.agree("(tokens, H, chunk_bytes)", same, weight.shape[0], group, input.device)
     plan = Plan(
-        select(backend, input, target, weight) or log_ratio, kind, alpha, 1.0 / temperature, dtype,
+        select(backend, input, target, weight, kind=kind), kind, alpha, 1.0 / temperature, dtype,
         chunk_tokens(count, max(widths), dtype.itemsize, chunk_bytes, input.device), group,
     )  # fmt: skip
     sides = input.reshape(count, -1), target.reshape(count, -1)

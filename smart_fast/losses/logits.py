@@ -191,10 +191,11 @@ def _divergence(
     if input.numel() == 0 or target.numel() == 0:
         return _nothing(input, target, reduction)
     # smart-pytorch lets leading dimensions broadcast; so does the path that is bit for bit the same.
-    fused = select(backend, input, target, numbers=(alpha,)) if input.shape == target.shape else None
+    same = input.shape == target.shape
+    chosen = select(backend if same else "torch", input, target, numbers=(alpha,), kind=kind)
     if group is not None:
-        return autograd.parallel_divergence(fused, input, target, kind, reduction, alpha, mask, temperature, group)
-    return autograd.divergence(fused, input, target, kind, reduction, alpha, mask, temperature)
+        return autograd.parallel_divergence(chosen, input, target, kind, reduction, alpha, mask, temperature, group)
+    return autograd.divergence(chosen, input, target, kind, reduction, alpha, mask, temperature)
 
 
 def _backend(backend: str | None) -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import log_ratio
-from ..backends.base import STATISTICS, DivergenceSpec
+from ..backends.base import STATISTICS, Backend, DivergenceSpec
 
 
 def check_group(group: Any) -> None:
@@ -35,9 +35,9 @@ def all_reduce(tensor: Tensor, group: Any) -> Tensor:
 
 
 def statistics(
-    backend: Any, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, group: Any
+    backend: Backend, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor]:
-    """Statistics ``[rows, 6]`` of whole rows, in `FusedBackend.divergence_forward`'s layout but for the KL, and the
+    """Statistics ``[rows, 6]`` of whole rows, in `Backend.divergence_forward`'s layout but for the KL, and the
     width of the vocabulary (a number on the device). One all_gather; the local width rides along as one more row.
     """
     measured = backend.divergence_measure(input, target, spec, mask)
@@ -56,9 +56,9 @@ def gather(tensor: Tensor, group: Any) -> Tensor:
 
 
 def rows(
-    backend: Any, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, group: Any
+    backend: Backend, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each row ``[rows]``, statistics that `FusedBackend.divergence_backward` takes, and the vocabulary's
+    """The loss of each row ``[rows]``, statistics that `Backend.divergence_backward` takes, and the vocabulary's
     width: one all_gather and one all_reduce."""
     stats, width = statistics(backend, input, target, spec, mask, group)
     loss = all_reduce(backend.divergence_finish(input, target, stats, spec, mask), group)
