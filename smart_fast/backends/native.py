@@ -19,6 +19,8 @@ name = "native"
 #: Operators bring their own autograd nodes; see `smart_fast.autograd`.
 differentiable = True
 
+kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
+
 _operators = torch.ops.smart_fast
 _perturb = _operators.native_perturb.default
 _ascend_measure = _operators.native_ascend_measure.default

@@ -19,6 +19,7 @@ from .base import DivergenceSpec, Step
 
 name = "triton"
 differentiable = False
+kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
