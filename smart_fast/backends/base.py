@@ -13,17 +13,20 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..losses.divergences import NAMES
 from ..norms import Norm
 from .updates import RULES
 
-#: The divergences: adding one is a row here, a formula per language, and a row in `smart_fast.loss`.
-DIVERGENCES = ("kl", "sym_kl", "js")
+#: The divergences, in the order of their table, `smart_fast.losses.divergences`.
+DIVERGENCES = NAMES
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 UPDATES = tuple(RULES)
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: fp32 numbers that a divergence keeps of each row for its backward pass, and of a slice of a row to be merged.
-STATISTICS = 6
+#: fp32 numbers that a divergence keeps of each row for its backward pass.
+STATISTICS = 7
+#: fp32 numbers of a slice of a row, to be merged.
+PARTS = 6
 
 
 Nodes = Literal["always", "eager", "never"]
@@ -49,7 +52,8 @@ class DivergenceSpec(NamedTuple):
     a row; or "sum", an fp32 scalar. Rows and sums are multiplied by ``weight``, terms are not. Both logits are
     multiplied by ``scale`` (one over a temperature), which gradients see by the chain rule. With ``relative``,
     ``input`` holds the difference x - t of the unscaled logits instead of x, and a class whose t is minus infinity is
-    masked on both sides; gradients are still those to the logits x and t.
+    masked on both sides; gradients are still those to the logits x and t. ``alpha`` is the parameter of the divergence,
+    whatever its name.
     """
 
     kind: str
@@ -145,7 +149,9 @@ class Backend(Protocol):
         """``(loss, row statistics for the backward pass where a gradient is wanted)``.
 
         Statistics: fp32 ``[rows, STATISTICS]``, namely max t, 1 / sum exp(t - max t), max x, 1 / sum exp(x - max x),
-        the shift D of the log-ratio and the divergence of the row, of scaled logits. Masked rows give no loss.
+        the shift D of the log-ratio, of scaled logits; and the first and the second sum of the row, as
+        `divergence_finish` has them, where `divergence_backward` of rows or a sum reads them (`Divergence.needs_sums`
+        in the table); other divergences may leave anything finite there. Masked rows give no loss.
         """
         ...
 
@@ -161,7 +167,7 @@ class Backend(Protocol):
         ...
 
     def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        """Statistics of a slice of the vocabulary, fp32 ``[rows, 6]``: max x, sum exp(x - max x), max t,
+        """Statistics of a slice of the vocabulary, fp32 ``[rows, PARTS]``: max x, sum exp(x - max x), max t,
         sum exp(t - max t), max abs(x - t), and sum exp(t - max t) expm1(x - t), meaningful while that is at most one.
 
         Any number within one of a maximum will do in its place. Slices without a finite logit: minus infinity and zero.
@@ -171,8 +177,13 @@ class Backend(Protocol):
     def divergence_finish(
         self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
     ) -> Tensor:
-        """fp32 ``[rows]``: the sum over the given columns of the terms of the row's loss, not weighted, from
-        statistics as `divergence_forward` gives them (the last column is not read). Masked rows: 0."""
+        """fp32 ``[rows, 2]``, contiguous: the given columns' share of the two sums that make a row's loss, not
+        weighted, from statistics as `divergence_forward` gives them (the last two columns are not read). Masked rows
+        have zeros.
+
+        `Divergence.rows` in the table makes losses of whole sums: kl, sym_kl and js have their loss in the first and
+        zero in the second; jsd has KL(q || m) and KL(p || m).
+        """
         ...
 
     def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 from . import steps
 from .base import DIVERGENCES, STATISTICS, DivergenceSpec, Nodes, Step, new_output
 
+kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
+
 _operators = torch.ops.smart_fast
 
 

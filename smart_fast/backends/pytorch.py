@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..losses import divergences
 from ..noise import draw_normal
 from . import log_ratio, updates
 from .base import DIVERGENCES, DivergenceSpec, Nodes, Step
@@ -72,17 +72,34 @@ def divergence(
     input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float | Tensor, mask: Tensor | None,
     temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """The divergence of the logits by log-softmax, softmax and `torch.nn.functional.kl_div`."""
+    """The divergence ``kind`` of the logits by its reference in the table (`smart_fast.losses.divergences`).
+
+    That of smart-pytorch's losses runs in the dtype of the logits, as theirs does. Others run in fp32 (float64 for
+    float64) and give scalars in it, and elementwise terms in the promoted dtype of the logits.
+    """
+    entry = divergences.divergence(kind)
+    if entry.drop_in:
+        return _divergence(entry, input, target, reduction, alpha, mask, temperature)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    loss = _divergence(entry, input.to(wide), target.to(wide), reduction, alpha, mask, temperature)
+    return loss.to(dtype) if reduction == "none" else loss
+
+
+def _divergence(
+    entry: divergences.Divergence, input: Tensor, target: Tensor, reduction: str, alpha: float | Tensor,
+    mask: Tensor | None, temperature: float,
+) -> Tensor:  # fmt: skip
     if temperature != 1.0:
         input, target = input / temperature, target / temperature
-        return divergence(input, target, kind, reduction, alpha, mask) * temperature**2
+        return _divergence(entry, input, target, reduction, alpha, mask, 1.0) * temperature**2
     if mask is None:
-        return _formula(input, target, kind, reduction, alpha)
+        return entry.reference(input, target, reduction, alpha)
     rows = mask.unsqueeze(-1)
     # Masked logits may hold anything, NaN included: they leave the graph before they can reach a gradient.
     input = torch.where(rows, input, 0.0)
     target = torch.where(rows, target, 0.0)
-    terms = torch.where(rows, _formula(input, target, kind, "none", alpha), 0.0)
+    terms = torch.where(rows, entry.reference(input, target, "none", alpha), 0.0)
     if reduction == "none":
         return terms
     total = terms.sum()
@@ -91,20 +108,6 @@ def divergence(
     if reduction == "mean":
         return total / (mask.sum() * input.size(-1)).clamp(min=1)
     return total
-
-
-def _formula(input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float | Tensor) -> Tensor:
-    if kind == "kl":
-        return F.kl_div(F.log_softmax(input, dim=-1), F.softmax(target, dim=-1), reduction=reduction)
-    if kind == "sym_kl":
-        forward = F.kl_div(F.log_softmax(input, dim=-1), F.softmax(target.detach(), dim=-1), reduction=reduction)
-        reverse = F.kl_div(F.log_softmax(target, dim=-1), F.softmax(input.detach(), dim=-1), reduction=reduction)
-        return alpha * forward + reverse
-    mean = 0.5 * (F.softmax(input.detach(), dim=-1) + F.softmax(target.detach(), dim=-1))
-    return alpha * (
-        F.kl_div(F.log_softmax(input, dim=-1), mean, reduction=reduction)
-        + F.kl_div(F.log_softmax(target, dim=-1), mean, reduction=reduction)
-    )
 
 
 class PyTorch:
