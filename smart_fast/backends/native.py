@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import steps
-from .base import STATISTICS, DivergenceSpec, Step, new_output
+from .base import PARTS, DivergenceSpec, Step, new_output
 
 name = "native"
 
@@ -185,14 +185,14 @@ def _fake_divergence_forward(
 def _fake_divergence_measure(
     input: Tensor, target: Tensor, mask: Tensor | None, scale: float, relative: bool
 ) -> Tensor:
-    return new_output((input.numel() // input.shape[-1], STATISTICS), torch.float32, input.device)
+    return new_output((input.numel() // input.shape[-1], PARTS), torch.float32, input.device)
 
 
 def _fake_divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, alpha: float, scale: float,
     relative: bool,
 ) -> Tensor:  # fmt: skip
-    return new_output((input.numel() // input.shape[-1],), torch.float32, input.device)
+    return new_output((input.numel() // input.shape[-1], 2), torch.float32, input.device)
 
 
 for _operator, _fake in (
