@@ -57,6 +57,34 @@ def _log_cosh(y: Tensor) -> Tensor:
     return torch.where(small, near, y.abs() - math.log(2) + torch.log1p(torch.exp(-2 * y.abs())))
 
 
+def _mixture(r: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log m - log q and log m - log p of m = beta q + (1 - beta) p, without cancellation where p and q are close."""
+    below = r <= 0
+    weight = torch.where(below, 1 - beta, beta)
+    log = torch.log1p(weight * torch.expm1(-r.abs()))
+    return torch.where(below, log, log + r), torch.where(below, log - r, log)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, zero where a is: an event of probability zero adds nothing."""
+    return torch.where(a == 0, 0.0, a * b)
+
+
+def _kl_to(p: Tensor, v: Tensor, gap: Tensor) -> Tensor:
+    """The terms p (exp(v) - 1 - v) of KL(p || m), v = log m - log p, gap = m - p."""
+    small = v.abs() < 1e-2
+    s = torch.where(small, v, 0.0)
+    series = s * s / 2 * (1 + s / 3 * (1 + s / 4 * (1 + s / 5 * (1 + s / 6 * (1 + s / 7)))))
+    return torch.where(small, p * series, gap - _product(p, v))
+
+
+def _jsd(r: Tensor, p: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The terms of KL(q || m) and KL(p || m)."""
+    u, v = _mixture(r, beta)
+    gap = _gap(r, p, q)
+    return _kl_to(q, u, (1 - beta) * gap), _kl_to(p, v, -beta * gap)
+
+
 def divergence_rows(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
     """The divergence of each row [...], float64."""
     r, p, q = log_ratio(x, t)
@@ -64,6 +92,9 @@ def divergence_rows(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
         return _f(r, p, q).sum(-1)
     if kind == "sym_kl":
         return (alpha * _f(r, p, q) + _f(-r, q, p)).sum(-1)
+    if kind == "jsd":
+        first, second = _jsd(r, p, q, alpha)
+        return (alpha * first + (1 - alpha) * second).sum(-1)
     return alpha * ((p + q) * _log_cosh(r / 2)).sum(-1)
 
 
@@ -74,6 +105,9 @@ def divergence_terms(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
         return -q * r
     if kind == "sym_kl":
         return (_gap(r, p, q) + (1 - alpha) * q) * r
+    if kind == "jsd":
+        first, second = _jsd(r, p, q, alpha)
+        return alpha * first + (1 - alpha) * second
     return alpha * (p + q) * _log_cosh(r / 2)
 
 
@@ -92,6 +126,12 @@ def divergence_grads(kind: str, x: Tensor, t: Tensor, alpha: float, upstream: Te
     def toward_q(c: Tensor) -> Tensor:
         return q * c.sum(-1, keepdim=True) - c
 
+    if kind == "jsd":
+        # d/d log p of a term under constant p in the weights: -(1 - beta) g v; and the same for q.
+        u, v = _mixture(r, alpha)
+        to_p, to_q = (alpha - 1) * g * v, -alpha * g * u
+        inner_p, inner_q = (_product(a, c).sum(-1, keepdim=True) for a, c in ((p, to_p), (q, to_q)))
+        return _product(p, to_p - inner_p), _product(q, to_q - inner_q)
     constant = bool((g == g[..., :1]).all())
     if kind == "kl":
         # terms q (log q - log p): p moves the second, q both.
