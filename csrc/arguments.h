@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -31,40 +32,29 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-inline Kind kind_of(string_view name) {
-  if (name == "kl") return Kind::kl;
-  if (name == "sym_kl") return Kind::sym_kl;
-  TORCH_CHECK_VALUE(name == "js", "smart_fast: unknown divergence ", name);
-  return Kind::js;
+// The choice called `name`; an error that lists `choices` if there is none.
+template <class Choice, size_t N>
+Choice choice_of(string_view name, const char* const (&names)[N], const char* what, const char* choices) {
+  std::string known;
+  for (size_t k = 0; k < N; ++k) {
+    if (name == names[k]) return Choice(k);
+    known += (k == 0 ? "" : ", ") + std::string(names[k]);
+  }
+  TORCH_CHECK_VALUE(false, "smart_fast: unknown ", what, " '", name, "'; ", choices, ": ", known);
 }
+
+inline Kind kind_of(string_view name) { return choice_of<Kind>(name, kind_names, "divergence", "kinds"); }
+inline Norm norm_of(string_view name) { return choice_of<Norm>(name, norm_names, "norm", "norms"); }
+inline Update update_of(string_view name) { return choice_of<Update>(name, update_names, "update", "updates"); }
 
 enum class Output { terms, rows, sum };
+constexpr const char* output_names[] = {"terms", "rows", "sum"};
 
-inline Output output_of(string_view name) {
-  if (name == "terms") return Output::terms;
-  if (name == "rows") return Output::rows;
-  TORCH_CHECK_VALUE(name == "sum", "smart_fast: unknown output ", name);
-  return Output::sum;
-}
+inline Output output_of(string_view name) { return choice_of<Output>(name, output_names, "output", "outputs"); }
 
 // The upstream gradient of terms, or of rows as if it were one of terms.
 inline Tensor upstream_of(const Tensor& grad, const Tensor& input, Output output) {
   return output == Output::rows ? grad.unsqueeze(-1).expand(input.sizes()) : grad;
-}
-
-inline Norm norm_of(string_view name) {
-  if (name == "inf") return Norm::inf;
-  if (name == "l2") return Norm::l2;
-  if (name == "l1") return Norm::l1;
-  TORCH_CHECK_VALUE(name == "opaque", "smart_fast: unknown norm ", name);
-  return Norm::opaque;
-}
-
-inline Update update_of(string_view name) {
-  if (name == "sift") return Update::sift;
-  if (name == "paper") return Update::paper;
-  TORCH_CHECK_VALUE(name == "smart-pytorch", "smart_fast: unknown update ", name);
-  return Update::smart_pytorch;
 }
 
 // Tensors of one shape [..., width] as rows: leading dimensions merged where all of them allow it, copies made where

@@ -324,10 +324,10 @@ Tensor divergence_measure(const Tensor& input, const Tensor& target, const optio
   const View view({input, target});
   Tensor holder;
   cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
-  Tensor parts = new_output({view.shape.rows, statistics}, at::kFloat);
-  args.stats = parts.mutable_data_ptr<float>();
+  Tensor measured = new_output({view.shape.rows, parts}, at::kFloat);
+  args.stats = measured.mutable_data_ptr<float>();
   run_divergence(cpu::kernels().divergence_measure, args);
-  return parts;
+  return measured;
 }
 
 Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor& stats, const optional<Tensor>& mask,
@@ -339,7 +339,7 @@ Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor
   args.alpha = float(alpha);
   check_statistics(stats, view.shape.rows);
   args.stats = const_cast<float*>(stats.const_data_ptr<float>());
-  Tensor losses = new_output({view.shape.rows}, at::kFloat);
+  Tensor losses = new_output({view.shape.rows, shares}, at::kFloat);
   args.losses = losses.mutable_data_ptr<float>();
   run_divergence(cpu::kernels().divergence_finish, args);
   return losses;

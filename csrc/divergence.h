@@ -8,11 +8,15 @@
 //     kl      KL(q || p)                           = sum q f(r)                 (p - q) - q r       far apart
 //     sym_kl  alpha * KL(q || p) + KL(p || q)      KL(p || q) = sum p f(-r)     p r - (p - q)       far apart
 //     js      alpha * (KL(m || p) + KL(m || q))    = alpha * sum (p + q) log cosh(r / 2),   m = (p + q) / 2
+//     jsd     beta * KL(q || m) + (1 - beta) * KL(p || m),   m = beta q + (1 - beta) p
+//             = sum beta q f(u) + (1 - beta) p f(v),   u = log m - log q,   v = log m - log p
 //
 // Gradients of a row sum (targets detached as smart-pytorch detaches them):
 //     kl      dx = p - q = q expm1(r)     dt = -q (r + KL)
 //     sym_kl  dx = alpha (p - q)          dt = -(p - q)
 //     js      dx = alpha / 2 (p - q)      dt = -dx
+// and not detached, through m as well:
+//     jsd     dx = (1 - beta) p (-v - KL(p || m))    dt = beta q (-u - KL(q || m))
 //
 // No term of a row sum is negative. Logits of minus infinity on both sides contribute nothing; a row of them is NaN.
 // Written over a class M of arithmetic, as philox.h: F, select, abs, exp, log, infinity, short_chains. NEAR says that |r| < 1 is known;
@@ -119,76 +123,266 @@ struct Divergence {
     const F s = M::select(near, r, M::splat(0.0f));
     return M::select(near, q * (s + f_near(s)), p - q);
   }
+};
 
-  template <bool NEAR>
-  static SMART_FAST_INLINE F js_term(F p, F q, F r) {
-    const F log_cosh = log_cosh_half<NEAR>(r);
-    return NEAR ? (2.0f * q + p_minus_q<true>(p, q, r)) * log_cosh : times(p + q, log_cosh);
+// ---- a divergence each ---------------------------------------------------------------------------------------------
+
+// Which gradients of a row loss cannot be had before the sums over the whole row are known.
+enum class Late { none, target, both };
+
+template <Kind>
+inline constexpr bool always_false = false;
+
+// All that the kernels know of a divergence. A kind without formulas does not compile: there is no other to fall back to.
+// Every specialization has
+//
+//     row_sums           how many numbers are summed over a row, 1 or 2
+//     add_row_terms      adds a class's share of each, none of them negative; NEAR: p is not read
+//     conclude           what the statistics of the row keep of the sums, `first` and `second`
+//     loss               the loss of the row, from these two
+//     factor             of the upstream gradient, before it is passed to `row_gradients` as `scale`
+//     opposite           whether dt = -dx
+//     late               see above; with `Late::target`, dt follows from q, r and the sums alone
+//     row_gradients      of a row loss
+//     element_term       of reduction="none"; of kinds other than jsd single ones may be negative
+//     element_sums       how many sums over the row `element_gradients` needs
+//     add_element_sums   adds a class's share of each: g is its upstream gradient, h = g - g0, g0 the first one of the row
+//     element_gradients  of reduction="none" under any upstream gradient
+template <class M, Kind KIND>
+struct RowFormulas {
+  static_assert(always_false<KIND>, "smart_fast: a divergence without formulas in csrc/divergence.h");
+};
+
+// What most kinds are.
+template <class M>
+struct OneSum : Divergence<M> {
+  using F = typename M::F;
+
+  static constexpr int row_sums = 1;
+  static constexpr Late late = Late::none;
+
+  static SMART_FAST_INLINE void conclude(const F (&sums)[1], float, F& first, F& second) {
+    first = sums[0];
+    second = M::splat(0.0f);
   }
-
-  // The non-negative terms whose sum is the divergence of the row, without the alpha of js.
-  template <Kind KIND, bool NEAR>
-  static SMART_FAST_INLINE F row_term(F p, F q, F r, float alpha) {
-    if (KIND == Kind::js) return js_term<NEAR>(p, q, r);
-    if (KIND == Kind::sym_kl && alpha == 1.0f) {  // (p - q) r, of which gradients need the first factor anyway
-      const F diff = p_minus_q<NEAR>(p, q, r);
-      return NEAR ? diff * r : times(diff, r);
-    }
-    const auto near = M::abs(r) < 1.0f;
-    const F s = NEAR ? r : M::select(near, r, M::splat(0.0f));
-    const F f = f_near(s);
-    F forward = q * f;
-    if (!NEAR) forward = M::select(near, forward, (p - q) - times(q, r));
-    if (KIND == Kind::kl) return forward;
-    F reverse = q * (s * (s + f) - f);
-    if (!NEAR) reverse = M::select(near, reverse, times(p, r) - (p - q));
-    return alpha * forward + reverse;
-  }
-
-  // The terms as torch.nn.functional.kl_div(reduction="none") defines them; single ones may be negative.
-  template <Kind KIND>
-  static SMART_FAST_INLINE F element_term(F p, F q, F r, float alpha) {
-    if (KIND == Kind::kl) return -times(q, r);
-    if (KIND == Kind::sym_kl) return times(p_minus_q<false>(p, q, r), r) + (1.0f - alpha) * times(q, r);
-    return alpha * js_term<false>(p, q, r);
-  }
-
-  // Gradients of a row sum, for an upstream gradient `scale` (of js: alpha / 2 times it). `kl`: the KL of the row.
-  template <Kind KIND, bool NEAR>
-  static SMART_FAST_INLINE void row_gradients(F p, F q, F r, float alpha, F scale, F kl, F& dx, F& dt) {
-    const F diff = scale * p_minus_q<NEAR>(p, q, r);
-    dx = KIND == Kind::sym_kl ? alpha * diff : diff;
-    dt = KIND == Kind::kl ? -scale * times(q, r + kl) : -diff;
-  }
-
-  // Sums over a row that the gradients of reduction="none" need: h = g - g0, g0 the first upstream gradient of the row.
-  struct ElementSums {
-    F p_h, q_h, q_g_r;
-  };
+  static SMART_FAST_INLINE F loss(F first, F, float) { return first; }
+  static SMART_FAST_INLINE float factor(float upstream, float) { return upstream; }
+  static SMART_FAST_INLINE bool opposite(float) { return false; }
 
   // Gradients of reduction="none" under any upstream gradient g:
   //     kl      dx = (p - q) (g0 + S_q) + q (S_q - h)        dt = q (h - S_q) - q (g r - sum q g r)
   //     sym_kl  dx = alpha (the kl dx)                       dt = q (S_p - h) - g (p - q)
   //     js      dx = alpha (p (S_m - h) + g (p - q) / 2)     dt = alpha (q (S_m - h) - g (p - q) / 2)
   // with S_c = sum c h, written so that a constant g, the usual case, cancels exactly instead of to rounding.
-  template <Kind KIND>
-  static SMART_FAST_INLINE void element_gradients(F p, F q, F r, F h, F g0, const ElementSums& sums, float alpha,
+  enum { p_h, q_h, q_g_r, element_sums };
+
+  static SMART_FAST_INLINE void add_element_sums(F p, F q, F r, F g, F h, float, F (&sums)[element_sums]) {
+    sums[p_h] += p * h;
+    sums[q_h] += q * h;
+    sums[q_g_r] += Divergence<M>::times(q, g * r);
+  }
+};
+
+template <class M>
+struct RowFormulas<M, Kind::kl> : OneSum<M> {
+  using D = Divergence<M>;
+  using F = typename M::F;
+  using S = OneSum<M>;
+
+  static constexpr Late late = Late::target;
+
+  template <bool NEAR>
+  static SMART_FAST_INLINE void add_row_terms(F p, F q, F r, float, F (&sums)[1]) {
+    const auto near = M::abs(r) < 1.0f;
+    const F s = NEAR ? r : M::select(near, r, M::splat(0.0f));
+    const F f = D::f_near(s);
+    F forward = q * f;
+    if (!NEAR) forward = M::select(near, forward, (p - q) - D::times(q, r));
+    sums[0] += forward;
+  }
+  template <bool NEAR>
+  static SMART_FAST_INLINE void row_gradients(F p, F q, F r, float, F scale, F kl, F, F& dx, F& dt) {
+    dx = scale * D::template p_minus_q<NEAR>(p, q, r);
+    dt = -scale * D::times(q, r + kl);
+  }
+  static SMART_FAST_INLINE F element_term(F, F q, F r, float) { return -D::times(q, r); }
+  static SMART_FAST_INLINE void element_gradients(F p, F q, F r, F h, F g0, const F (&sums)[S::element_sums], float,
                                                   F& dx, F& dt) {
     const F g = h + g0;
-    const F diff = p_minus_q<false>(p, q, r);
-    if (KIND == Kind::js) {
-      const F sum_m = 0.5f * (sums.p_h + sums.q_h);
-      dx = alpha * (p * (sum_m - h) + 0.5f * g * diff);
-      dt = alpha * (q * (sum_m - h) - 0.5f * g * diff);
-      return;
+    const F diff = D::template p_minus_q<false>(p, q, r);
+    dx = diff * (g0 + sums[S::q_h]) + q * (sums[S::q_h] - h);
+    dt = q * (h - sums[S::q_h]) - (D::times(q, g * r) - q * sums[S::q_g_r]);
+  }
+};
+
+template <class M>
+struct RowFormulas<M, Kind::sym_kl> : OneSum<M> {
+  using D = Divergence<M>;
+  using F = typename M::F;
+  using S = OneSum<M>;
+
+  static SMART_FAST_INLINE bool opposite(float alpha) { return alpha == 1.0f; }
+
+  template <bool NEAR>
+  static SMART_FAST_INLINE F row_term(F p, F q, F r, float alpha) {
+    if (alpha == 1.0f) {  // (p - q) r, of which gradients need the first factor anyway
+      const F diff = D::template p_minus_q<NEAR>(p, q, r);
+      return NEAR ? diff * r : D::times(diff, r);
     }
-    dx = diff * (g0 + sums.q_h) + q * (sums.q_h - h);
-    if (KIND == Kind::kl) {
-      dt = q * (h - sums.q_h) - (times(q, g * r) - q * sums.q_g_r);
-    } else {
-      dx = alpha * dx;
-      dt = q * (sums.p_h - h) - g * diff;
-    }
+    const auto near = M::abs(r) < 1.0f;
+    const F s = NEAR ? r : M::select(near, r, M::splat(0.0f));
+    const F f = D::f_near(s);
+    F forward = q * f;
+    if (!NEAR) forward = M::select(near, forward, (p - q) - D::times(q, r));
+    F reverse = q * (s * (s + f) - f);
+    if (!NEAR) reverse = M::select(near, reverse, D::times(p, r) - (p - q));
+    return alpha * forward + reverse;
+  }
+  template <bool NEAR>
+  static SMART_FAST_INLINE void add_row_terms(F p, F q, F r, float alpha, F (&sums)[1]) {
+    sums[0] += row_term<NEAR>(p, q, r, alpha);
+  }
+  template <bool NEAR>
+  static SMART_FAST_INLINE void row_gradients(F p, F q, F r, float alpha, F scale, F, F, F& dx, F& dt) {
+    const F diff = scale * D::template p_minus_q<NEAR>(p, q, r);
+    dx = alpha * diff;
+    dt = -diff;
+  }
+  static SMART_FAST_INLINE F element_term(F p, F q, F r, float alpha) {
+    return D::times(D::template p_minus_q<false>(p, q, r), r) + (1.0f - alpha) * D::times(q, r);
+  }
+  static SMART_FAST_INLINE void element_gradients(F p, F q, F r, F h, F g0, const F (&sums)[S::element_sums], float alpha,
+                                                  F& dx, F& dt) {
+    const F g = h + g0;
+    const F diff = D::template p_minus_q<false>(p, q, r);
+    dx = diff * (g0 + sums[S::q_h]) + q * (sums[S::q_h] - h);
+    dx = alpha * dx;
+    dt = q * (sums[S::p_h] - h) - g * diff;
+  }
+};
+
+template <class M>
+struct RowFormulas<M, Kind::js> : OneSum<M> {
+  using D = Divergence<M>;
+  using F = typename M::F;
+  using S = OneSum<M>;
+
+  static SMART_FAST_INLINE void conclude(const F (&sums)[1], float alpha, F& first, F& second) {
+    first = alpha * sums[0];
+    second = M::splat(0.0f);
+  }
+  static SMART_FAST_INLINE float factor(float upstream, float alpha) { return 0.5f * upstream * alpha; }
+  static SMART_FAST_INLINE bool opposite(float) { return true; }
+
+  // Without alpha.
+  template <bool NEAR>
+  static SMART_FAST_INLINE F row_term(F p, F q, F r) {
+    const F log_cosh = D::template log_cosh_half<NEAR>(r);
+    return NEAR ? (2.0f * q + D::template p_minus_q<true>(p, q, r)) * log_cosh : D::times(p + q, log_cosh);
+  }
+  template <bool NEAR>
+  static SMART_FAST_INLINE void add_row_terms(F p, F q, F r, float, F (&sums)[1]) {
+    sums[0] += row_term<NEAR>(p, q, r);
+  }
+  template <bool NEAR>
+  static SMART_FAST_INLINE void row_gradients(F p, F q, F r, float, F scale, F, F, F& dx, F& dt) {
+    dx = scale * D::template p_minus_q<NEAR>(p, q, r);
+    dt = -dx;
+  }
+  static SMART_FAST_INLINE F element_term(F p, F q, F r, float alpha) { return alpha * row_term<false>(p, q, r); }
+  static SMART_FAST_INLINE void element_gradients(F p, F q, F r, F h, F g0, const F (&sums)[S::element_sums], float alpha,
+                                                  F& dx, F& dt) {
+    const F g = h + g0;
+    const F diff = D::template p_minus_q<false>(p, q, r);
+    const F sum_m = 0.5f * (sums[S::p_h] + sums[S::q_h]);
+    dx = alpha * (p * (sum_m - h) + 0.5f * g * diff);
+    dt = alpha * (q * (sum_m - h) - 0.5f * g * diff);
+  }
+};
+
+// `alpha` holds beta.
+template <class M>
+struct RowFormulas<M, Kind::jsd> : Divergence<M> {
+  using D = Divergence<M>;
+  using F = typename M::F;
+
+  static constexpr int row_sums = 2;
+  static constexpr Late late = Late::both;
+
+  // u = log m - log q and v = log m - log p. The logarithm of 1 + w expm1(-|r|) never sees more than one: of the larger
+  // probability it takes m's part in it.
+  template <bool NEAR>
+  static SMART_FAST_INLINE void mixture(F r, float beta, F& u, F& v) {
+    const F a = M::abs(r);
+    const auto near = a < 1.0f;
+    const F s = NEAR ? -a : M::select(near, -a, M::splat(0.0f));
+    F e = s + D::f_near(s);
+    if (!NEAR) e = M::select(near, e, M::exp(-a) - 1.0f);
+    const auto below = r <= 0.0f;
+    const F l = D::log1p(M::select(below, M::splat(1.0f - beta), M::splat(beta)) * e);
+    u = M::select(below, l, l + r);
+    v = M::select(below, l - r, l);
+  }
+
+  // q f(u) and p f(v), whose sums are KL(q || m) and KL(p || m): the series of f as far as it reaches, whatever r is.
+  template <bool NEAR>
+  static SMART_FAST_INLINE void row_terms(F p, F q, F r, float beta, F& first, F& second) {
+    F u, v;
+    mixture<NEAR>(r, beta, u, v);
+    if (NEAR) p = q + D::template p_minus_q<true>(p, q, r);
+    first = q * D::f_near(u);
+    second = p * D::f_near(v);
+    if (NEAR) return;
+    const F diff = p - q;
+    first = M::select(M::abs(u) < 1.0f, first, (1.0f - beta) * diff - D::times(q, u));
+    second = M::select(M::abs(v) < 1.0f, second, -beta * diff - D::times(p, v));
+  }
+  template <bool NEAR>
+  static SMART_FAST_INLINE void add_row_terms(F p, F q, F r, float beta, F (&sums)[2]) {
+    F first, second;
+    row_terms<NEAR>(p, q, r, beta, first, second);
+    sums[0] += first;
+    sums[1] += second;
+  }
+  static SMART_FAST_INLINE void conclude(const F (&sums)[2], float, F& first, F& second) {
+    first = sums[0];
+    second = sums[1];
+  }
+  static SMART_FAST_INLINE F loss(F first, F second, float beta) { return beta * first + (1.0f - beta) * second; }
+  static SMART_FAST_INLINE float factor(float upstream, float) { return upstream; }
+  static SMART_FAST_INLINE bool opposite(float) { return false; }
+
+  template <bool NEAR>
+  static SMART_FAST_INLINE void row_gradients(F p, F q, F r, float beta, F scale, F kl_q, F kl_p, F& dx, F& dt) {
+    F u, v;
+    mixture<NEAR>(r, beta, u, v);
+    if (NEAR) p = q + D::template p_minus_q<true>(p, q, r);
+    dx = (beta - 1.0f) * scale * D::times(p, v + kl_p);
+    dt = -beta * scale * D::times(q, u + kl_q);
+  }
+
+  static SMART_FAST_INLINE F element_term(F p, F q, F r, float beta) {
+    F first, second;
+    row_terms<false>(p, q, r, beta, first, second);
+    return loss(first, second, beta);
+  }
+
+  // With c = -(1 - beta) g v and e = -beta g u: dx = p (c - sum p c), dt = q (e - sum q e).
+  enum { p_c, q_e, element_sums };
+
+  static SMART_FAST_INLINE void add_element_sums(F p, F q, F r, F g, F, float beta, F (&sums)[element_sums]) {
+    F u, v;
+    mixture<false>(r, beta, u, v);
+    sums[p_c] += D::times(p, (beta - 1.0f) * g * v);
+    sums[q_e] += D::times(q, -beta * g * u);
+  }
+  static SMART_FAST_INLINE void element_gradients(F p, F q, F r, F h, F g0, const F (&sums)[element_sums], float beta,
+                                                  F& dx, F& dt) {
+    const F g = h + g0;
+    F u, v;
+    mixture<false>(r, beta, u, v);
+    dx = D::times(p, (beta - 1.0f) * g * v - sums[p_c]);
+    dt = D::times(q, -beta * g * u - sums[q_e]);
   }
 };
 

@@ -7,3 +7,4 @@
 // Always inlined: a copy left over from a file built for AVX-512 must never be linked into a portable one.
 #define SMART_FAST_INLINE inline __attribute__((always_inline))
 #endif
+#define SMART_FAST_HOST_INLINE inline __attribute__((always_inline))  // no device ever calls it

@@ -33,15 +33,72 @@ SMART_FAST_INLINE float unit_of(const float* units, int64_t row) { return units 
 // 1 / size, a number for any size: multiplied by it, numbers as large are about one, and so are their squares.
 SMART_FAST_INLINE float inverse_of(float size) { return 1.0f / (size < 1e-37f ? 1e-37f : size > 1e37f ? 1e37f : size); }
 
-enum class Kind : int { kl, sym_kl, js };
+// What operators call the choices that kernels are compiled for, in the order of their numbers.
+enum class Kind : int { kl, sym_kl, js, jsd };
 enum class Norm : int { inf, l2, l1, opaque };
 enum class Update : int { smart_pytorch, sift, paper };
+constexpr const char* kind_names[] = {"kl", "sym_kl", "js", "jsd"};
+constexpr const char* norm_names[] = {"inf", "l2", "l1", "opaque"};
+constexpr const char* update_names[] = {"smart-pytorch", "sift", "paper"};
 
-// Row statistics that a divergence keeps for its backward pass, one fp32 each.
-enum Statistic : int { stat_max_t, stat_inv_sum_t, stat_max_x, stat_inv_sum_x, stat_shift, stat_kl, statistics };
+// A choice as an argument, known at compile time.
+template <auto VALUE>
+struct Constant {
+  static constexpr auto value = VALUE;
+};
+
+// Calls visit(Constant<...>()) with the kind, norm or update that a number stands for. A number that stands for none gives
+// `unknown()`: it is never taken for another. These are the only lists of what there is.
+template <class Visit, class Unknown>
+SMART_FAST_HOST_INLINE auto with_kind(Kind kind, const Visit& visit, const Unknown& unknown) {
+  switch (kind) {
+    case Kind::kl:
+      return visit(Constant<Kind::kl>());
+    case Kind::sym_kl:
+      return visit(Constant<Kind::sym_kl>());
+    case Kind::js:
+      return visit(Constant<Kind::js>());
+    case Kind::jsd:
+      return visit(Constant<Kind::jsd>());
+  }
+  return unknown();
+}
+template <class Visit, class Unknown>
+SMART_FAST_HOST_INLINE auto with_norm(Norm norm, const Visit& visit, const Unknown& unknown) {
+  switch (norm) {
+    case Norm::inf:
+      return visit(Constant<Norm::inf>());
+    case Norm::l2:
+      return visit(Constant<Norm::l2>());
+    case Norm::l1:
+      return visit(Constant<Norm::l1>());
+    case Norm::opaque:
+      return visit(Constant<Norm::opaque>());
+  }
+  return unknown();
+}
+template <class Visit, class Unknown>
+SMART_FAST_HOST_INLINE auto with_update(Update update, const Visit& visit, const Unknown& unknown) {
+  switch (update) {
+    case Update::smart_pytorch:
+      return visit(Constant<Update::smart_pytorch>());
+    case Update::sift:
+      return visit(Constant<Update::sift>());
+    case Update::paper:
+      return visit(Constant<Update::paper>());
+  }
+  return unknown();
+}
+
+// Row statistics that a divergence keeps for its backward pass, one fp32 each. The last two are sums over the row: KL(q ||
+// m) and KL(p || m) of jsd, the divergence of the row and zero of the others.
+enum Statistic : int { stat_max_t, stat_inv_sum_t, stat_max_x, stat_inv_sum_x, stat_shift, stat_first, stat_second, statistics };
 
 // What is known of a slice of a row, in the same place: sums of exponentials relative to the maxima (of expm1: to that
 // of t), and the largest difference.
-enum Part : int { part_max_x, part_sum_x, part_max_t, part_sum_t, part_max_d, part_sum_e };
+enum Part : int { part_max_x, part_sum_x, part_max_t, part_sum_t, part_max_d, part_sum_e, parts };
+
+// Shares of a slice in the two sums over a row.
+enum Share : int { share_first, share_second, shares };
 
 }  // namespace smart_fast

@@ -31,10 +31,10 @@ FLAGS = (
 )  # fmt: skip
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KINDS = {"kl": 0, "sym_kl": 1, "js": 2}
+KINDS = {"kl": 0, "sym_kl": 1, "js": 2, "jsd": 3}
 NORMS = {"inf": 0, "l2": 1, "l1": 2, "opaque": 3}
 UPDATES = {"smart-pytorch": 0, "sift": 1, "paper": 2}
-STATISTICS = 6
+STATISTICS, PARTS, SHARES = 7, 6, 2
 #: Compute capability, multiprocessors, bytes of shared memory of a multiprocessor and, with the attribute, of a block.
 DEVICE = (8, 4, 64 * 1024, 64 * 1024)  # what tests run on unless they say otherwise
 A100 = (8, 108, 164 * 1024, 163 * 1024)
@@ -349,7 +349,7 @@ class Emulated:
 
     def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
         alive, args = self._divergence(input, target, spec, mask)
-        parts = new_output((args.shape.rows, STATISTICS), torch.float32)
+        parts = new_output((args.shape.rows, PARTS), torch.float32)
         args.parts = _pointer(parts)
         self._call("divergence_forward", args)
         del alive
@@ -361,12 +361,12 @@ class Emulated:
     ) -> Tensor:
         alive, args = self._divergence(input, target, spec, mask)
         stats = stats.contiguous()
-        losses = new_output((args.shape.rows,), torch.float32)
-        args.stats, args.losses = _pointer(stats), _pointer(losses)
+        shares = new_output((args.shape.rows, SHARES), torch.float32)
+        args.stats, args.losses = _pointer(stats), _pointer(shares)
         self._call("divergence_finish", args)
         del alive
-        check_guards(losses)
-        return losses
+        check_guards(shares)
+        return shares
 
     def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:
         alive, shape, (rows,) = self._rows(logits)

@@ -89,6 +89,9 @@ def divergence_rows(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
         return _f(r, p, q).sum(-1)
     if kind == "sym_kl":
         return (alpha * _f(r, p, q) + _f(-r, q, p)).sum(-1)
+    if kind == "jsd":
+        first, second = _jsd(r, p, q, alpha)
+        return (alpha * first + (1 - alpha) * second).sum(-1)
     return alpha * ((p + q) * _log_cosh(r / 2)).sum(-1)
 
 
@@ -102,6 +105,9 @@ def divergence_terms(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
         return -q * r
     if kind == "sym_kl":
         return (_gap(r, p, q) + (1 - alpha) * q) * r
+    if kind == "jsd":
+        first, second = _jsd(r, p, q, alpha)
+        return alpha * first + (1 - alpha) * second
     return alpha * (p + q) * _log_cosh(r / 2)
 
 

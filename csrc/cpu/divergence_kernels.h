@@ -97,7 +97,6 @@ inline void conclude(Tile& tile, RowStatistics& row) {
   row.shift = D::log_ratio_shift(row.max_x, row.sum_x, row.max_t, row.sum_t, row.sum_e, row.max_d);
   if (tile.width == 1)  // one class: p = q = 1, and r must be zero to the last bit
     row.shift = Simd::max(tile.load_block(0).difference(0), Simd::splat(-Simd::infinity));
-  row.kl = F{};
 }
 
 template <class Tile>
@@ -108,7 +107,8 @@ inline RowStatistics read_statistics(const Tile& tile) {
   row.inv_x = tile.read_statistic(stat_inv_sum_x);
   row.inv_t = tile.read_statistic(stat_inv_sum_t);
   row.shift = tile.read_statistic(stat_shift);
-  row.kl = tile.read_statistic(stat_kl);
+  row.first = tile.read_statistic(stat_first);
+  row.second = tile.read_statistic(stat_second);
   return row;
 }
 
@@ -119,7 +119,8 @@ inline void write_statistics(Tile& tile, const RowStatistics& row) {
   tile.write_statistic(stat_max_x, row.max_x);
   tile.write_statistic(stat_inv_sum_x, row.inv_x);
   tile.write_statistic(stat_shift, row.shift);
-  tile.write_statistic(stat_kl, row.kl);
+  tile.write_statistic(stat_first, row.first);
+  tile.write_statistic(stat_second, row.second);
 }
 
 // p, q and r of vector i of a block: from the exponentials in scratch memory, or computed anew from the statistics.
@@ -152,60 +153,105 @@ struct Probabilities {
   }
 };
 
-// Third pass of kl: its gradient to t needs the KL of the whole row. q and r lie where the exponentials were.
-template <class Tile>
-inline void gradients_to_target(Tile& tile, F scale, F kl) {
+template <Kind KIND>
+using Row = RowFormulas<Simd, KIND>;
+
+// Sums of N numbers over a row.
+template <class Tile, int N>
+struct Sums {
+  typename Tile::Sum sums[N];
+
+  SMART_FAST_INLINE void add(const F (&parts)[N]) {
+    for (int k = 0; k < N; ++k) sums[k].add(parts[k]);
+  }
+  SMART_FAST_INLINE void get(F (&values)[N]) const {
+    for (int k = 0; k < N; ++k) values[k] = sums[k].get();
+  }
+};
+
+// Third pass where the gradient to t alone had to wait for the sums. q and r lie where the exponentials were.
+template <Kind KIND, class Tile>
+inline void gradients_to_target(Tile& tile, F scale, const RowStatistics& row) {
   const cpu::Divergence& args = *tile.given;
   for (int64_t b = 0; b < tile.blocks(); ++b) {
     const float *q = tile.scratch.exp_t + b * BLOCK, *r = tile.scratch.exp_x + b * BLOCK;
     float* dt = tile.open_out(args.dt, args.t.dtype, b, tile.block_dt);
-    for (int64_t i = 0; i < tile.vectors(b); ++i)
-      store(dt + i * LANES, -scale * D::times(load(q + i * LANES), load(r + i * LANES) + kl));
+    for (int64_t i = 0; i < tile.vectors(b); ++i) {
+      F to_x, to_t;
+      Row<KIND>::template row_gradients<false>(F{}, load(q + i * LANES), load(r + i * LANES), args.alpha, scale, row.first,
+                                               row.second, to_x, to_t);
+      store(dt + i * LANES, to_t);
+    }
     tile.write_out(args.dt, args.t.dtype, b, dt);
   }
 }
 
-// Second pass for a loss of whole rows, GRADIENTS included; returns the divergence of each row. One copy of it, so that
-// a gradient has the same bits whatever else is wanted.
-template <Kind KIND, class Tile, bool NEAR, bool GRADIENTS>
-__attribute__((noinline)) F sum_rows(Tile& tile, const RowStatistics& row) {
+// Both gradients, once all statistics are known.
+template <Kind KIND, class Tile, bool STORED, bool NEAR>
+inline void gradients_of_row(Tile& tile, F scale, const RowStatistics& row) {
   const cpu::Divergence& args = *tile.given;
-  const float alpha = args.alpha;
-  const F scale = Simd::splat(KIND == Kind::js ? 0.5f * args.upstream * alpha : args.upstream);
-  // Opposite gradients of 16 bits are rounded once.
-  const bool opposite = (KIND == Kind::js || (KIND == Kind::sym_kl && alpha == 1.0f)) && args.dx != nullptr &&
-                        args.dt != nullptr && args.x.dtype == args.t.dtype && args.x.dtype != Dtype::fp32;
-  const bool with_dt = GRADIENTS && KIND != Kind::kl && !opposite;
-  typename Tile::Sum loss;
   for (int64_t b = 0; b < tile.blocks(); ++b) {
     const Block block = tile.load_block(b);
-    const Probabilities<Tile, true> probabilities(row, tile.scratch, b);
-    float* dx = GRADIENTS ? tile.open_out(args.dx, args.x.dtype, b, tile.block_dx) : nullptr;
-    float* dt = with_dt ? tile.open_out(args.dt, args.t.dtype, b, tile.block_dt) : nullptr;
-    F part = {};
+    const Probabilities<Tile, STORED> probabilities(row, tile.scratch, b);
+    float* dx = tile.open_out(args.dx, args.x.dtype, b, tile.block_dx);
+    float* dt = tile.open_out(args.dt, args.t.dtype, b, tile.block_dt);
     for (int64_t i = 0; i < block.count; ++i) {
       F p, q, r, to_x, to_t;
       probabilities.template get<NEAR>(block, i, p, q, r);
-      part += D::template row_term<KIND, NEAR>(p, q, r, alpha);
-      if (GRADIENTS) {
-        D::template row_gradients<KIND, NEAR>(p, q, r, alpha, scale, row.kl, to_x, to_t);
+      Row<KIND>::template row_gradients<NEAR>(p, q, r, args.alpha, scale, row.first, row.second, to_x, to_t);
+      store(dx + i * LANES, to_x);
+      store(dt + i * LANES, to_t);
+    }
+    tile.write_out(args.dx, args.x.dtype, b, dx);
+    tile.write_out(args.dt, args.t.dtype, b, dt);
+  }
+}
+
+// Second pass for a loss of whole rows, GRADIENTS included; completes the statistics of the row. One copy of it, so that
+// a gradient has the same bits whatever else is wanted.
+template <Kind KIND, class Tile, bool NEAR, bool GRADIENTS>
+__attribute__((noinline)) void sum_rows(Tile& tile, RowStatistics& row) {
+  const cpu::Divergence& args = *tile.given;
+  constexpr Late late = Row<KIND>::late;
+  constexpr bool now = GRADIENTS && late != Late::both;
+  const float alpha = args.alpha;
+  const F scale = Simd::splat(Row<KIND>::factor(args.upstream, alpha));
+  // Opposite gradients of 16 bits are rounded once.
+  const bool opposite = Row<KIND>::opposite(alpha) && args.dx != nullptr && args.dt != nullptr &&
+                        args.x.dtype == args.t.dtype && args.x.dtype != Dtype::fp32;
+  const bool with_dt = now && late == Late::none && !opposite;
+  Sums<Tile, Row<KIND>::row_sums> sums;
+  for (int64_t b = 0; b < tile.blocks(); ++b) {
+    const Block block = tile.load_block(b);
+    const Probabilities<Tile, true> probabilities(row, tile.scratch, b);
+    float* dx = now ? tile.open_out(args.dx, args.x.dtype, b, tile.block_dx) : nullptr;
+    float* dt = with_dt ? tile.open_out(args.dt, args.t.dtype, b, tile.block_dt) : nullptr;
+    F part[Row<KIND>::row_sums] = {};
+    for (int64_t i = 0; i < block.count; ++i) {
+      F p, q, r, to_x, to_t;
+      probabilities.template get<NEAR>(block, i, p, q, r);
+      Row<KIND>::template add_row_terms<NEAR>(p, q, r, alpha, part);
+      if (now) {
+        Row<KIND>::template row_gradients<NEAR>(p, q, r, alpha, scale, F{}, F{}, to_x, to_t);
         store(dx + i * LANES, to_x);
         if (with_dt) store(dt + i * LANES, to_t);
-        if (KIND == Kind::kl) {
+        if (late == Late::target) {
           store(tile.scratch.exp_t + b * BLOCK + i * LANES, q);
           store(tile.scratch.exp_x + b * BLOCK + i * LANES, r);
         }
       }
     }
-    loss.add(part);
-    if (GRADIENTS) {
+    sums.add(part);
+    if (now) {
       tile.write_out(args.dx, args.x.dtype, b, dx, opposite ? args.dt : nullptr);
       if (with_dt) tile.write_out(args.dt, args.t.dtype, b, dt);
     }
   }
-  const F sum = KIND == Kind::js ? alpha * loss.get() : loss.get();
-  if (GRADIENTS && KIND == Kind::kl && args.dt != nullptr) gradients_to_target(tile, scale, sum);
-  return sum;
+  F totals[Row<KIND>::row_sums];
+  sums.get(totals);
+  Row<KIND>::conclude(totals, alpha, row.first, row.second);
+  if (now && late == Late::target && args.dt != nullptr) gradients_to_target<KIND>(tile, scale, row);
+  if (GRADIENTS && late == Late::both) gradients_of_row<KIND, Tile, true, NEAR>(tile, scale, row);
 }
 
 // Second pass for reduction="none".
@@ -221,7 +267,7 @@ inline F element_rows(Tile& tile, const RowStatistics& row) {
     for (int64_t i = 0; i < block.count; ++i) {
       F p, q, r;
       probabilities.template get<false>(block, i, p, q, r);
-      const F term = D::template element_term<KIND>(p, q, r, args.alpha);
+      const F term = Row<KIND>::element_term(p, q, r, args.alpha);
       part += term;
       store(out + i * LANES, term);
     }
@@ -260,8 +306,12 @@ inline void each_tile(const cpu::Divergence& args, int64_t chunk, float* memory,
 }
 
 template <Kind KIND, class Tile, bool GRADIENTS>
-inline F sum_rows(Tile& tile, const RowStatistics& row) {
-  return row.near ? sum_rows<KIND, Tile, true, GRADIENTS>(tile, row) : sum_rows<KIND, Tile, false, GRADIENTS>(tile, row);
+inline F sum_rows(Tile& tile, RowStatistics& row) {
+  if (row.near)
+    sum_rows<KIND, Tile, true, GRADIENTS>(tile, row);
+  else
+    sum_rows<KIND, Tile, false, GRADIENTS>(tile, row);
+  return Row<KIND>::loss(row.first, row.second, tile.given->alpha);
 }
 
 template <Kind KIND, class Tile>
@@ -277,15 +327,17 @@ inline void forward(const cpu::Divergence& args, int64_t begin, int64_t end, flo
       if (args.losses != nullptr) tile.write_row(args.losses, F{});
     };
     const auto terms = [&](Tile& tile, RowStatistics& row) {
+      F loss;
       if (args.terms != nullptr) {
-        row.kl = row.near ? element_rows<KIND, Tile, false>(tile, row) : element_rows<KIND, Tile, true>(tile, row);
+        loss = row.near ? element_rows<KIND, Tile, false>(tile, row) : element_rows<KIND, Tile, true>(tile, row);
+        row.first = loss;  // gradients of terms ask for no sums of the row
       } else if (gradients) {
-        row.kl = sum_rows<KIND, Tile, true>(tile, row);
+        loss = sum_rows<KIND, Tile, true>(tile, row);
       } else {
-        row.kl = sum_rows<KIND, Tile, false>(tile, row);
+        loss = sum_rows<KIND, Tile, false>(tile, row);
       }
-      sum += tile.total_of(row.kl);
-      if (args.losses != nullptr) tile.write_row(args.losses, row.kl * args.weight);
+      sum += tile.total_of(loss);
+      if (args.losses != nullptr) tile.write_row(args.losses, loss * args.weight);
       if (args.stats != nullptr) write_statistics(tile, row);
     };
     each_tile<Tile>(args, chunk, memory, none, add_up<Tile>, conclude<Tile>, terms);
@@ -296,7 +348,7 @@ inline void forward(const cpu::Divergence& args, int64_t begin, int64_t end, flo
 // Gradients of a loss of whole rows from their statistics.
 template <Kind KIND, class Tile>
 inline void backward(const cpu::Divergence& args, int64_t begin, int64_t end, float* memory) {
-  const float factor = KIND == Kind::js ? 0.5f * args.upstream * args.alpha : args.upstream;
+  const float factor = Row<KIND>::factor(args.upstream, args.alpha);
   const auto none = [&](Tile& tile) {
     tile.zero_out(args.dx, args.x.dtype);
     tile.zero_out(args.dt, args.t.dtype);
@@ -304,22 +356,7 @@ inline void backward(const cpu::Divergence& args, int64_t begin, int64_t end, fl
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     each_tile<Tile>(args, chunk, memory, none, [&](Tile& tile, RowStatistics& row) {
       row = read_statistics(tile);
-      const F scale = tile.row_upstream() * factor;
-      for (int64_t b = 0; b < tile.blocks(); ++b) {
-        const Block block = tile.load_block(b);
-        const Probabilities<Tile, false> probabilities(row, tile.scratch, b);
-        float* dx = tile.open_out(args.dx, args.x.dtype, b, tile.block_dx);
-        float* dt = tile.open_out(args.dt, args.t.dtype, b, tile.block_dt);
-        for (int64_t i = 0; i < block.count; ++i) {
-          F p, q, r, to_x, to_t;
-          probabilities.template get<false>(block, i, p, q, r);
-          D::template row_gradients<KIND, false>(p, q, r, args.alpha, scale, row.kl, to_x, to_t);
-          store(dx + i * LANES, to_x);
-          store(dt + i * LANES, to_t);
-        }
-        tile.write_out(args.dx, args.x.dtype, b, dx);
-        tile.write_out(args.dt, args.t.dtype, b, dt);
-      }
+      gradients_of_row<KIND, Tile, false, false>(tile, tile.row_upstream() * factor, row);
     });
   }
 }
@@ -334,25 +371,23 @@ inline void elements_backward(const cpu::Divergence& args, int64_t begin, int64_
     each_tile<Tile>(args, chunk, memory, none, [&](Tile& tile, RowStatistics& row) {
       row = read_statistics(tile);
       const F g0 = tile.first_upstream() * args.scale;
-      typename Tile::Sum sum_p, sum_q, sum_qgr;
+      constexpr int count = Row<KIND>::element_sums;
+      Sums<Tile, count> sums;
       for (int64_t b = 0; b < tile.blocks(); ++b) {
         const Block block = tile.load_block(b);
         const Probabilities<Tile, false> probabilities(row, tile.scratch, b);
         const float* upstream = tile.load_upstream(b);
-        F part_p = {}, part_q = {}, part_qgr = {};
+        F part[count] = {};
         for (int64_t i = 0; i < block.count; ++i) {
           F p, q, r;
           probabilities.template get<false>(block, i, p, q, r);
           const F g = load(upstream + i * LANES) * args.scale, h = g - g0;
-          part_p += p * h;
-          part_q += q * h;
-          part_qgr += D::times(q, g * r);
+          Row<KIND>::add_element_sums(p, q, r, g, h, args.alpha, part);
         }
-        sum_p.add(part_p);
-        sum_q.add(part_q);
-        sum_qgr.add(part_qgr);
+        sums.add(part);
       }
-      const D::ElementSums sums = {sum_p.get(), sum_q.get(), sum_qgr.get()};
+      F totals[count];
+      sums.get(totals);
       for (int64_t b = 0; b < tile.blocks(); ++b) {
         const Block block = tile.load_block(b);
         const Probabilities<Tile, false> probabilities(row, tile.scratch, b);
@@ -363,7 +398,7 @@ inline void elements_backward(const cpu::Divergence& args, int64_t begin, int64_
           F p, q, r, to_x, to_t;
           probabilities.template get<false>(block, i, p, q, r);
           const F h = load(upstream + i * LANES) * args.scale - g0;
-          D::template element_gradients<KIND>(p, q, r, h, g0, sums, args.alpha, to_x, to_t);
+          Row<KIND>::element_gradients(p, q, r, h, g0, totals, args.alpha, to_x, to_t);
           store(dx + i * LANES, to_x);
           store(dt + i * LANES, to_t);
         }
@@ -376,12 +411,12 @@ inline void elements_backward(const cpu::Divergence& args, int64_t begin, int64_
 
 template <class Tile>
 inline void write_parts(Tile& tile, const RowStatistics& row) {
-  tile.write_statistic(part_max_x, row.max_x);
-  tile.write_statistic(part_sum_x, row.sum_x);
-  tile.write_statistic(part_max_t, row.max_t);
-  tile.write_statistic(part_sum_t, row.sum_t);
-  tile.write_statistic(part_max_d, row.max_d);
-  tile.write_statistic(part_sum_e, row.sum_e);
+  tile.write_number(tile.given->stats, parts, part_max_x, row.max_x);
+  tile.write_number(tile.given->stats, parts, part_sum_x, row.sum_x);
+  tile.write_number(tile.given->stats, parts, part_max_t, row.max_t);
+  tile.write_number(tile.given->stats, parts, part_sum_t, row.sum_t);
+  tile.write_number(tile.given->stats, parts, part_max_d, row.max_d);
+  tile.write_number(tile.given->stats, parts, part_sum_e, row.sum_e);
 }
 
 // Statistics of a slice of the vocabulary, for merging with those of the others.
@@ -402,43 +437,50 @@ inline void divergence_measure(const cpu::Divergence& args, int64_t begin, int64
                                     : measure_slices<Wide>(args, begin, end, scratch);
 }
 
-// A slice's share of the divergence of each row, from the statistics of whole rows.
+template <class Tile>
+inline void write_shares(Tile& tile, F first, F second) {
+  tile.write_number(tile.given->losses, shares, share_first, first);
+  tile.write_number(tile.given->losses, shares, share_second, second);
+}
+
+// A slice's share of the sums over each row, from the statistics of whole rows.
 template <Kind KIND, class Tile>
 inline void finish(const cpu::Divergence& args, int64_t begin, int64_t end, float* memory) {
-  const auto none = [&](Tile& tile) { tile.write_row(args.losses, F{}); };
+  const auto none = [&](Tile& tile) { write_shares(tile, F{}, F{}); };
   for (int64_t chunk = begin; chunk < end; ++chunk)
     each_tile<Tile>(args, chunk, memory, none, [&](Tile& tile, RowStatistics& row) {
       row = read_statistics(tile);
-      typename Tile::Sum loss;
+      constexpr int count = Row<KIND>::row_sums;
+      Sums<Tile, count> sums;
       for (int64_t b = 0; b < tile.blocks(); ++b) {
         const Block block = tile.load_block(b);
         const Probabilities<Tile, false> probabilities(row, tile.scratch, b);
-        F part = {};
+        F part[count] = {};
         for (int64_t i = 0; i < block.count; ++i) {
           F p, q, r;
           probabilities.template get<false>(block, i, p, q, r);
-          part += D::template row_term<KIND, false>(p, q, r, args.alpha);
+          Row<KIND>::template add_row_terms<false>(p, q, r, args.alpha, part);
         }
-        loss.add(part);
+        sums.add(part);
       }
-      tile.write_row(args.losses, KIND == Kind::js ? args.alpha * loss.get() : loss.get());
+      F totals[count], first, second;
+      sums.get(totals);
+      Row<KIND>::conclude(totals, args.alpha, first, second);
+      write_shares(tile, first, second);
     });
 }
 
-#define SMART_FAST_BY_KIND(name, function)                                                              \
-  inline void name(const cpu::Divergence& args, int64_t begin, int64_t end, float* scratch) {           \
-    const bool narrow = args.shape.width <= NARROW;                                                     \
-    switch (args.kind) {                                                                                \
-      case Kind::kl:                                                                                    \
-        return narrow ? function<Kind::kl, Narrow>(args, begin, end, scratch)                           \
-                      : function<Kind::kl, Wide>(args, begin, end, scratch);                            \
-      case Kind::sym_kl:                                                                                \
-        return narrow ? function<Kind::sym_kl, Narrow>(args, begin, end, scratch)                       \
-                      : function<Kind::sym_kl, Wide>(args, begin, end, scratch);                        \
-      case Kind::js:                                                                                    \
-        return narrow ? function<Kind::js, Narrow>(args, begin, end, scratch)                           \
-                      : function<Kind::js, Wide>(args, begin, end, scratch);                            \
-    }                                                                                                   \
+#define SMART_FAST_BY_KIND(name, function)                                                    \
+  inline void name(const cpu::Divergence& args, int64_t begin, int64_t end, float* scratch) { \
+    with_kind(                                                                                \
+        args.kind,                                                                            \
+        [&](auto kind) {                                                                      \
+          if (args.shape.width <= NARROW)                                                     \
+            function<kind.value, Narrow>(args, begin, end, scratch);                          \
+          else                                                                                \
+            function<kind.value, Wide>(args, begin, end, scratch);                            \
+        },                                                                                    \
+        [] { __builtin_trap(); });                                                            \
   }
 SMART_FAST_BY_KIND(divergence_forward, forward)
 SMART_FAST_BY_KIND(divergence_finish, finish)

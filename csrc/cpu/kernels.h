@@ -54,10 +54,10 @@ struct Divergence {
   float scale;          // of both logits
   bool relative;        // x holds x - t
   double* partial;      // forward: the sum of every chunk, or null
-  float* losses;        // forward and finish: [rows], or null
+  float* losses;        // forward: [rows], or null; finish: [rows, shares], those of a slice in the sums over the row
   void* terms;          // forward: elementwise terms, or null
   Dtype terms_dtype;
-  float* stats;         // [rows, statistics], or null in a forward pass
+  float* stats;         // [rows, statistics], or null in a forward pass; measure: [rows, parts]
   void *dx, *dt;        // gradients in the dtypes of x and t, or null
   float upstream;       // of a loss of whole rows: upstream gradient, weight and scale included
   bool stream;

@@ -39,7 +39,8 @@ inline void scale_block(float* values, const float* from, float scale, int64_t c
 
 // What is known of a row once it has been read: splats in a Wide tile.
 struct RowStatistics {
-  F max_x, max_t, inv_x, inv_t, shift, kl;
+  F max_x, max_t, inv_x, inv_t, shift;
+  F first, second;  // sums over the row, as `Statistic` says
   F sum_x, sum_t, sum_e, max_d;
   bool near = false;  // |r| < 1 throughout; the exponentials of x were not needed
 };
@@ -151,7 +152,9 @@ struct Wide {
   }
 
   void write_row(float* rows, F v) { rows[row] = v[0]; }
-  void write_statistic(int which, F v) { given->stats[row * statistics + which] = v[0]; }
+  // One of the `each` that every row has.
+  void write_number(float* numbers, int each, int which, F v) { numbers[row * each + which] = v[0]; }
+  void write_statistic(int which, F v) { write_number(given->stats, statistics, which, v); }
   F read_statistic(int which) const { return Simd::splat(given->stats[row * statistics + which]); }
 };
 
@@ -225,11 +228,13 @@ struct Narrow : Columns {
     store(value, keep_real(v));
     __builtin_memcpy(rows + first, value, size_t(valid) * 4);
   }
-  void write_statistic(int which, F v) {
+  // One of the `each` that every row has.
+  void write_number(float* numbers, int each, int which, F v) {
     alignas(64) float value[LANES];
     store(value, keep_real(v));
-    for (int64_t lane = 0; lane < valid; ++lane) given->stats[(first + lane) * statistics + which] = value[lane];
+    for (int64_t lane = 0; lane < valid; ++lane) numbers[(first + lane) * each + which] = value[lane];
   }
+  void write_statistic(int which, F v) { write_number(given->stats, statistics, which, v); }
   F read_statistic(int which) const {
     alignas(64) float value[LANES] = {};
     for (int64_t lane = 0; lane < valid; ++lane) value[lane] = given->stats[(first + lane) * statistics + which];

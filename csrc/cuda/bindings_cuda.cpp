@@ -316,10 +316,10 @@ Tensor divergence_measure(const Tensor& input, const Tensor& target, const optio
   const View view({input, target});
   Tensor holder;
   Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
-  const Tensor parts = launch.output({view.shape.rows, statistics}, at::kFloat);
-  args.parts = parts.mutable_data_ptr<float>();
+  const Tensor measured = launch.output({view.shape.rows, parts}, at::kFloat);
+  args.parts = measured.mutable_data_ptr<float>();
   C10_CUDA_CHECK(cuda::divergence_forward(args, launch.stream()));
-  return parts;
+  return measured;
 }
 
 Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor& stats, const optional<Tensor>& mask,
@@ -333,7 +333,7 @@ Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor
   launch.same_device(stats);
   check_statistics(stats, view.shape.rows);
   args.stats = const_cast<float*>(stats.const_data_ptr<float>());
-  const Tensor losses = launch.output({view.shape.rows}, at::kFloat);
+  const Tensor losses = launch.output({view.shape.rows, shares}, at::kFloat);
   args.losses = losses.mutable_data_ptr<float>();
   C10_CUDA_CHECK(cuda::divergence_finish(args, launch.stream()));
   return losses;

@@ -10,6 +10,10 @@ namespace smart_fast {
 namespace cuda {
 
 using Formulas = smart_fast::Divergence<Scalar>;
+template <Kind KIND>
+using Row = RowFormulas<Scalar, KIND>;
+
+inline cudaError_t unknown_choice() { return cudaErrorInvalidValue; }
 
 // Logits as they came, scaled: in place of x may stand x - t, zero where t leaves a class out of both.
 template <class T>
@@ -31,7 +35,8 @@ SMART_FAST_INLINE float d_of(const Divergence& args, float x, float t) {
 
 // What is known of a row once it has been read.
 struct RowStatistics {
-  float max_x, max_t, inv_x, inv_t, shift, loss;
+  float max_x, max_t, inv_x, inv_t, shift;
+  float first, second;  // sums over the row, as `Statistic` says
   bool near;  // |r| < 1 throughout
 
   // Maxima and sums over the row; `expm1_sum` is meaningful if max_d <= 1.
@@ -39,13 +44,13 @@ struct RowStatistics {
                                               float expm1_sum) {
     const float safe_x = Formulas::finite_max(max_x), safe_t = Formulas::finite_max(max_t);
     return {safe_x, safe_t, 1.0f / sum_x, 1.0f / sum_t,
-            Formulas::log_ratio_shift(safe_x, sum_x, safe_t, sum_t, expm1_sum, max_d), 0.0f,
+            Formulas::log_ratio_shift(safe_x, sum_x, safe_t, sum_t, expm1_sum, max_d), 0.0f, 0.0f,
             max_d < 0.5f};  // |D| <= max |d|
   }
 
   static SMART_FAST_INLINE RowStatistics read(const float* stats) {
     return {stats[stat_max_x], stats[stat_max_t],  stats[stat_inv_sum_x], stats[stat_inv_sum_t],
-            stats[stat_shift], stats[stat_kl], false};
+            stats[stat_shift], stats[stat_first],  stats[stat_second],    false};
   }
   // Zeros for a masked row.
   SMART_FAST_INLINE void write(float* stats, bool real) const {
@@ -54,7 +59,8 @@ struct RowStatistics {
     stats[stat_max_x] = real ? max_x : 0.0f;
     stats[stat_inv_sum_x] = real ? inv_x : 0.0f;
     stats[stat_shift] = real ? shift : 0.0f;
-    stats[stat_kl] = real ? loss : 0.0f;
+    stats[stat_first] = real ? first : 0.0f;
+    stats[stat_second] = real ? second : 0.0f;
   }
 
   SMART_FAST_INLINE float p(float x) const { return Scalar::exp(x - max_x) * inv_x; }

@@ -1,7 +1,5 @@
 // What follows from the statistics of rows: gradients of the divergences, and the share of a slice of them. Floor of the
 // gradients: read both, write each gradient.
-#include <type_traits>
-
 #include "divergence.h"
 #include "launch.h"
 
@@ -23,7 +21,7 @@ __global__ void __launch_bounds__(THREADS, 4) backward_kernel(const Divergence a
   const Shape& shape = args.shape;
   float scale = args.weight;
   if (args.upstream != nullptr) scale *= read_element(args.upstream, args.upstream_dtype, 0);
-  if (KIND == Kind::js) scale *= 0.5f * args.alpha;
+  scale = Row<KIND>::factor(scale, args.alpha);
 
   for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < shape.rows;
        row += int64_t(gridDim.y) * blockDim.y) {
@@ -56,14 +54,14 @@ __global__ void __launch_bounds__(THREADS, 4) backward_kernel(const Divergence a
         if (furthest < 1.0f) {  // p is then not needed
 #pragma unroll
           for (int i = 0; i < size; ++i)
-            Formulas::row_gradients<KIND, true>(0.0f, statistics.q(t[i]), statistics.r(d_of(args, x[i], t[i])),
-                                                args.alpha, factor, statistics.loss, dx[i], dt[i]);
+            Row<KIND>::template row_gradients<true>(0.0f, statistics.q(t[i]), statistics.r(d_of(args, x[i], t[i])),
+                                                    args.alpha, factor, statistics.first, statistics.second, dx[i], dt[i]);
         } else {
 #pragma unroll
           for (int i = 0; i < size; ++i)
-            Formulas::row_gradients<KIND, false>(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
-                                                 statistics.r(d_of(args, x[i], t[i])), args.alpha, factor,
-                                                 statistics.loss, dx[i], dt[i]);
+            Row<KIND>::template row_gradients<false>(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
+                                                     statistics.r(d_of(args, x[i], t[i])), args.alpha, factor,
+                                                     statistics.first, statistics.second, dx[i], dt[i]);
         }
 #pragma unroll
         for (int i = 0; i < size; ++i) {
@@ -93,7 +91,7 @@ __global__ void __launch_bounds__(most_threads, 1) elements_backward_kernel(cons
     const void* upstream = advance(args.grad.data, args.grad.dtype, row_offset(shape, args.grad, safe));
     const float g0 = real ? args.scale * read_element(upstream, args.grad.dtype, 0) : 0.0f;
 
-    float sums[3] = {0.0f, 0.0f, 0.0f};
+    float sums[Row<KIND>::element_sums] = {};
     float p, q, r, h;
     const auto read = [&](int64_t column) {
       float x[1], t[1];
@@ -107,18 +105,15 @@ __global__ void __launch_bounds__(most_threads, 1) elements_backward_kernel(cons
     if (real)
       for (int64_t column = group.rank(); column < shape.width; column += group.size()) {
         read(column);
-        sums[0] += p * h;
-        sums[1] += q * h;
-        sums[2] += Formulas::times(q, (h + g0) * r);
+        Row<KIND>::add_element_sums(p, q, r, h + g0, h, args.alpha, sums);
       }
     group.reduce<Sum>(sums);
     if (!valid) continue;
-    const Formulas::ElementSums totals = {sums[0], sums[1], sums[2]};
     for (int64_t column = group.rank(); column < shape.width; column += group.size()) {
       float dx = 0.0f, dt = 0.0f;
       if (real) {
         read(column);
-        Formulas::element_gradients<KIND>(p, q, r, h, g0, totals, args.alpha, dx, dt);
+        Row<KIND>::element_gradients(p, q, r, h, g0, sums, args.alpha, dx, dt);
       }
       if (args.dx != nullptr) write_element(args.dx, args.x.dtype, row * shape.width + column, dx);
       if (args.dt != nullptr) write_element(args.dt, args.t.dtype, row * shape.width + column, dt);
@@ -126,7 +121,7 @@ __global__ void __launch_bounds__(most_threads, 1) elements_backward_kernel(cons
   }
 }
 
-// A slice's share of the divergence of each row, from the statistics of whole rows. Any strides and dtypes, as above.
+// A slice's share of the sums over each row, from the statistics of whole rows. Any strides and dtypes, as above.
 template <Kind KIND>
 __global__ void __launch_bounds__(most_threads, 1) finish_kernel(const Divergence args) {
   SMART_FAST_SHARED(Shared, shared);
@@ -138,17 +133,21 @@ __global__ void __launch_bounds__(most_threads, 1) finish_kernel(const Divergenc
     const bool valid = row < shape.rows, real = valid && (args.mask == nullptr || args.mask[row] != 0);
     const RowStatistics statistics = RowStatistics::read(args.stats + safe * smart_fast::statistics);
     const Reader<Any<1>> from_x(shape, args.x, safe), from_t(shape, args.t, safe);
-    float sum[1] = {0.0f};
+    float sums[Row<KIND>::row_sums] = {};
     if (real)
       for (int64_t column = group.rank(); column < shape.width; column += group.size()) {
         float x[1], t[1];
         unpack<Any<1>>(args, from_x.read(column, shape.width, Fill::minus_infinity),
                        from_t.read(column, shape.width, Fill::minus_infinity), x, t);
-        sum[0] += Formulas::row_term<KIND, false>(statistics.p(x_of(args, x[0], t[0])), statistics.q(t[0]),
-                                                  statistics.r(d_of(args, x[0], t[0])), args.alpha);
+        Row<KIND>::template add_row_terms<false>(statistics.p(x_of(args, x[0], t[0])), statistics.q(t[0]),
+                                                 statistics.r(d_of(args, x[0], t[0])), args.alpha, sums);
       }
-    group.reduce<Sum>(sum);
-    if (group.rank() == 0 && valid) args.losses[row] = real ? (KIND == Kind::js ? args.alpha : 1.0f) * sum[0] : 0.0f;
+    group.reduce<Sum>(sums);
+    if (group.rank() != 0 || !valid) continue;
+    float first, second;
+    Row<KIND>::conclude(sums, args.alpha, first, second);
+    args.losses[row * shares + share_first] = real ? first : 0.0f;
+    args.losses[row * shares + share_second] = real ? second : 0.0f;
   }
 }
 
@@ -177,29 +176,21 @@ cudaError_t run_rows(void (*kernel)(Divergence), const Divergence& args, cudaStr
 template <class Run>
 cudaError_t by_kind(const Divergence& args, const Run& run) {
   if (args.shape.rows == 0) return cudaSuccess;
-  switch (args.kind) {
-    case Kind::kl:
-      return run(std::integral_constant<Kind, Kind::kl>());
-    case Kind::sym_kl:
-      return run(std::integral_constant<Kind, Kind::sym_kl>());
-    case Kind::js:
-      return run(std::integral_constant<Kind, Kind::js>());
-  }
-  return cudaErrorInvalidValue;
+  return with_kind(args.kind, run, unknown_choice);
 }
 
 }  // namespace
 
 cudaError_t divergence_backward(const Divergence& args, cudaStream_t stream) {
-  return by_kind(args, [&](auto kind) { return run<decltype(kind)::value>(args, stream); });
+  return by_kind(args, [&](auto kind) { return run<kind.value>(args, stream); });
 }
 
 cudaError_t divergence_elements_backward(const Divergence& args, cudaStream_t stream) {
-  return by_kind(args, [&](auto kind) { return run_rows(elements_backward_kernel<decltype(kind)::value>, args, stream); });
+  return by_kind(args, [&](auto kind) { return run_rows(elements_backward_kernel<kind.value>, args, stream); });
 }
 
 cudaError_t divergence_finish(const Divergence& args, cudaStream_t stream) {
-  return by_kind(args, [&](auto kind) { return run_rows(finish_kernel<decltype(kind)::value>, args, stream); });
+  return by_kind(args, [&](auto kind) { return run_rows(finish_kernel<kind.value>, args, stream); });
 }
 
 }  // namespace cuda

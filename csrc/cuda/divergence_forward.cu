@@ -11,22 +11,23 @@ namespace smart_fast {
 namespace cuda {
 namespace {
 
-// Terms of a chunk. Returns their sum; beyond the row x = t = -inf, and a term is zero.
+// Adds what a chunk has of the sums over its row; beyond the row x = t = -inf, and a term is zero.
 template <Kind KIND, int SIZE>
-SMART_FAST_INLINE float sum_terms(const Divergence& args, const RowStatistics& row, const float (&x)[SIZE],
-                                  const float (&t)[SIZE]) {
-  float sum = 0.0f;
+SMART_FAST_INLINE void sum_terms(const Divergence& args, const RowStatistics& row, const float (&x)[SIZE],
+                                 const float (&t)[SIZE], float (&sums)[Row<KIND>::row_sums]) {
+  float part[Row<KIND>::row_sums] = {};
   if (row.near) {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
-      sum += Formulas::row_term<KIND, true>(0.0f, row.q(t[i]), row.r(d_of(args, x[i], t[i])), args.alpha);
+      Row<KIND>::template add_row_terms<true>(0.0f, row.q(t[i]), row.r(d_of(args, x[i], t[i])), args.alpha, part);
   } else {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
-      sum += Formulas::row_term<KIND, false>(row.p(x_of(args, x[i], t[i])), row.q(t[i]),
-                                             row.r(d_of(args, x[i], t[i])), args.alpha);
+      Row<KIND>::template add_row_terms<false>(row.p(x_of(args, x[i], t[i])), row.q(t[i]),
+                                               row.r(d_of(args, x[i], t[i])), args.alpha, part);
   }
-  return sum;
+#pragma unroll
+  for (int k = 0; k < Row<KIND>::row_sums; ++k) sums[k] += part[k];
 }
 
 // Elementwise terms of a chunk, written; zeros where the row is masked. Returns their sum.
@@ -37,8 +38,8 @@ SMART_FAST_INLINE float write_terms(const Divergence& args, const RowStatistics&
   float terms[size], sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < size; ++i) {
-    terms[i] = Formulas::element_term<KIND>(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
-                                            statistics.r(d_of(args, x[i], t[i])), args.alpha);
+    terms[i] = Row<KIND>::element_term(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
+                                       statistics.r(d_of(args, x[i], t[i])), args.alpha);
     if (!real) terms[i] = 0.0f;
     if (first + i >= 0 && first + i < args.shape.width) sum += terms[i];
   }
@@ -47,32 +48,37 @@ SMART_FAST_INLINE float write_terms(const Divergence& args, const RowStatistics&
 }
 
 template <class T, Kind KIND>
-SMART_FAST_INLINE float add_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
-                                  bool valid, bool real, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t) {
+SMART_FAST_INLINE void add_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
+                                 bool valid, bool real, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t,
+                                 float (&sums)[Row<KIND>::row_sums]) {
   float x[Chunk<T>::size], t[Chunk<T>::size];
   unpack<T>(args, chunk_x, chunk_t, x, t);
-  if (args.terms == nullptr) return sum_terms<KIND>(args, statistics, x, t);
-  return valid ? write_terms<T, KIND>(args, statistics, row, first, real, x, t) : 0.0f;
+  if (args.terms == nullptr)
+    sum_terms<KIND>(args, statistics, x, t, sums);
+  else if (valid)
+    sums[0] += write_terms<T, KIND>(args, statistics, row, first, real, x, t);
 }
 
 // The end of a row: its statistics, and its share of the loss of the block.
 template <Kind KIND, class Group>
 __device__ __forceinline__ float close(const Divergence& args, RowStatistics& statistics, int64_t row, bool valid,
-                                       bool real, float sum, Group& group) {
-  float total[1] = {sum};
-  group.template reduce<Sum>(total);
-  if (KIND == Kind::js && args.terms == nullptr) total[0] *= args.alpha;  // terms have it already
-  statistics.loss = total[0];
+                                       bool real, float (&sums)[Row<KIND>::row_sums], Group& group) {
+  group.template reduce<Sum>(sums);
+  if (args.terms == nullptr)
+    Row<KIND>::conclude(sums, args.alpha, statistics.first, statistics.second);
+  else
+    statistics.first = sums[0];  // gradients of terms ask for no sums of the row
   if (group.rank() != 0 || !valid) return 0.0f;
   if (args.stats != nullptr) statistics.write(args.stats + row * smart_fast::statistics, real);
-  if (args.losses != nullptr) args.losses[row] = real ? args.weight * statistics.loss : 0.0f;
-  return real ? statistics.loss : 0.0f;
+  const float loss = real ? Row<KIND>::loss(statistics.first, statistics.second, args.alpha) : 0.0f;
+  if (args.losses != nullptr) args.losses[row] = real ? args.weight * loss : 0.0f;
+  return loss;
 }
 
 // All there is to say of a slice of the vocabulary. Without a finite logit sums are zero, which -inf - (-inf) is not.
 __device__ __forceinline__ void write_parts(const Divergence& args, int64_t row, bool real, const float (&largest)[3],
                                             const float (&sums)[3]) {
-  float* parts = args.parts + row * smart_fast::statistics;
+  float* parts = args.parts + row * smart_fast::parts;
   parts[part_max_x] = real ? largest[0] : 0.0f;
   parts[part_sum_x] = real ? sums[0] : 0.0f;
   parts[part_max_t] = real ? largest[1] : 0.0f;
@@ -162,12 +168,12 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
       unpack<T>(args, chunks_x[0], chunks_t[0], x, t);
       statistics.shift = d_of(args, x[0], t[0]);
     }
-    float sum = 0.0f;
+    float sums_of_terms[Row<KIND>::row_sums] = {};
 #pragma unroll
     for (int k = 0; k < chunks; ++k)
       if (real ? !outside(first_of(k), size, shape.width) : args.terms != nullptr)
-        sum += add_terms<T, KIND>(args, statistics, row, first_of(k), valid, real, chunks_x[k], chunks_t[k]);
-    loss += close<KIND>(args, statistics, row, valid, real, sum, group);
+        add_terms<T, KIND>(args, statistics, row, first_of(k), valid, real, chunks_x[k], chunks_t[k], sums_of_terms);
+    loss += close<KIND>(args, statistics, row, valid, real, sums_of_terms, group);
   }
   close_block(args, loss, group);
 }
@@ -265,7 +271,7 @@ __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence 
     RowStatistics statistics =
         RowStatistics::from(largest[0], largest[1], largest[2], sums[0], sums[1], sums[2]);
 
-    float sum = 0.0f;
+    float sums_of_terms[Row<KIND>::row_sums] = {};
     if (real || args.terms != nullptr) {
       int k = 0;
       for (int64_t first = begin; first < shape.width; first += step, ++k) {
@@ -277,10 +283,10 @@ __global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence 
           chunk_x = from_x.read(first, shape.width, Fill::minus_infinity);
           chunk_t = from_t.read(first, shape.width, Fill::minus_infinity);
         }
-        sum += add_terms<T, KIND>(args, statistics, row, first, true, real, chunk_x, chunk_t);
+        add_terms<T, KIND>(args, statistics, row, first, true, real, chunk_x, chunk_t, sums_of_terms);
       }
     }
-    loss += close<KIND>(args, statistics, row, true, real, sum, group);
+    loss += close<KIND>(args, statistics, row, true, real, sums_of_terms, group);
   }
   group.finish();
   close_block(args, loss, group);
@@ -364,15 +370,7 @@ cudaError_t run(const Divergence& args, const Plan& plan, cudaStream_t stream) {
 }
 
 cudaError_t run(const Divergence& args, const Plan& plan, cudaStream_t stream) {
-  switch (args.kind) {
-    case Kind::kl:
-      return run<Kind::kl>(args, plan, stream);
-    case Kind::sym_kl:
-      return run<Kind::sym_kl>(args, plan, stream);
-    case Kind::js:
-      return run<Kind::js>(args, plan, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_kind(args.kind, [&](auto kind) { return run<kind.value>(args, plan, stream); }, unknown_choice);
 }
 
 }  // namespace

@@ -63,8 +63,9 @@ struct Divergence {
   bool relative;        // x holds x - t
   float* loss;          // forward: weight times the sum over the rows, or null
   float* partial;       // forward: `forward_partials` floats of scratch memory
-  float* losses;        // forward and finish: weight times the divergence of each row, or null
-  float* parts;         // measure: [rows, statistics], what `Part` says of a slice of the vocabulary
+  float* losses;        // forward: weight times the divergence of each row, or null; finish: [rows, shares], those of a
+                        // slice in the sums over the row
+  float* parts;         // measure: [rows, parts], what `Part` says of a slice of the vocabulary
   void* terms;          // forward: elementwise terms, or null
   Dtype terms_dtype;
   float* stats;         // [rows, statistics], or null in a forward pass

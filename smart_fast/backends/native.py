@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from . import steps
-from .base import DIVERGENCES, STATISTICS, DivergenceSpec, Nodes, Step, new_output
-
-kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
+from .base import PARTS, DivergenceSpec, Nodes, Step, new_output
 
 _operators = torch.ops.smart_fast
 
@@ -26,7 +24,7 @@ class Native:
     name = "native"
     nodes: Nodes = "eager"
     reference = False
-    kinds = frozenset(DIVERGENCES)
+    kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
 
     def __init__(self, extension: Any) -> None:
         self.extension = extension
@@ -198,14 +196,14 @@ def _fake_divergence_forward(
 def _fake_divergence_measure(
     input: Tensor, target: Tensor, mask: Tensor | None, scale: float, relative: bool
 ) -> Tensor:
-    return new_output((input.numel() // input.shape[-1], STATISTICS), torch.float32, input.device)
+    return new_output((input.numel() // input.shape[-1], PARTS), torch.float32, input.device)
 
 
 def _fake_divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, alpha: float, scale: float,
     relative: bool,
 ) -> Tensor:  # fmt: skip
-    return new_output((input.numel() // input.shape[-1],), torch.float32, input.device)
+    return new_output((input.numel() // input.shape[-1], 2), torch.float32, input.device)
 
 
 for _operator, _fake in (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import steps
 from . import triton_launch as ops
-from .base import DIVERGENCES, DivergenceSpec, Nodes, Step
+from .base import DivergenceSpec, Nodes, Step
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -53,7 +53,7 @@ class Triton:
     name = "triton"
     nodes: Nodes = "never"
     reference = False
-    kinds = frozenset(DIVERGENCES)
+    kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
 
     def unavailable(self) -> str | None:
         if ops.INTERPRETED:

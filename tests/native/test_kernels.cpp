@@ -123,7 +123,7 @@ void perturb_and_ascend(int64_t rows, int64_t width) {
 void divergences(int64_t rows, int64_t width) {
   const Scratch scratch(cpu::divergence_scratch(width));
   const int64_t chunks = cpu::chunks(rows, width);
-  for (const Kind kind : {Kind::kl, Kind::sym_kl, Kind::js})
+  for (const Kind kind : {Kind::kl, Kind::sym_kl, Kind::js, Kind::jsd})
     for (const Dtype x_dtype : dtypes)
       for (const Dtype t_dtype : dtypes)
         for (int variant = 0; variant < 16; ++variant) {
@@ -162,16 +162,19 @@ void divergences(int64_t rows, int64_t width) {
           args.grad = {factors.data(), x_dtype, 1, 0, 0, 0};
           cpu::kernels().divergence_backward(args, 0, chunks, scratch.memory);
           args.grad = {};
-          std::vector<float> losses(size_t(rows), -1);
+          std::vector<float> losses(size_t(rows * shares), -1);
           args.losses = losses.data();
           cpu::kernels().divergence_finish(args, 0, chunks, scratch.memory);
           double finished = 0;
-          for (const float each : losses) finished += each;
+          for (size_t row = 0; row < size_t(rows); ++row) {
+            const double first = losses[row * shares], second = losses[row * shares + 1];
+            finished += kind == Kind::jsd ? 0.5 * first + 0.5 * second : first;
+          }
           check(std::abs(finished - sum) <= 1e-5 * sum, "finished", width);
           args.losses = nullptr;
-          Tensor parts(rows * statistics, Dtype::fp32);
+          Tensor slice(rows * parts, Dtype::fp32);
           float* const kept = args.stats;
-          args.stats = parts.floats();
+          args.stats = slice.floats();
           cpu::kernels().divergence_measure(args, 0, chunks, scratch.memory);
           args.stats = kept;
           args.dx = args.dt = nullptr;
