@@ -126,7 +126,8 @@ def divergence_finish_kernel(
         inv_x = 1.0 / sum_x
         inv_t = 1.0 / sum_t
         if KEEP:
-            writer = valid & (split == 0)
+            # A comparison of scalars, broadcast to a mask, is one of integers in Triton 3.9's interpreter, hence [None].
+            writer = valid & (split[None] == 0)
             store_statistics(stats_ptr, row, writer, real, max_x, inv_x, max_t, inv_t, shift, MASKED)
     else:
         max_x, inv_x, max_t, inv_t, shift = load_statistics(stats_ptr, row, real)
