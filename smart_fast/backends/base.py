@@ -21,8 +21,10 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 UPDATES = ("smart-pytorch", "sift", "paper")
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: fp32 numbers that a divergence keeps of each row for its backward pass, and of a slice of a row to be merged.
-STATISTICS = 6
+#: fp32 numbers that a divergence keeps of each row for its backward pass.
+STATISTICS = 7
+#: fp32 numbers of a slice of a row, to be merged.
+PARTS = 6
 
 
 @dataclass(frozen=True)

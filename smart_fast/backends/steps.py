@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..norms import known_norm
 from . import balls, pytorch
-from .base import STATISTICS, Step, new_output
+from .base import PARTS, STATISTICS, Step, new_output
 
 
 def ascend(
@@ -133,14 +133,14 @@ def fake_divergence_measure(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
     scale: float, relative: bool,
 ) -> Tensor:  # fmt: skip
-    return new_output((input.numel() // input.shape[-1], STATISTICS), torch.float32, input.device)
+    return new_output((input.numel() // input.shape[-1], PARTS), torch.float32, input.device)
 
 
 def fake_divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float,
     weight: float, scale: float, relative: bool,
 ) -> Tensor:  # fmt: skip
-    return new_output((input.numel() // input.shape[-1],), torch.float32, input.device)
+    return new_output((input.numel() // input.shape[-1], 2), torch.float32, input.device)
 
 
 def fake_fisher_direction(logits: Tensor, wide: bool) -> Tensor:
