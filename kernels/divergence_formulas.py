@@ -16,9 +16,9 @@ underflow contribute their limit:
 
     jsd     beta * KL(q || m) + (1 - beta) * KL(p || m)    = beta * sum q f(u) + (1 - beta) * sum p f(v)
 
-with m = beta q + (1 - beta) p, u = log m - log q and v = log m - log p for jsd, whose ``alpha`` is beta (Agarwal et al.,
-On-policy distillation of language models, 2024). The smaller of |u| and |v| is log1p((1 - beta) expm1(r)) for r <= 0,
--log1p of beta times the same of -r for r > 0; the other follows from u - v = r.
+with m = beta q + (1 - beta) p, u = log m - log q and v = log m - log p for jsd, whose ``alpha`` is beta (Agarwal et
+al., On-policy distillation of language models, 2024): u = log1p((1 - beta) expm1(r)) for r <= 0, v = log1p(beta
+expm1(-r)) for r > 0, and u - v = r gives the other.
 
 No term of these sums is negative. The gradients of a row sum (targets detached as smart-pytorch detaches them, both
 sides of jsd whole):
@@ -164,7 +164,7 @@ def p_minus_q(p, q, r):
 
 @triton.jit
 def _log_mixture(r, beta):
-    """``(u, v)`` = (log m - log q, log m - log p) of m = beta q + (1 - beta) p, of which 0 lies between, u - v = r."""
+    """``(u, v)`` = (log m - log q, log m - log p) of m = beta q + (1 - beta) p. Their signs differ, and u - v = r."""
     a = tl.abs(r)
     near = a < 1.0
     s = tl.where(near, -a, 0.0)
@@ -176,8 +176,8 @@ def _log_mixture(r, beta):
 
 @triton.jit
 def _mixture_terms(p, q, r, beta):
-    """``(q f(u), p f(v))``, the terms of KL(q || m) and KL(p || m). Far from 0, q expm1(u) = m - q takes the place of the
-    series, and m - p that of p expm1(v)."""
+    """``(q f(u), p f(v))``, the terms of KL(q || m) and KL(p || m). Far from 0, q expm1(u) is written as m - q, and
+    p expm1(v) as m - p."""
     u, v = _log_mixture(r, beta)
     near_q, near_p = tl.abs(u) < 1.0, tl.abs(v) < 1.0
     from_q = tl.where(near_q, q * _f_near(tl.where(near_q, u, 0.0)), (1.0 - beta) * (p - q) - times(q, u))

@@ -126,7 +126,7 @@ def divergence_finish_kernel(
         inv_x = 1.0 / sum_x
         inv_t = 1.0 / sum_t
         if KEEP:
-            # A comparison of scalars, broadcast to a mask, is one of integers in Triton 3.9's interpreter, hence [None].
+            # Triton 3.9's interpreter makes integers of a scalar comparison that is broadcast to a mask, hence [None].
             writer = valid & (split[None] == 0)
             store_statistics(stats_ptr, row, writer, real, max_x, inv_x, max_t, inv_t, shift, MASKED)
     else:
