@@ -36,6 +36,27 @@ def check_mask(mask: Any, shape: torch.Size, device: torch.device, of: str) -> T
     return mask
 
 
+def check_embeddings(
+    embed: Any, mask: Any, generator: torch.Generator | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """One embedding or several, as tuples of embeddings and of a mask or None for each."""
+    several = isinstance(embed, (tuple, list))
+    embeds = tuple(embed) if several else (embed,)
+    if not embeds:
+        raise ValueError("embed must hold at least one embedding, got an empty tuple")
+    masks = tuple(mask) if isinstance(mask, (tuple, list)) else (mask,) * len(embeds)
+    if len(masks) != len(embeds):
+        raise ValueError(f"mask must hold one mask for each of the {len(embeds)} embeddings, got {len(masks)}")
+    for index, (each, each_mask) in enumerate(zip(embeds, masks, strict=True)):
+        name = f"embed[{index}]" if several else "embed"
+        check_tensor(name, each)
+        if each_mask is not None:
+            check_mask(each_mask, each.shape, each.device, name)
+        if generator is not None and generator.device.type != each.device.type:
+            raise ValueError(f"generator must be on the device of {name}, {each.device}, got {generator.device}")
+    return embeds, masks
+
+
 def check_same_device(name: str, device: torch.device, other: str, other_device: torch.device) -> None:
     if device != other_device:
         raise ValueError(f"{name} and {other} must be on one device, got {device} and {other_device}")

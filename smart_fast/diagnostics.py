@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from . import autograd
 from .ascent import modes
 from .backends import log_ratio, updates
-from .backends.base import DivergenceSpec, Step
+from .backends.base import Backend, DivergenceSpec, Step
 from .losses import states
 from .norms import l2_norm
 
@@ -33,14 +34,27 @@ class Record:
         self._sums: dict[str, Tensor] = {}
         self._warned = False
 
-    def start(self) -> None:
+    def take(
+        self, backends: Sequence[Backend], embeds: Sequence[Tensor], masks: Sequence[Tensor | None],
+        first: Sequence[Tensor], last: Sequence[Tensor], perturbed: Sequence[Tensor], grads: Sequence[Tensor | None],
+        step: Step, units: Sequence[Tensor | None],
+    ) -> None:  # fmt: skip
+        """Those of a call: for each embedding its noise before and after the ascent, as its backend keeps it, the
+        result, and the gradient of the last step."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError("diagnose does not work inside torch.compile: diagnose in eager mode")
         self._sums, self.changes = {}, []
+        for i, embed in enumerate(embeds):
+            before, after = (
+                autograd.noise_values(backends[i], embed, each[i], step.noise_var, masks[i], units[i])
+                for each in (first, last)
+            )
+            self._add(embed, masks[i], before, after, perturbed[i], grads[i], step, units[i])
 
-    def add(
+    def _add(
         self, embed: Tensor, mask: Tensor | None, first: Tensor, last: Tensor, perturbed: Tensor, grad: Tensor | None,
         step: Step, unit: Tensor | None,
     ) -> None:  # fmt: skip
-        """One embedding: its noise before and after the ascent, the result, and the gradient of the last step."""
         self.changes.append(perturbed.detach().float() - embed.detach().float())
         real = torch.ones(embed.shape[:-1], device=embed.device) if mask is None else mask.float()
         rows = real.unsqueeze(-1)
@@ -148,7 +162,7 @@ def _changes(smart: Any, embeds: list[Tensor], args: Any, mask: Any, kwargs: Any
             with torch.enable_grad():
                 state = smart.eval_fn(*inputs, *args, **kwargs)
                 smart(tuple(inputs) if len(inputs) > 1 else inputs[0], state, *args, mask=mask, **kwargs)
-            changes: list[Tensor] = smart._record.changes
+            changes: list[Tensor] = smart.record.changes
     finally:
         smart.train(training)
     return changes

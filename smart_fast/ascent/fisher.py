@@ -8,6 +8,7 @@ clean state gives a direction along which it is large, for one backward pass of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..backends import select
 from ..losses import sharded, states
 from ..training import compiling, ddp_fsdp
 from . import precision
+from .base import Passes
 
 _STATIC = (
     "ascent='fisher' goes backward through the state, which a DistributedDataParallel with static_graph=True has made,"
@@ -24,21 +26,30 @@ _STATIC = (
 )
 
 
-def gradients(
-    eval_fn: Callable[..., Any], embeds: Sequence[Tensor], state: Any, args: Any, kwargs: Any, backend: str = "auto"
-) -> list[Tensor]:
-    """The product with the Jacobian of ``state`` for each of ``embeds``, by a backend's `direction`.
+@dataclass(frozen=True)
+class Fisher:
+    """``eval_fn`` is what made the clean state; ``backend`` computes its `direction`."""
 
-    Where gradients are disabled there is no graph: the clean pass is then done again with one.
+    eval_fn: Callable[..., Any]
+    backend: str = "auto"
 
-    Raises:
-        TypeError: a state that is not made of tensors.
-        ValueError: a state of fewer than two classes, or one that does not depend on the embedding.
-    """
-    if not torch.is_grad_enabled():
+    def gradients(self, passes: Passes, perturbed: Sequence[Tensor]) -> list[Tensor]:
+        """The product with the Jacobian of the state for each of the clean embeddings.
+
+        Where gradients are disabled there is no graph: the clean pass is then done again with one.
+
+        Raises:
+            TypeError: a state that is not made of tensors.
+            ValueError: a state of fewer than two classes, or one that does not depend on the embedding.
+        """
+        if torch.is_grad_enabled():
+            return _through(self.eval_fn, passes.embeds, passes.state, self.backend)
         with torch.enable_grad():
-            embeds = [each.detach().requires_grad_() for each in embeds]
-            return gradients(eval_fn, embeds, eval_fn(*embeds, *args, **kwargs), (), {}, backend)
+            embeds = [each.detach().requires_grad_() for each in passes.embeds]
+            return _through(self.eval_fn, embeds, passes.run(*embeds), self.backend)
+
+
+def _through(eval_fn: Callable[..., Any], embeds: Sequence[Tensor], state: Any, backend: str) -> list[Tensor]:
     outputs = states.tensors(state)
     for each in outputs:
         if each.dim() == 0 or each.shape[-1] < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_iter
 
 from ..noise import remember_generators
+from ..training import ddp_fsdp
 
 
 @contextlib.contextmanager
@@ -58,6 +60,29 @@ def training_batch_norms(eval_fn: Any) -> list[nn.Module]:
         for each in eval_fn.modules()
         if isinstance(each, _BatchNorm) and each.training and each.track_running_stats
     ]
+
+
+def frozen_batch_norm(eval_fn: Any) -> contextlib.AbstractContextManager[None]:
+    """Within, BatchNorm in ``eval_fn`` normalizes as ever and leaves its running statistics alone."""
+    return setting(training_batch_norms(eval_fn), "track_running_stats", False)
+
+
+def prepare(eval_fn: Any, shared_dropout: bool) -> bool:
+    """Remember the calls of ``eval_fn`` from here on, if they are to be replayed. Whether it holds a DDP of a static
+    graph, or something else whose ascent a compiler must not trace."""
+    if shared_dropout:
+        ReplayedDropout.of(eval_fn)
+    return ddp_fsdp.is_wrapped(eval_fn)
+
+
+def runner(eval_fn: Any, args: Any, kwargs: Any, shared_dropout: bool) -> Callable[..., Any]:
+    """``eval_fn`` of embeddings alone, the other arguments bound; with the dropout of its last call if shared."""
+    run = ReplayedDropout.of(eval_fn).replay if shared_dropout else eval_fn
+    return functools.partial(_with_arguments, run, args, kwargs) if args or kwargs else run
+
+
+def _with_arguments(run: Callable[..., Any], args: Any, kwargs: Any, *embeds: Any) -> Any:
+    return run(*embeds, *args, **kwargs)
 
 
 class ReplayedDropout:

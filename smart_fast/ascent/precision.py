@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,19 @@ from ..backends.base import Step
 from ..checks import check_positive
 from ..training.compiling import when_traced
 
+if TYPE_CHECKING:
+    from ..options import Options
+
 HALF = (torch.bfloat16, torch.float16)
 _PEAK = 2.0**8  # far from both ends of float16, whose models' gradients may grow as well as shrink
 _TYPICAL = 0.02  # standard deviation of the word embeddings of BERT and its kin: as small as embeddings get
+
+
+def check_ascent_dtype(dtype: Any) -> None:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"ascent_dtype must be a torch.dtype or None, got {type(dtype).__name__}")
+    if dtype not in (None, *HALF):
+        raise ValueError(f"ascent_dtype must be None or one of {list(HALF)}, got {dtype}")
 
 
 def check_loss_scale(loss_scale: Any) -> None:
@@ -115,6 +125,20 @@ def lost_noise(dtype: torch.dtype, step: Step, num_steps: int, relative: bool) -
                 name, size, value = "epsilon", abs(step.epsilon), step.epsilon
     least = torch.finfo(dtype).eps * (1.0 if relative else _TYPICAL) / 8  # of which a fifth of the entries change
     return (name, value) if 0 < size < least else None
+
+
+def warns_of_lost_noise(embeds: Iterable[Tensor], options: Options) -> bool:
+    """Warn if `lost_noise` finds a setting; whether it was told to somebody who will not be told again.
+
+    Under torch.compile it is told when traced: a flag that changed would trace anew.
+    """
+    relative = options.scale == "relative"
+    for dtype in {each.dtype for each in embeds if each.dtype in HALF}:
+        lost = lost_noise(dtype, options.step, options.num_steps, relative)
+        if lost is not None:
+            warn_of_lost_noise(dtype, *lost, relative)
+            return not torch.compiler.is_compiling()
+    return False
 
 
 @when_traced

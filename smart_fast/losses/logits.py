@@ -11,6 +11,7 @@ What each computes is a row of `smart_fast.losses.divergences`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import autograd
-from ..backends import backend_of_caller, check_name, plain_divergence, select
+from ..backends import backend_of_caller, calling, check_name, plain_divergence, select
 from ..backends.base import REDUCTIONS
 from ..checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
-from . import sharded
+from . import sharded, states
 from .divergences import divergence
 
 __all__ = ["hellinger_loss", "js_loss", "jsd_loss", "kl_loss", "stable_sym_kl_loss", "sym_kl_loss"]
@@ -142,6 +143,19 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"kl": kl_loss, "sym_kl": sym_kl_loss
 
 #: Kind, reduction and alpha of these losses where nothing else is asked for.
 DEFAULTS = {loss: (kind, divergence(kind).reduction, divergence(kind).alpha) for kind, loss in LOSSES.items()}
+
+
+def compare(name: str, loss_fn: Any, perturbed: Any, state: Any, backend: str, ascent: bool = False) -> Tensor:
+    """``loss_fn`` (of that ``name``) of two states, as `states.compare` has it, with ``backend`` for the losses of this
+    package. ``ascent``: gradients to ``perturbed`` alone will be asked for."""
+    known = DEFAULTS.get(loss_fn) if type(loss_fn) is FunctionType else None
+    if known is not None and (short := plain_divergence(backend)) is not None:
+        found = short(perturbed, state, *known)
+        if found is not None:
+            return found
+    with calling(backend, ascent=ascent):
+        loss: Tensor = states.compare(name, loss_fn, perturbed, state)
+    return loss
 
 
 def hellinger_loss(

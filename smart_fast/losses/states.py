@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_iter, tree_leaves, tree_map
+
+from ..checks import check_tensor
 
 Loss = Callable[..., Any]
 
@@ -93,6 +96,19 @@ def compare(name: str, loss_fn: Any, perturbed: Any, state: Any) -> Any:
         return loss_fn(perturbed, state)
     terms = [loss(left[key], right[key]) for key, loss in losses.items()]
     return sum(terms[1:], start=terms[0])
+
+
+def nothing(embeds: tuple[Tensor, ...], state: Any, parameters: Iterable[Tensor]) -> Tensor:
+    """The loss of an empty batch: zero, with zero gradients, even where means over nothing are NaN in ``state``."""
+    found = [t for t in tree_iter((embeds, state, list(parameters))) if isinstance(t, Tensor)]
+    empty = [t.flatten()[:0].sum().to(embeds[0]) for t in found if t.is_floating_point()]
+    return sum(empty, start=embeds[0].new_zeros(()))
+
+
+def no_graph(embed: Any) -> Tensor:
+    """Zero in the dtype and on the device of ``embed``: of a call that is skipped. A sum with it may go backward."""
+    first = check_tensor("embed", embed[0] if isinstance(embed, (tuple, list)) and embed else embed)
+    return torch.zeros((), dtype=first.dtype, device=first.device, requires_grad=torch.is_grad_enabled())
 
 
 def _items(value: Any) -> dict[Any, Any] | None:
