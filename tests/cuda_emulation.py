@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smart_fast.backends import fused
+from smart_fast.backends import steps
 from smart_fast.backends.base import DivergenceSpec, Step, as_rows
 
 HERE = Path(__file__).resolve().parent
@@ -278,7 +278,7 @@ class Emulated:
         ) -> Tensor:
             return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
 
-        return fused.ascend(
+        return steps.ascend(
             self.ascend_measure, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit,
             folds_groups=True,
         )  # fmt: skip
