@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import steps
-from .base import PARTS, DivergenceSpec, Step, new_output
+from .base import DivergenceSpec, Step, new_output
 
 name = "native"
 
@@ -57,23 +57,9 @@ def _noise_alone(
     return perturb(embed, seed, noise_var, mask, False, unit)[0]
 
 
-def _measure(
-    grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
-    noise_var: float, step_size: float, update: str,
-) -> Tensor:  # fmt: skip
-    measured: Tensor = _ascend_measure(grad, noise, mask, kind, noise_var, step_size, update, norm, unit)
-    return measured
-
-
-def _move(
-    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None, mask: Tensor | None,
-    unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
-    keep_noise: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _move(*args: Any) -> tuple[Tensor, Tensor]:
     operator = _ascend if torch.compiler.is_compiling() else extension.ascend
-    perturbed, new_noise = operator(
-        embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise, moved_norm, unit
-    )
+    perturbed, new_noise = operator(*args)
     return perturbed, new_noise
 
 
@@ -82,7 +68,7 @@ def ascend(
     unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     return steps.ascend(
-        _measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit, folds_groups=True
+        _ascend_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit, folds_groups=True
     )
 
 
@@ -115,15 +101,15 @@ def divergence_backward(
 
 
 def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    parts: Tensor = _divergence_measure(input, target, mask, spec.scale, spec.relative)
+    parts: Tensor = _divergence_measure(input, target, mask, *spec)
     return parts
 
 
 def divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
 ) -> Tensor:
-    losses: Tensor = _divergence_finish(input, target, stats, mask, spec.kind, spec.alpha, spec.scale, spec.relative)
-    return losses
+    shares: Tensor = _divergence_finish(input, target, stats, mask, *spec)
+    return shares
 
 
 def fisher_direction(logits: Tensor, wide: bool) -> Tensor:
@@ -156,22 +142,6 @@ def _fake_perturb_fresh(
     return _fake_perturb(embed, embed, noise_var, mask, keep_noise)
 
 
-def _fake_ascend_measure(
-    grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float, update: str,
-    norm: Tensor | None = None, unit: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return steps.fake_ascend_measure(grad, noise, norm, mask, unit, kind, noise_var, step_size, update)
-
-
-def _fake_ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
-    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
-    moved_norm: Tensor | None = None, unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rest = kind, scope, noise_var, step_size, update, epsilon, keep_noise
-    return steps.fake_ascend(embed, grad, noise, norm, moved_norm, mask, unit, *rest)
-
-
 def _fake_divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
     scale: float, relative: bool, keep: bool, want_input: bool, want_target: bool,
@@ -182,28 +152,15 @@ def _fake_divergence_forward(
     return loss, stats, d_input, new_output(target.shape if want_target else (0,), target.dtype, target.device)
 
 
-def _fake_divergence_measure(
-    input: Tensor, target: Tensor, mask: Tensor | None, scale: float, relative: bool
-) -> Tensor:
-    return new_output((input.numel() // input.shape[-1], PARTS), torch.float32, input.device)
-
-
-def _fake_divergence_finish(
-    input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, alpha: float, scale: float,
-    relative: bool,
-) -> Tensor:  # fmt: skip
-    return new_output((input.numel() // input.shape[-1], 2), torch.float32, input.device)
-
-
 for _operator, _fake in (
     ("perturb", _fake_perturb),
     ("perturb_fresh", _fake_perturb_fresh),
-    ("ascend_measure", _fake_ascend_measure),
-    ("ascend", _fake_ascend),
+    ("ascend_measure", steps.fake_ascend_measure),
+    ("ascend", steps.fake_ascend),
     ("divergence_forward", _fake_divergence_forward),
     ("divergence_backward", steps.fake_divergence_backward),
-    ("divergence_measure", _fake_divergence_measure),
-    ("divergence_finish", _fake_divergence_finish),
+    ("divergence_measure", steps.fake_divergence_measure),
+    ("divergence_finish", steps.fake_divergence_finish),
     ("fisher_direction", steps.fake_fisher_direction),
 ):
     torch.library.register_fake(f"smart_fast::native_{_operator}", _fake)
