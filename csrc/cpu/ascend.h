@@ -50,6 +50,9 @@ struct RowNorm {
 template <Norm NORM, Update UPDATE>
 inline void measure_row(const void* grad, Dtype dtype, const float* noise, float step_size, int64_t width,
                         float* measured, RowNorm& norm) {
+  static_assert(NORM == Norm::inf || NORM == Norm::l2 || NORM == Norm::l1 || NORM == Norm::opaque, "a norm without a sum");
+  static_assert(UPDATE == Update::smart_pytorch || UPDATE == Update::sift || UPDATE == Update::paper,
+                "an update without a rule");
   alignas(64) float from[BLOCK + LANES];
   F largest_ = {}, poison = {};  // not in `norm`, which might be where `measured` points for all a compiler knows
   for (int64_t begin = 0; begin < width; begin += BLOCK) {
