@@ -230,14 +230,14 @@ def refused_names():
     x, t, stats, row = torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, 7), torch.ones(2)
     unknown_kind, unknown_output = ("nonsense", "sum"), ("kl", "nonsense")
     numbers = 1.0, 1.0, 1.0, False
-    kinds, updates = "kinds: kl, sym_kl, js, jsd", "updates: smart-pytorch, sift, paper"
+    kinds, outputs, updates = "kinds: kl, sym_kl, js, jsd", "terms, rows, sum", "updates: smart-pytorch, sift, paper"
     step, seed = (0.1, 0.1), torch.tensor([1])
     nothing = (None,) * 4
     return {
         "forward": ("divergence_forward", (x, t, None, *unknown_kind, *numbers, True, False, False), kinds),
         "backward": ("divergence_backward", (row[0], x, t, stats, None, *unknown_kind, *numbers, True, True), kinds),
         "finish": ("divergence_finish", (x, t, stats, None, *unknown_kind, *numbers), kinds),
-        "output": ("divergence_forward", (x, t, None, *unknown_output, *numbers, True, False, False), "terms, rows, sum"),
+        "output": ("divergence_forward", (x, t, None, *unknown_output, *numbers, True, False, False), outputs),
         "update": ("ascend", (x, t, seed, *nothing, "l2", "row", *step, "nonsense", 0.1, True), updates),
         "norm": ("ascend", (x, t, seed, *nothing, "nonsense", "row", *step, "sift", 0.1, True), "inf, l2, l1, opaque"),
         "measured update": ("ascend_measure", (x, seed, None, None, None, "l2", *step, "nonsense"), updates),
