@@ -1,6 +1,6 @@
 """``python -m bench kernels``: one line a kernel of the fused backends: the bytes it moves over the time it takes.
 
-Each operator of the backend contract (`smart_fast.backends.base.FusedBackend`) alone, on cold inputs; every tensor that
+Each operator of the backend contract (`smart_fast.backends.base.Backend`) alone, on cold inputs; every tensor that
 it is given or returns counts once. Beside it the rate of a large copy, measured in the same run.
 """
 
@@ -61,7 +61,7 @@ def measure(
     for name in backends:
         for dtype in (torch.float32, torch.bfloat16):
             module = select(name, torch.empty(1, dtype=dtype, device=device))
-            if module is None:
+            if module.name != name:
                 continue
             for shape, make, operators in (
                 (embeds, _embeddings(module, embeds, dtype, device), _of_embeddings(module)),

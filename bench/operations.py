@@ -129,7 +129,7 @@ class Ascend:
 
         def ascend(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
             module = select(backend, embed)
-            given = noise if module is None else kept if stored else seed
+            given = noise if module.name == "torch" else kept if stored else seed
             return autograd.ascend(module, embed, grad, given, step, None, False, None)[0]
 
         return ascend
@@ -184,7 +184,7 @@ def seeded_noise(embed: Tensor, seed: Tensor, noise_var: float) -> Tensor:
     """The noise that the fused backends make of ``seed`` (the same on each), fp32 like ``embed``."""
     zeros = torch.zeros_like(embed, dtype=torch.float32)
     for name, reason in smart_fast.available_backends().items():
-        if reason is None and name != "torch" and (module := select(name, zeros)) is not None:
+        if reason is None and name != "torch" and (module := select(name, zeros)).name == name:
             noise: Tensor = module.perturb(zeros, seed, noise_var, None, False, None)[0]
             return noise
     generator = _generator(embed.device, int(seed))
@@ -195,7 +195,7 @@ def _keeps_noise(backend: str, device: torch.device) -> bool:
     """Whether `perturb` of a fused backend stores its noise for the step that follows, rather than its seed."""
     probe = torch.zeros(1, 4, device=device)
     module = select(backend, probe)
-    if module is None:
+    if module.name == "torch":
         return True
     _, noise = autograd.perturb(module, probe, 1.0, None, None, True, None)
     return bool(noise.dtype != torch.int64)

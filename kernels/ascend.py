@@ -21,6 +21,10 @@ import triton.language as tl
 from .indexing import as_fp32, load_unit, row_offset
 from .philox import normal_tile
 
+#: What the functions on UPDATE and NORM know. Any other name does not compile.
+UPDATES = ("smart-pytorch", "sift", "paper")
+NORMS = ("inf", "l2", "l1")
+
 
 @triton.jit
 def _noise_tile(
@@ -69,8 +73,10 @@ def _accumulate(norm, measured, NORM: tl.constexpr):
         return tl.maximum(norm, tl.max(tl.abs(measured), axis=1))
     elif NORM == "l2":
         return norm + tl.sum(measured * measured, axis=1)
-    else:
+    elif NORM == "l1":
         return norm + tl.sum(tl.abs(measured), axis=1)
+    else:
+        tl.static_assert(False, "unknown norm")
 
 
 @triton.jit
@@ -110,8 +116,10 @@ def _tile(
         direction = tl.where(moving[:, None], grad / tl.where(moving, norm, 1.0)[:, None], 0.0)
         measured = noise / tl.where(known, unit, 1.0)[:, None] + as_fp32(step_size) * direction
         measured = tl.where(known[:, None], measured, 0.0)  # an embedding of zeros has no noise
-    else:
+    elif UPDATE == "smart-pytorch":
         measured = noise + (as_fp32(step_size) * unit)[:, None] * grad
+    else:
+        tl.static_assert(False, "unknown update")
     inside = real[:, None] & (block * BLOCK + tl.arange(0, BLOCK) < width)[None, :]
     return noise, tl.where(inside, measured, 0.0)
 
@@ -124,8 +132,10 @@ def _divided(noise, measured, norm, step_size, epsilon, unit, UPDATE: tl.constex
     scale = 1.0 / tl.where(dead, 1.0, denominator)
     if UPDATE == "sift":
         moved = noise + (as_fp32(step_size) * unit)[:, None] * measured * scale[:, None]
-    else:
+    elif UPDATE == "smart-pytorch":
         moved = measured * scale[:, None]
+    else:
+        tl.static_assert(False, "unknown update")
     return tl.where(dead[:, None], noise, moved)
 
 
@@ -137,9 +147,11 @@ def _projected(measured, shrink, epsilon, NORM: tl.constexpr):
         return tl.minimum(tl.maximum(measured, -radius), radius)
     elif NORM == "l2":
         return measured * shrink[:, None]
-    else:
+    elif NORM == "l1":
         left = tl.maximum(tl.abs(measured) - shrink[:, None], 0.0)
         return tl.where(measured < 0.0, -left, left)
+    else:
+        tl.static_assert(False, "unknown norm")
 
 
 @triton.jit
@@ -172,7 +184,7 @@ def _shrink(
             size = _accumulate(size, measured, NORM)
         size = tl.sqrt(size)
         return tl.where(size > radius, radius / tl.where(size > radius, size, 1.0), 1.0)
-    else:
+    elif NORM == "l1":
         _, first = _tile(
             grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, 0, width,
             "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
@@ -191,6 +203,8 @@ def _shrink(
             threshold = tl.maximum(threshold, (total - radius) / tl.maximum(above, 1.0))
             count = tl.where((above == count) | (count == 0.0), 0.0, above)
         return threshold
+    else:
+        tl.static_assert(False, "unknown norm")
 
 
 @triton.jit
@@ -280,8 +294,10 @@ def ascend_kernel(
         partial = tl.load(norm_ptr + start[:, None] + member, mask=valid[:, None] & (member < group), other=0.0)
         if NORM == "inf":
             norm = tl.max(partial, axis=1)
-        else:
+        elif NORM == "l2" or NORM == "l1":
             norm = tl.sum(partial, axis=1)
+        else:
+            tl.static_assert(False, "unknown norm")
     elif UPDATE == "paper":
         norm = _grad_norm(grad_ptr, grad_base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS, STAGES)
     else:

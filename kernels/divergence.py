@@ -8,20 +8,22 @@ import triton
 import triton.language as tl
 
 from .divergence_formulas import (
-    STAT_KL,
-    STATS,
     any_of,
+    elementwise_gradients,
     expm1_sum,
     finish_blocks,
     finite_max,
     load_pair,
     load_statistics,
+    load_sums,
     log_ratio_shift,
+    loss_of_sums,
     measure_blocks,
-    p_minus_q,
+    row_gradients,
     store_statistics,
+    store_sums,
     store_terms,
-    times,
+    upstream_terms,
 )
 from .indexing import as_fp32, row_offset
 
@@ -68,7 +70,7 @@ def divergence_forward_kernel(
         p = p * inv_x[:, None]
         q = q * inv_t[:, None]
         r = d - shift[:, None]
-        loss = store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
+        first, second = store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
     else:
         max_x, sum_x, max_t, sum_t, max_d, expm1 = measure_blocks(
             x_ptr, t_ptr, x_base, t_base, real, 0, width, scale, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES
@@ -78,18 +80,19 @@ def divergence_forward_kernel(
         shift = log_ratio_shift(max_x, sum_x, max_t, sum_t, expm1, max_d)
         inv_x = 1.0 / sum_x
         inv_t = 1.0 / sum_t
-        loss = finish_blocks(
+        first, second = finish_blocks(
             x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, 0, width, scale, alpha,
             max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES,
         )  # fmt: skip
 
+    loss = loss_of_sums(first, second, alpha, KIND)
     if OUTPUT == "sum":
         tl.store(out_ptr, weight * tl.sum(tl.where(valid, loss, 0.0), axis=0))
     elif OUTPUT == "rows":
         tl.store(out_ptr + row, weight * loss, mask=valid)
     if KEEP:
         store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, MASKED)
-        tl.store(stats_ptr + row * STATS + STAT_KL, loss, mask=valid)
+        store_sums(stats_ptr, row, valid, first, second)
 
 
 @triton.jit
@@ -130,25 +133,16 @@ def divergence_backward_kernel(
     x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, as_fp32(scale), RELATIVE, SCALED)
     p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
     g = as_fp32(factor) * tl.load(grad_ptr + g_base, mask=real, other=0.0).to(tl.float32)
-    if KIND == "js":
-        g = 0.5 * g * as_fp32(alpha)
+    first, second = load_sums(stats_ptr, row, real)
+    dx, dt = row_gradients(g, p, q, r, first, second, as_fp32(alpha), KIND)
 
     out = (row * width)[:, None] + col[None, :]
     everywhere = valid[:, None] & (col < width)[None, :]
-    diff = g[:, None] * p_minus_q(p, q, r)
     if WANT_X:
-        dx = diff
-        if KIND == "sym_kl":
-            dx = diff * as_fp32(alpha)
         if MASKED:
             dx = tl.where(real[:, None], dx, 0.0)
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=everywhere)
     if WANT_T:
-        if KIND == "kl":
-            kl = tl.load(stats_ptr + row * STATS + STAT_KL, mask=real, other=0.0)
-            dt = -g[:, None] * times(q, r + kl[:, None])
-        else:
-            dt = -diff
         if MASKED:
             dt = tl.where(real[:, None], dt, 0.0)
         tl.store(dt_ptr + out, dt.to(dt_ptr.dtype.element_ty), mask=everywhere)
@@ -170,16 +164,8 @@ def divergence_backward_elementwise_kernel(
     KIND: tl.constexpr, WANT_X: tl.constexpr, WANT_T: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr,
     SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the terms under any upstream ``grad`` (any strides, stride 0 included).
-
-    With g the upstream gradient times ``scale``, g0 the first of the row, h = g - g0, and S_c = sum c h over the row:
-
-        kl      dx = (p - q) (g0 + S_q) + q (S_q - h)        dt = q (h - S_q) - q (g r - sum q g r)
-        sym_kl  dx = alpha (the kl dx)                       dt = q (S_p - h) - g (p - q)
-        js      dx = alpha (p (S_m - h) + g (p - q) / 2)     dt = alpha (q (S_m - h) - g (p - q) / 2)
-
-    written so that a constant g, the usual case, cancels exactly instead of to rounding.
-    """
+    """Gradients of the terms under any upstream ``grad`` (any strides, stride 0 included). Read twice: for the sums of
+    `upstream_terms`, then for `elementwise_gradients`. The upstream gradient is multiplied by ``scale``."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     real = valid
@@ -192,9 +178,8 @@ def divergence_backward_elementwise_kernel(
     scale = as_fp32(scale)
     first = tl.load(grad_ptr + g_base, mask=real, other=0.0).to(tl.float32) * scale
 
-    sum_p = tl.zeros([ROWS], tl.float32)
-    sum_q = tl.zeros([ROWS], tl.float32)
-    sum_qgr = tl.zeros([ROWS], tl.float32)
+    one = tl.zeros([ROWS], tl.float32)
+    two = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED and BLOCKS > 1):  # a branch where both readings are one costs registers
         for block in tl.range(BLOCKS, num_stages=STAGES):
             col = block * BLOCK + tl.arange(0, BLOCK)
@@ -202,9 +187,9 @@ def divergence_backward_elementwise_kernel(
             x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
             h = _load_grad(grad_ptr, g_base, grad_stride_col, col, inside, first, scale)
             p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
-            sum_p += tl.sum(tl.where(inside, p * h, 0.0), axis=1)
-            sum_q += tl.sum(tl.where(inside, q * h, 0.0), axis=1)
-            sum_qgr += tl.sum(tl.where(inside, times(q, (h + first[:, None]) * r), 0.0), axis=1)
+            more_one, more_two = upstream_terms(p, q, r, h, first, alpha, KIND)
+            one += tl.sum(tl.where(inside, more_one, 0.0), axis=1)
+            two += tl.sum(tl.where(inside, more_two, 0.0), axis=1)
 
     for block in tl.range(BLOCKS, num_stages=STAGES):
         col = block * BLOCK + tl.arange(0, BLOCK)
@@ -213,19 +198,7 @@ def divergence_backward_elementwise_kernel(
         x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
         h = _load_grad(grad_ptr, g_base, grad_stride_col, col, inside, first, scale)
         p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
-        g = h + first[:, None]
-        diff = p_minus_q(p, q, r)
-        if KIND == "js":
-            sum_m = 0.5 * (sum_p + sum_q)[:, None]
-            dx = alpha * (p * (sum_m - h) + 0.5 * g * diff)
-            dt = alpha * (q * (sum_m - h) - 0.5 * g * diff)
-        else:
-            dx = diff * (first + sum_q)[:, None] + q * (sum_q[:, None] - h)
-            if KIND == "kl":
-                dt = q * (h - sum_q[:, None]) - (times(q, g * r) - q * sum_qgr[:, None])
-            else:
-                dx = alpha * dx
-                dt = q * (sum_p[:, None] - h) - g * diff
+        dx, dt = elementwise_gradients(p, q, r, h, first, one, two, alpha, KIND)
         out = (row * width)[:, None] + col[None, :]
         if WANT_X:
             dx = tl.where(real[:, None], dx, 0.0)

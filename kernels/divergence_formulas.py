@@ -1,4 +1,4 @@
-"""Row-wise KL, symmetric KL and JS divergence of logits, with gradients, in formulas that do not cancel.
+"""Row-wise divergences of logits, with gradients, in formulas that do not cancel.
 
 Per row, with logits x (input) and t (target), p = softmax(x), q = softmax(t), d = x - t, everything follows from the
 log-ratio r = log p - log q = d - D:
@@ -14,11 +14,22 @@ underflow contribute their limit:
     sym_kl  alpha * KL(q || p) + KL(p || q)      KL(p || q) = sum p f(-r)     p r - (p - q)       far apart
     js      alpha * (KL(m || p) + KL(m || q))    = alpha * sum (p + q) log cosh(r / 2),   m = (p + q) / 2
 
-No term of these sums is negative. The gradients of a row sum (targets detached as smart-pytorch detaches them):
+    jsd     beta * KL(q || m) + (1 - beta) * KL(p || m)    = beta * sum q f(u) + (1 - beta) * sum p f(v)
+
+with m = beta q + (1 - beta) p, u = log m - log q and v = log m - log p for jsd, whose ``alpha`` is beta (Agarwal et
+al., On-policy distillation of language models, 2024): u = log1p((1 - beta) expm1(r)) for r <= 0, v = log1p(beta
+expm1(-r)) for r > 0, and u - v = r gives the other.
+
+No term of these sums is negative. The gradients of a row sum (targets detached as smart-pytorch detaches them, both
+sides of jsd whole):
 
     kl      dx = p - q = q expm1(r)     dt = -q (r + KL)
     sym_kl  dx = alpha (p - q)          dt = -(p - q)
     js      dx = alpha / 2 (p - q)      dt = -dx
+    jsd     dx = -(1 - beta) p (v + KL(p || m))            dt = -beta q (u + KL(q || m))
+
+A divergence is one branch on KIND in each of: `row_terms`, `elementwise_terms`, `loss_of_sums`, `row_gradients`,
+`upstream_terms` and `elementwise_gradients`. A KIND without one does not compile.
 
 Logits of minus infinity on both sides (masked classes) contribute nothing. A row that is minus infinity throughout is
 NaN, as its softmax. Arithmetic is fp32 for every dtype.
@@ -29,6 +40,9 @@ Logits may be scaled (by 1 / temperature) as they are read, and d may be given i
 import triton
 import triton.language as tl
 
+#: What the functions on KIND know.
+KINDS = ("kl", "sym_kl", "js", "jsd")
+
 NEG_INF = tl.constexpr(float("-inf"))
 
 # Row statistics kept for the backward pass, one fp32 each.
@@ -37,8 +51,9 @@ STAT_INV_SUM_T = tl.constexpr(1)
 STAT_MAX_X = tl.constexpr(2)
 STAT_INV_SUM_X = tl.constexpr(3)
 STAT_D = tl.constexpr(4)
-STAT_KL = tl.constexpr(5)
-STATS = tl.constexpr(6)
+STAT_FIRST = tl.constexpr(5)  # the two row sums: see `loss_of_sums`
+STAT_SECOND = tl.constexpr(6)
+STATS = tl.constexpr(7)
 
 # Partial statistics of a slice of the columns, one fp32 each.
 PART_MAX_X = tl.constexpr(0)
@@ -148,31 +163,160 @@ def p_minus_q(p, q, r):
 
 
 @triton.jit
+def _log_mixture(r, beta):
+    """``(u, v)`` = (log m - log q, log m - log p) of m = beta q + (1 - beta) p. Their signs differ, and u - v = r."""
+    a = tl.abs(r)
+    near = a < 1.0
+    s = tl.where(near, -a, 0.0)
+    e = tl.where(near, s + _f_near(s), tl.exp(-a) - 1.0)
+    less = r <= 0.0
+    smaller = _log1p(tl.where(less, 1.0 - beta, beta) * e)
+    return tl.where(less, smaller, smaller + r), tl.where(less, smaller - r, smaller)
+
+
+@triton.jit
+def _mixture_terms(p, q, r, beta):
+    """``(q f(u), p f(v))``, the terms of KL(q || m) and KL(p || m). Far from 0, q expm1(u) is written as m - q, and
+    p expm1(v) as m - p."""
+    u, v = _log_mixture(r, beta)
+    near_q, near_p = tl.abs(u) < 1.0, tl.abs(v) < 1.0
+    from_q = tl.where(near_q, q * _f_near(tl.where(near_q, u, 0.0)), (1.0 - beta) * (p - q) - times(q, u))
+    from_p = tl.where(near_p, p * _f_near(tl.where(near_p, v, 0.0)), beta * (q - p) - times(p, v))
+    return from_q, from_p
+
+
+@triton.jit
 def row_terms(p, q, r, alpha, KIND: tl.constexpr):
-    """The non-negative terms whose sum is the divergence of the row."""
+    """The terms, none negative, of the two sums over a row that `loss_of_sums` and `row_gradients` take."""
     near = tl.abs(r) < 1.0
     s = tl.where(near, r, 0.0)
     f = _f_near(s)
-    if KIND == "js":
-        total = p + q
-        return alpha * tl.where(total == 0.0, 0.0, total * _log_cosh_half(r))
-    forward = tl.where(near, q * f, (p - q) - times(q, r))
     if KIND == "kl":
-        return forward
-    reverse = tl.where(near, q * (s * (s + f) - f), times(p, r) - (p - q))
-    return alpha * forward + reverse
+        first = tl.where(near, q * f, (p - q) - times(q, r))
+        second = tl.zeros_like(r)
+    elif KIND == "sym_kl":
+        forward = tl.where(near, q * f, (p - q) - times(q, r))
+        first = alpha * forward + tl.where(near, q * (s * (s + f) - f), times(p, r) - (p - q))
+        second = tl.zeros_like(r)
+    elif KIND == "js":
+        total = p + q
+        first = alpha * tl.where(total == 0.0, 0.0, total * _log_cosh_half(r))
+        second = tl.zeros_like(r)
+    elif KIND == "jsd":
+        first, second = _mixture_terms(p, q, r, alpha)
+    else:
+        tl.static_assert(False, "unknown divergence")
+    return first, second
 
 
 @triton.jit
 def elementwise_terms(p, q, r, alpha, KIND: tl.constexpr):
-    """The terms as `torch.nn.functional.kl_div(reduction="none")` defines them; single terms may be negative."""
+    """The terms as `torch.nn.functional.kl_div(reduction="none")` defines them, of which single ones may be negative,
+    and the terms of the two row sums. Those of jsd are not negative."""
     if KIND == "kl":
-        return -times(q, r)
+        terms = -times(q, r)
+        first, second = terms, tl.zeros_like(r)
     elif KIND == "sym_kl":
-        return times(p_minus_q(p, q, r), r) + (1.0 - alpha) * times(q, r)
-    else:
+        terms = times(p_minus_q(p, q, r), r) + (1.0 - alpha) * times(q, r)
+        first, second = terms, tl.zeros_like(r)
+    elif KIND == "js":
         total = p + q
-        return alpha * tl.where(total == 0.0, 0.0, total * _log_cosh_half(r))
+        terms = alpha * tl.where(total == 0.0, 0.0, total * _log_cosh_half(r))
+        first, second = terms, tl.zeros_like(r)
+    elif KIND == "jsd":
+        first, second = _mixture_terms(p, q, r, alpha)
+        terms = alpha * first + (1.0 - alpha) * second
+    else:
+        tl.static_assert(False, "unknown divergence")
+    return terms, first, second
+
+
+@triton.jit
+def loss_of_sums(first, second, alpha, KIND: tl.constexpr):
+    """The loss of each row from its two sums."""
+    if (KIND == "kl" or KIND == "sym_kl") or KIND == "js":
+        loss = first
+    elif KIND == "jsd":
+        loss = alpha * first + (1.0 - alpha) * second
+    else:
+        tl.static_assert(False, "unknown divergence")
+    return loss
+
+
+@triton.jit
+def row_gradients(g, p, q, r, first, second, alpha, KIND: tl.constexpr):
+    """``(dx, dt)`` of a tile, of row losses under the upstream gradient ``g`` of each row, from the two row sums."""
+    if KIND == "kl":
+        dx = g[:, None] * p_minus_q(p, q, r)
+        dt = -g[:, None] * times(q, r + first[:, None])
+    elif KIND == "sym_kl":
+        diff = g[:, None] * p_minus_q(p, q, r)
+        dx = diff * alpha
+        dt = -diff
+    elif KIND == "js":
+        g = 0.5 * g * alpha
+        dx = g[:, None] * p_minus_q(p, q, r)
+        dt = -dx
+    elif KIND == "jsd":
+        u, v = _log_mixture(r, alpha)
+        dx = (g * (alpha - 1.0))[:, None] * times(p, v + second[:, None])
+        dt = (g * -alpha)[:, None] * times(q, u + first[:, None])
+    else:
+        tl.static_assert(False, "unknown divergence")
+    return dx, dt
+
+
+@triton.jit
+def upstream_terms(p, q, r, h, first, alpha, KIND: tl.constexpr):
+    """The terms of the two sums over a row that `elementwise_gradients` takes, under the upstream gradient
+    g = h + ``first`` (that of the row's first class)."""
+    if KIND == "kl":
+        one = q * h
+        two = times(q, (h + first[:, None]) * r)
+    elif KIND == "sym_kl" or KIND == "js":
+        one = p * h
+        two = q * h
+    elif KIND == "jsd":
+        u, v = _log_mixture(r, alpha)
+        one = times(p, (h + first[:, None]) * v)
+        two = times(q, (h + first[:, None]) * u)
+    else:
+        tl.static_assert(False, "unknown divergence")
+    return one, two
+
+
+@triton.jit
+def elementwise_gradients(p, q, r, h, first, one, two, alpha, KIND: tl.constexpr):
+    """``(dx, dt)`` of a tile, of the terms under any upstream gradient. With g that gradient, g0 the first of the row,
+    h = g - g0, and S_c = sum c h over the row:
+
+        kl      dx = (p - q) (g0 + S_q) + q (S_q - h)        dt = q (h - S_q) - q (g r - sum q g r)
+        sym_kl  dx = alpha (the kl dx)                       dt = q (S_p - h) - g (p - q)
+        js      dx = alpha (p (S_m - h) + g (p - q) / 2)     dt = alpha (q (S_m - h) - g (p - q) / 2)
+        jsd     dx = -(1 - beta) p (g v - sum p g v)         dt = -beta q (g u - sum q g u)
+
+    written so that a constant g, the usual case, cancels exactly instead of to rounding.
+    """
+    g = h + first[:, None]
+    if KIND == "kl":
+        dx = p_minus_q(p, q, r) * (first + one)[:, None] + q * (one[:, None] - h)
+        dt = q * (h - one[:, None]) - (times(q, g * r) - q * two[:, None])
+    elif KIND == "sym_kl":
+        diff = p_minus_q(p, q, r)
+        dx = alpha * (diff * (first + two)[:, None] + q * (two[:, None] - h))
+        dt = q * (one[:, None] - h) - g * diff
+    elif KIND == "js":
+        diff = p_minus_q(p, q, r)
+        sum_m = 0.5 * (one + two)[:, None]
+        dx = alpha * (p * (sum_m - h) + 0.5 * g * diff)
+        dt = alpha * (q * (sum_m - h) - 0.5 * g * diff)
+    elif KIND == "jsd":
+        u, v = _log_mixture(r, alpha)
+        dx = (alpha - 1.0) * (times(p, g * v) - p * one[:, None])
+        dt = -alpha * (times(q, g * u) - q * two[:, None])
+    else:
+        tl.static_assert(False, "unknown divergence")
+    return dx, dt
 
 
 @triton.jit
@@ -189,18 +333,19 @@ def store_terms(
     out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND: tl.constexpr, OUTPUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The sum over a tile's columns, per row. OUTPUT "terms" also writes the terms, zeros in masked rows."""
+    """The two sums over a tile's columns, per row. OUTPUT "terms" also writes the terms, zeros in masked rows."""
     inside = real[:, None] & (col < width)[None, :]
     if OUTPUT == "terms":
-        terms = tl.where(inside, elementwise_terms(p, q, r, alpha, KIND), 0.0)
+        terms, first, second = elementwise_terms(p, q, r, alpha, KIND)
+        terms = tl.where(inside, terms, 0.0)
         if MASKED:
             everywhere = valid[:, None] & (col < width)[None, :]
         else:
             everywhere = inside
         tl.store(out_ptr + (row * width)[:, None] + col[None, :], terms.to(out_ptr.dtype.element_ty), mask=everywhere)
     else:
-        terms = tl.where(inside, row_terms(p, q, r, alpha, KIND), 0.0)
-    return tl.sum(terms, axis=1)
+        first, second = row_terms(p, q, r, alpha, KIND)
+    return tl.sum(tl.where(inside, first, 0.0), axis=1), tl.sum(tl.where(inside, second, 0.0), axis=1)
 
 
 @triton.jit
@@ -243,9 +388,10 @@ def finish_blocks(
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the terms of BLOCKS blocks of columns from ``first`` on, per row, from the row's statistics. OUTPUT
-    "terms" also writes them."""
-    loss = tl.zeros([ROWS], tl.float32)
+    """The two row sums over BLOCKS blocks of columns from ``first`` on, from the row's statistics. OUTPUT "terms" also
+    writes the terms."""
+    one = tl.zeros([ROWS], tl.float32)
+    two = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED and OUTPUT != "terms"):
         for block in tl.range(BLOCKS, num_stages=STAGES):
             col = first + block * BLOCK + tl.arange(0, BLOCK)
@@ -254,13 +400,15 @@ def finish_blocks(
             p = tl.exp(x - max_x[:, None]) * inv_x[:, None]
             q = tl.exp(t - max_t[:, None]) * inv_t[:, None]
             r = d - shift[:, None]
-            loss += store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
-    return loss
+            more, more_two = store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
+            one += more
+            two += more_two
+    return one, two
 
 
 @triton.jit
 def store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, MASKED: tl.constexpr):
-    """All but the divergence of the row; zeros in masked rows."""
+    """All but the two sums; zeros in masked rows."""
     if MASKED:
         max_x = tl.where(real, max_x, 0.0)
         inv_x = tl.where(real, inv_x, 0.0)
@@ -273,6 +421,19 @@ def store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, sh
     tl.store(stats + STAT_MAX_X, max_x, mask=valid)
     tl.store(stats + STAT_INV_SUM_X, inv_x, mask=valid)
     tl.store(stats + STAT_D, shift, mask=valid)
+
+
+@triton.jit
+def store_sums(stats_ptr, row, valid, first, second):
+    tl.store(stats_ptr + row * STATS + STAT_FIRST, first, mask=valid)
+    tl.store(stats_ptr + row * STATS + STAT_SECOND, second, mask=valid)
+
+
+@triton.jit
+def load_sums(stats_ptr, row, real):
+    """The two sums of each row. What a KIND does not use is not loaded once compiled."""
+    first = tl.load(stats_ptr + row * STATS + STAT_FIRST, mask=real, other=0.0)
+    return first, tl.load(stats_ptr + row * STATS + STAT_SECOND, mask=real, other=0.0)
 
 
 @triton.jit

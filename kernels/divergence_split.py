@@ -16,14 +16,14 @@ from .divergence_formulas import (
     PART_SUM_T,
     PART_SUM_X,
     PARTS,
-    STAT_KL,
-    STATS,
     finish_blocks,
     finite_max,
     load_statistics,
     log_ratio_shift,
+    loss_of_sums,
     measure_blocks,
     store_statistics,
+    store_sums,
 )
 from .indexing import as_fp32, row_offset
 
@@ -99,17 +99,17 @@ def divergence_merge_kernel(partials_ptr, merged_ptr, rows, splits, SPLITS: tl.c
 
 @triton.jit
 def divergence_finish_kernel(
-    x_ptr, t_ptr, mask_ptr, partials_ptr, stats_ptr, out_ptr, losses_ptr,
+    x_ptr, t_ptr, mask_ptr, partials_ptr, stats_ptr, out_ptr, sums_ptr,
     rows, width, splits, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     alpha, scale,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
     MERGE: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Writes each program's part of the row losses, fp32 ``[rows, splits]``, and with OUTPUT "terms" the terms.
+    """Writes each program's part of the two row sums, fp32 ``[rows, splits, 2]``, and with OUTPUT "terms" the terms.
 
     MERGE: row statistics come from ``partials`` (``[rows, splits, PARTS]``), and KEEP writes them, all but the
-    divergence. Else they are read from ``stats``. Masked rows are not read; their loss is zero.
+    two sums. Else they are read from ``stats``. Masked rows are not read; their sums are zero.
     """
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // splits) * ROWS + tl.arange(0, ROWS)
@@ -126,34 +126,44 @@ def divergence_finish_kernel(
         inv_x = 1.0 / sum_x
         inv_t = 1.0 / sum_t
         if KEEP:
-            writer = valid & (split == 0)
+            # Triton 3.9's interpreter makes integers of a scalar comparison that is broadcast to a mask, hence [None].
+            writer = valid & (split[None] == 0)
             store_statistics(stats_ptr, row, writer, real, max_x, inv_x, max_t, inv_t, shift, MASKED)
     else:
         max_x, inv_x, max_t, inv_t, shift = load_statistics(stats_ptr, row, real)
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
     first = split.to(tl.int32) * (BLOCK * BLOCKS)
-    loss = finish_blocks(
+    one, two = finish_blocks(
         x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, as_fp32(scale), as_fp32(alpha),
         max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
-    tl.store(losses_ptr + row * splits + split, loss, mask=valid)
+    sums = sums_ptr + (row * splits + split) * 2
+    tl.store(sums, one, mask=valid)
+    tl.store(sums + 1, two, mask=valid)
 
 
 @triton.jit
 def divergence_collect_kernel(
-    losses_ptr, out_ptr, stats_ptr, rows, splits, weight,
-    OUTPUT: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    sums_ptr, out_ptr, stats_ptr, rows, splits, alpha, weight,
+    KIND: tl.constexpr, OUTPUT: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts ``[rows, splits]`` of the row losses: ``out`` as OUTPUT says, and the statistics' last column."""
+    """Adds the parts ``[rows, splits, 2]`` of the row sums: ``out`` as OUTPUT says ("sums": the two themselves, fp32
+    ``[rows, 2]``), and the statistics' last two columns."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)
     valid = row < rows
     there = valid[:, None] & (split < splits)[None, :]
-    loss = tl.sum(tl.load(losses_ptr + (row * splits)[:, None] + split[None, :], mask=there, other=0.0), axis=1)
-    if OUTPUT == "sum":
+    sums = sums_ptr + ((row * splits)[:, None] + split[None, :]) * 2
+    first = tl.sum(tl.load(sums, mask=there, other=0.0), axis=1)
+    second = tl.sum(tl.load(sums + 1, mask=there, other=0.0), axis=1)
+    if OUTPUT == "sums":
+        tl.store(out_ptr + row * 2, first, mask=valid)
+        tl.store(out_ptr + row * 2 + 1, second, mask=valid)
+    elif OUTPUT == "sum":
+        loss = loss_of_sums(first, second, as_fp32(alpha), KIND)
         tl.store(out_ptr, as_fp32(weight) * tl.sum(loss, axis=0))
     elif OUTPUT == "rows":
-        tl.store(out_ptr + row, as_fp32(weight) * loss, mask=valid)
+        tl.store(out_ptr + row, as_fp32(weight) * loss_of_sums(first, second, as_fp32(alpha), KIND), mask=valid)
     if KEEP:
-        tl.store(stats_ptr + row * STATS + STAT_KL, loss, mask=valid)
+        store_sums(stats_ptr, row, valid, first, second)

@@ -12,8 +12,8 @@ from . import loss as loss  # noqa: E402
 from . import recipes  # noqa: E402
 from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
 from .diagnostics import ascent_ratio  # noqa: E402
-from .losses.linear import LinearDivergence, linear_js_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
-from .losses.logits import hellinger_loss, js_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
+from .losses.linear import LinearDivergence, linear_js_loss, linear_jsd_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
+from .losses.logits import hellinger_loss, js_loss, jsd_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
 from .methods.alice import AliceLoss  # noqa: E402
 from .methods.bregman import BregmanProximal, paper_beta  # noqa: E402
 from .norms import inf_norm, l1_norm, l2_norm, sentence_norm  # noqa: E402
@@ -35,10 +35,12 @@ __all__ = [
     "hellinger_loss",
     "inf_norm",
     "js_loss",
+    "jsd_loss",
     "kl_loss",
     "l1_norm",
     "l2_norm",
     "linear_js_loss",
+    "linear_jsd_loss",
     "linear_kl_loss",
     "linear_sym_kl_loss",
     "paper_beta",

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import log_ratio, pytorch
-from .backends.base import DivergenceSpec, FusedBackend, Step
+from .backends import log_ratio
+from .backends.base import Backend, DivergenceSpec, Step
 from .losses import chunks, sharded
-from .noise import draw_normal, draw_seed
+from .noise import draw_seed
 from .training import compiling
 
 
@@ -68,7 +68,7 @@ def track(perturbed: Tensor) -> Tensor:
 
 
 def perturb(
-    backend: FusedBackend | None,
+    backend: Backend,
     embed: Tensor,
     noise_var: Any,
     generator: torch.Generator | None,
@@ -77,39 +77,35 @@ def perturb(
     unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
-    if backend is None:
-        return pytorch.perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
     if _has_nodes(backend):
-        return backend.perturb_fresh(embed, generator, float(noise_var), mask, keep_noise, unit)
+        return backend.perturb_fresh(embed, generator, noise_var, mask, keep_noise, unit)
     seed = draw_seed(embed.device, generator)
     perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise, unit)
     return _shift(embed, perturbed, mask), noise
 
 
 def noise_values(
-    backend: FusedBackend | None, embed: Tensor, noise: Tensor, noise_var: Any, mask: Tensor | None,
+    backend: Backend, embed: Tensor, noise: Tensor, noise_var: Any, mask: Tensor | None,
     unit: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The noise itself, where `perturb` gave its seed."""
-    if backend is None or noise.dtype != torch.int64:
+    if noise.dtype != torch.int64:
         return noise
     zeros = torch.zeros_like(embed, dtype=torch.float32)
     return backend.perturb(zeros, noise, float(noise_var), mask, False, unit)[0]
 
 
-def _has_nodes(backend: FusedBackend) -> bool:
-    """Whether the operators of ``backend`` are differentiable by themselves: in C++ that costs a fraction of what it
+def _has_nodes(backend: Backend) -> bool:
+    """Whether the operations of ``backend`` are differentiable by themselves: in C++ that costs a fraction of what it
     costs here. A compiler traces the functions of this file instead."""
-    return backend.differentiable and not torch.compiler.is_compiling()
+    return backend.nodes == "always" or (backend.nodes == "eager" and not torch.compiler.is_compiling())
 
 
 def ascend(
-    backend: FusedBackend | None, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None,
+    backend: Backend, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None,
     keep_noise: bool, unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``embed`` plus the noise moved along ``grad``, and that noise if another step will need it."""
-    if backend is None:
-        return pytorch.ascend(embed, grad, noise, step, mask, unit)
     if _has_nodes(backend):
         return backend.ascend(embed, grad, noise, step, mask, keep_noise, unit)
     perturbed, noise_out = backend.ascend(embed.detach(), grad.detach(), noise, step, mask, keep_noise, unit)
@@ -128,7 +124,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: FusedBackend, spec: DivergenceSpec
+        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: Backend, spec: DivergenceSpec
     ) -> Tensor:
         want_input, want_target = ctx.needs_input_grad[:2]
         loss, stats = backend.divergence_forward(input, target, spec, mask, want_input, want_target)
@@ -147,15 +143,16 @@ class _Divergence(torch.autograd.Function):
 
 
 def divergence(
-    backend: FusedBackend | None, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any,
-    mask: Tensor | None, temperature: float = 1.0,
+    backend: Backend, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any,
+    mask: Tensor | None, temperature: float = 1.0, exact: bool = False,
 ) -> Tensor:  # fmt: skip
     """The divergence ``kind`` of logits ``[..., V]``, reduced as `torch.nn.functional.kl_div` reduces.
 
-    Of ``logits / temperature``, times ``temperature**2``.
+    Of ``logits / temperature``, times ``temperature**2``. ``exact``: by formulas that do not cancel, also where the
+    backend would compute as smart-pytorch does.
     """
-    if backend is None:
-        return pytorch.divergence(input, target, kind, reduction, alpha, mask, temperature)
+    if backend.reference and not exact:
+        return backend.loss(input, target, kind, reduction, alpha, mask, temperature)
     square = temperature * temperature
     if reduction == "none":
         spec = DivergenceSpec(kind, "terms", float(alpha), 1.0, 1.0 / temperature)
@@ -177,9 +174,9 @@ def divergence(
 
 
 def _differentiable_divergence(
-    backend: FusedBackend, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None
+    backend: Backend, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None
 ) -> Tensor:
-    if _has_nodes(backend):
+    if backend.nodes == "eager" and not torch.compiler.is_compiling():
         return backend.divergence(input, target, spec, mask)
     loss: Tensor = _Divergence.apply(input, target, mask, backend, spec)
     return loss
@@ -194,7 +191,7 @@ class _ParallelDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: Any, spec: DivergenceSpec, group: Any
+        ctx: Any, input: Tensor, target: Tensor, mask: Tensor | None, backend: Backend, spec: DivergenceSpec, group: Any
     ) -> tuple[Tensor, Tensor]:
         if spec.output == "terms":
             stats, width = sharded.statistics(backend, input, target, spec, mask, group)
@@ -224,13 +221,13 @@ class _ParallelDivergence(torch.autograd.Function):
 
 
 def parallel_divergence(
-    backend: FusedBackend | None, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float,
+    backend: Backend, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float,
     mask: Tensor | None, temperature: float, group: Any,
 ) -> Tensor:  # fmt: skip
     """`divergence` of logits sharded over the vocabulary: local logits ``[..., V_local]``, the same loss everywhere."""
     output = "terms" if reduction == "none" else "rows"
     spec = DivergenceSpec(kind, output, float(alpha), scale=1.0 / temperature)
-    loss, width = _ParallelDivergence.apply(input, target, mask, backend or log_ratio, spec, group)
+    loss, width = _ParallelDivergence.apply(input, target, mask, backend, spec, group)
     if temperature != 1.0:
         loss = loss * temperature**2
     if reduction == "none":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .ascent import modes
-from .backends import balls, log_ratio
+from .backends import log_ratio, updates
 from .backends.base import DivergenceSpec, Step
 from .losses import states
 from .norms import l2_norm
@@ -60,7 +60,8 @@ class Record:
             dead = (size == 0) | ~size.isfinite()
             found["dead"] = (dead * real).sum()
             moved = torch.where(dead.unsqueeze(-1), 0.0, grad.detach().float())
-            found["step"] = torch.where(rows > 0, _step(moved, step, unit), 0.0).square().sum()
+            added, _ = updates.rule(step.update).step(moved, step.norm_fn, step.step_size, step.epsilon, unit)
+            found["step"] = torch.where(rows > 0, added, 0.0).square().sum()
         for name, value in found.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
@@ -99,17 +100,6 @@ class Record:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
-
-
-def _step(grad: Tensor, step: Step, unit: Tensor | None) -> Tensor:
-    """What one step adds to the noise, before anything is projected."""
-    size = step.step_size if unit is None else step.step_size * unit
-    if step.update == "paper":
-        return size * balls.direction(grad, step.norm_fn)
-    if step.update == "sift":
-        epsilon = step.epsilon if unit is None else step.epsilon * unit
-        return size * (grad / (step.norm_fn(grad) + epsilon))
-    return size * grad
 
 
 @torch.no_grad()

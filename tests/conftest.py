@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 if TYPE_CHECKING:
+    from smart_fast.backends.base import Backend
+    from smart_fast.backends.native import Native
     from tests import cuda_emulation
 
 if not torch.cuda.is_available():
@@ -76,8 +77,8 @@ KERNELS = {
 
 
 @pytest.fixture(scope="session")
-def native() -> ModuleType:
-    """The module of the native backend, compiled if need be."""
+def native() -> Native:
+    """The native backend, compiled if need be."""
     from smart_fast import build as native_build
     from smart_fast.backends import build_native
 
@@ -87,15 +88,15 @@ def native() -> ModuleType:
 
 
 @pytest.fixture(params=[pytest.param(each, marks=[GPU] if "cuda" in each else []) for each in KERNELS])
-def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[ModuleType, torch.device]]:
-    """The module of a fused backend, made the default one, and the device to run it on."""
+def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, torch.device]]:
+    """A fused backend, made the default one, and the device to run it on."""
     from smart_fast.backends import set_default_backend
 
     name, device = KERNELS[request.param][0], torch.device(KERNELS[request.param][1])
     if name == "triton":
         if device.type == "cpu" and torch.cuda.is_available():
             pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 with CUDA_VISIBLE_DEVICES= interprets them")
-        module = pytest.importorskip("smart_fast.backends.triton")
+        module = pytest.importorskip("smart_fast.backends.triton").TRITON
     else:
         module = request.getfixturevalue("native")
         if reason := module.cannot_serve(device):
@@ -114,17 +115,17 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[ModuleType, torch.
 
 
 @pytest.fixture
-def backend(kernels: tuple[ModuleType, torch.device]) -> ModuleType:
+def backend(kernels: tuple[Backend, torch.device]) -> Backend:
     return kernels[0]
 
 
 @pytest.fixture
-def device(kernels: tuple[ModuleType, torch.device]) -> torch.device:
+def device(kernels: tuple[Backend, torch.device]) -> torch.device:
     return kernels[1]
 
 
 @pytest.fixture
-def poison(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poison(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernel outputs start as NaN: whatever is not written shows."""
     if backend.name == "native":
         torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills uninitialized memory, and so do we

@@ -151,7 +151,7 @@ class CudaError(RuntimeError):
 
 
 class Emulated:
-    """The operators ``native_*`` and `FusedBackend`'s functions over them."""
+    """The operators ``native_*`` and `Backend`'s functions over them."""
 
     name = "emulated"
     most_in_kernel = 1024  # partial norms that a kernel adds up, as in the bindings

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import smart_fast
 from smart_fast import SMARTLoss, autograd, inf_norm, kl_loss, l1_norm, l2_norm, sentence_norm, sym_kl_loss
-from smart_fast.backends import torch_backend
+from smart_fast.backends import pytorch
 from smart_fast.backends.base import Step
 from smart_fast.noise import draw_seed
 from tests import oracle
@@ -354,7 +354,7 @@ def test_perturbed_embeddings_of_pytorch(kind: str, update: str, scope: str, sca
 
 
 class PyTorch:
-    """`torch_backend` as a fused backend."""
+    """`pytorch` as a fused backend."""
 
     name = "torch"
     tolerance = 1e-5  # of its fp32 sums
@@ -365,8 +365,8 @@ class PyTorch:
     ) -> tuple[Tensor, Tensor]:
         if noise.dtype == torch.int64:
             normal = torch.from_numpy(oracle.philox_normal(int(noise), embed.numel())).view(embed.shape).float()
-            _, noise = torch_backend.perturb(embed, normal, step.noise_var, mask, unit)
-        return torch_backend.ascend(embed, grad, noise, step, mask, unit)
+            _, noise = pytorch.perturb(embed, normal, step.noise_var, mask, unit)
+        return pytorch.ascend(embed, grad, noise, step, mask, unit)
 
 
 @pytest.mark.parametrize("relative", [False, True])

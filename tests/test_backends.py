@@ -26,7 +26,7 @@ def _auto_afterwards():
 @pytest.fixture
 def no_native(monkeypatch):
     """As on a machine without a compiler."""
-    monkeypatch.setattr(smart_fast.backends, "_native", "it cannot be built: no C++ compiler")
+    monkeypatch.setitem(smart_fast.backends.registry.state.found, "native", "it cannot be built: no C++ compiler")
 
 
 def test_available_backends_says_why_not():
@@ -202,12 +202,12 @@ def test_auto_serves_by_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     from smart_fast import backends
     from smart_fast.backends import auto
 
-    monkeypatch.setattr(backends, "_default", "auto")
+    monkeypatch.setattr(backends.registry.state, "default", "auto")
     x = torch.zeros(3, 4)
     monkeypatch.setitem(auto.RULES, "cpu", (auto.Rule("triton", "interpreted here"),))
     assert backends.select("auto", x).name == "triton"
     monkeypatch.setitem(auto.RULES, "cpu", ())
-    assert backends.select("auto", x) is None
+    assert backends.select("auto", x).name == "torch"
 
 
 def test_every_rule_names_a_backend_and_a_reason() -> None:

@@ -103,7 +103,7 @@ every_kind = pytest.mark.parametrize(
 def test_fused_backends_pass_the_checks(case, backend):
     if reason := peers.smart_fast.available_backends()[backend]:
         pytest.skip(reason)
-    if select(backend, torch.zeros(1)) is None:
+    if select(backend, torch.zeros(1)).name == "torch":
         pytest.skip(f"{backend} does not serve CPU tensors here")
     task = case.build(CPU)
     findings = task.check(task.call(task.ours(backend)), task.inputs(0), backend)

@@ -27,7 +27,7 @@ def _nothing_compiled_before():
 def backend(request):
     if (
         request.param != "torch"
-        and select("auto" if request.param == "native" else "triton", torch.zeros(1, 1)) is None
+        and select("auto" if request.param == "native" else "triton", torch.zeros(1, 1)).name == "torch"
     ):
         pytest.skip(f"{request.param} does not run on CPU tensors here")
     return request.param
@@ -366,7 +366,7 @@ class NoReads(TorchDispatchMode):
     ids=["inf", "sentence", "l1", "own"],
 )
 def test_triton_reads_nothing_back(norm, update):
-    if select("triton", torch.zeros(1, 1)) is None:
+    if select("triton", torch.zeros(1, 1)).name == "torch":
         pytest.skip("Triton kernels do not run on CPU tensors here")
     net, embed = classifier(), torch.randn(5, 8, requires_grad=True)
     options = {} if norm is None else {"norm_fn": norm}

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from smart_fast import SMARTLoss, fisher, inf_norm, kl_loss, sym_kl_loss
+from smart_fast import SMARTLoss, inf_norm, kl_loss, sym_kl_loss
+from smart_fast.ascent import fisher
 
 PAPER = {"update": "paper", "noise_var": 1e-3, "step_size": 0.1, "epsilon": 0.05}
 

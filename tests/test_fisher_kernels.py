@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smart_fast import SMARTLoss, fisher, kl_loss
+from smart_fast import SMARTLoss, kl_loss
+from smart_fast.ascent import fisher
 
 # A fallback to PyTorch would make these tests compare PyTorch with itself.
 pytestmark = pytest.mark.filterwarnings("error::smart_fast.BackendFallbackWarning")

@@ -21,6 +21,7 @@ from smart_fast import (
     linear_sym_kl_loss,
     sym_kl_loss,
 )
+from smart_fast.backends.pytorch import PYTORCH
 from smart_fast.losses import chunks
 from smart_fast.losses.chunks import chunk_tokens
 from tests import oracle
@@ -444,7 +445,7 @@ def test_the_module_holds_the_weight_and_does_not_register_it() -> None:
 
 def test_the_backend_of_the_caller_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(smart_fast.losses.linear, "select", lambda backend, *_: asked.append(backend))
+    monkeypatch.setattr(smart_fast.losses.linear, "select", lambda backend, *_, **__: asked.append(backend) or PYTORCH)
     linear, _ = regularizers(Body())
     embed = torch.randn(2, 6, dtype=torch.float64)
     linear(embed, linear.eval_fn(embed))

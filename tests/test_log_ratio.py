@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from smart_fast.backends import log_ratio
-from smart_fast.backends.base import DIVERGENCES, DivergenceSpec
+from smart_fast.backends.base import DIVERGENCES, STATISTICS, DivergenceSpec
+from smart_fast.losses.divergences import divergence
 from tests import oracle
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -47,7 +48,7 @@ def test_float64_agreement(
 
     loss, stats = log_ratio.divergence_forward(first, t, spec, mask, True, True)
     assert stats is not None
-    assert stats.shape == (12, 6)
+    assert stats.shape == (12, STATISTICS)
     g = torch.rand(loss.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     found = log_ratio.divergence_backward(g, first, t, stats, spec, mask, True, True)
 
@@ -81,7 +82,11 @@ def test_slices_make_a_whole(kind: str, apart: float) -> None:
     merged = log_ratio.merge(torch.stack([log_ratio.divergence_measure(*part, spec, None) for part in parts]))
     torch.testing.assert_close(merged[:, :5], stats[:, :5], rtol=1e-12, atol=1e-13)
     finished = [log_ratio.divergence_finish(*part, merged, spec, None) for part in parts]
-    torch.testing.assert_close(sum(finished), loss.view(-1), rtol=1e-12, atol=1e-15)
+    assert all(each.shape == (12, 2) for each in finished)
+    total = torch.stack(finished).sum(0)
+    torch.testing.assert_close(divergence(kind).rows(total, 0.7), loss.view(-1), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(total, stats[:, 5:], rtol=1e-12, atol=1e-15)
+    assert total[:, 1].any() == (kind == "jsd")
     ones = torch.ones(3, 4, dtype=torch.float64)
     whole = log_ratio.divergence_backward(ones, x, t, stats, spec, None, True, True)
     for each, part in zip(slices, parts, strict=True):
@@ -97,7 +102,7 @@ def test_slices_make_a_whole(kind: str, apart: float) -> None:
 @pytest.mark.parametrize("relative", [False, True])
 @every_kind
 def test_extremes(kind: str, relative: bool, output: str) -> None:
-    spec = DivergenceSpec(kind, output, relative=relative)
+    spec = DivergenceSpec(kind, output, divergence(kind).alpha, relative=relative)
 
     def run(x: list[float], t: list[float]) -> tuple[Tensor, Tensor, Tensor]:
         first, second = torch.tensor([x]), torch.tensor([t])

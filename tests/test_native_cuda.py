@@ -20,6 +20,7 @@ from torch import Tensor
 from smart_fast import inf_norm, l1_norm, l2_norm, sentence_norm
 from smart_fast.ascent import fisher
 from smart_fast.backends.base import DivergenceSpec, Step
+from smart_fast.backends.pytorch import PYTORCH
 from tests import compile_cuda, cuda_emulation, oracle
 from tests import test_divergence_wide as wide
 from tests import test_fisher_kernels as fishers
@@ -469,7 +470,7 @@ def test_fisher_direction(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """What the other backends are held to."""
-    monkeypatch.setattr(fisher, "select", lambda backend, *_: None if backend == "torch" else emulated)
+    monkeypatch.setattr(fisher, "select", lambda backend, *_: PYTORCH if backend == "torch" else emulated)
     test(**arguments, backend=emulated, device=torch.device("cpu"), poison=None)
 
 

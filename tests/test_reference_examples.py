@@ -24,8 +24,8 @@ TINY = {
 
 def on_torch(monkeypatch):
     """smart_fast as ``set_default_backend("torch")`` leaves it."""
-    monkeypatch.setattr("smart_fast.backends._from_environment", None)
-    monkeypatch.setattr("smart_fast.backends._default", "torch")
+    monkeypatch.setattr("smart_fast.backends.registry.state.environment", None)
+    monkeypatch.setattr("smart_fast.backends.registry.state.default", "torch")
     return smart_fast
 
 

@@ -82,12 +82,5 @@ def direction(logits: Tensor, backend: str = "torch", *, wide: bool = True) -> T
     Computed in fp32 (fp64 of fp64), returned so if ``wide``, else in the dtype of ``logits``. The entry of the largest
     is the sum of the others, with the sign changed: nothing cancels where it is near one.
     """
-    module = None if logits.numel() == 0 or sharded.is_dtensor(logits) else select(backend, logits)
-    if module is not None:
-        found: Tensor = module.fisher_direction(logits, wide)
-        return found
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    largest = logits.argmax(-1, keepdim=True)
-    q = logits.softmax(-1, dtype=dtype).scatter(-1, largest, 0.0)
-    q = q.scatter(-1, largest, -q.sum(-1, keepdim=True))
-    return q if wide else q.to(logits.dtype)
+    plain = logits.numel() == 0 or sharded.is_dtensor(logits)
+    return select("torch" if plain else backend, logits).fisher_direction(logits, wide)

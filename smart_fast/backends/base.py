@@ -1,44 +1,40 @@
 """The contract of a backend, and the shapes its kernels see.
 
-A backend is a module of plain functions on tensors. The fused ones (Triton, native) are not differentiable by
-themselves; `smart_fast.autograd` wraps them. The PyTorch one is made of ordinary operations.
+A backend is an object with one typed contract, `Backend`. `smart_fast.autograd` makes differentiable what is not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..losses.divergences import NAMES
 from ..norms import Norm
+from .updates import RULES
 
-#: The divergences: adding one is a row here, a formula per language, and a row in `smart_fast.loss`.
-DIVERGENCES = ("kl", "sym_kl", "js")
+#: The divergences, in the order of their table, `smart_fast.losses.divergences`.
+DIVERGENCES = NAMES
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
-UPDATES = ("smart-pytorch", "sift", "paper")
+UPDATES = tuple(RULES)
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: fp32 numbers that a divergence keeps of each row for its backward pass.
 STATISTICS = 7
-#: And those of a slice of a row, to be merged with the other slices'.
+#: fp32 numbers of a slice of a row, to be merged.
 PARTS = 6
+
+
+Nodes = Literal["always", "eager", "never"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """The hyper-parameters of one ascent step, as `SMARTLoss` documents them.
-
-    With u the unit of a row (1 unless ``scale="relative"``), g the gradient (0 for rows where it is not finite):
-
-        smart-pytorch   s = noise + step_size u g             noise <- s / (norm(s) + epsilon u)
-        sift            s = noise + step_size u g / (norm(g) + epsilon u)    noise <- s
-        paper           s = noise + step_size u g / norm(g)   noise <- u project(s / u onto norm <= epsilon)
-
-    where g / norm(g) is 0 if g is.
-    """
+    """The hyper-parameters of one ascent step; ``update`` names a row of `smart_fast.backends.updates`."""
 
     norm_fn: Norm
     noise_var: float | Tensor
@@ -56,7 +52,8 @@ class DivergenceSpec(NamedTuple):
     a row; or "sum", an fp32 scalar. Rows and sums are multiplied by ``weight``, terms are not. Both logits are
     multiplied by ``scale`` (one over a temperature), which gradients see by the chain rule. With ``relative``,
     ``input`` holds the difference x - t of the unscaled logits instead of x, and a class whose t is minus infinity is
-    masked on both sides; gradients are still those to the logits x and t.
+    masked on both sides; gradients are still those to the logits x and t. ``alpha`` is the parameter of the divergence,
+    whatever its name.
     """
 
     kind: str
@@ -67,17 +64,29 @@ class DivergenceSpec(NamedTuple):
     relative: bool = False
 
 
-class FusedBackend(Protocol):
-    """What a fused backend provides.
+class Backend(Protocol):
+    """What a backend provides; PyTorch is one of them.
 
     Shapes: ``embed``, ``grad`` and ``perturbed`` ``[..., D]``; ``mask`` bool ``[...]`` or None; logits ``[..., V]``
     with the same ``...`` for ``input`` and ``target``. Tensors may have any strides. Nothing passed in is written to.
     """
 
     name: str
-    #: Whether the backend has autograd nodes of its own for eager mode: those of `perturb_fresh`, `ascend` and
-    #: `divergence`, the first and the last of which only such a backend has.
-    differentiable: bool
+    #: When `perturb_fresh` and `ascend` (and, in eager mode, `divergence`) are differentiable by themselves: always
+    #: (PyTorch operations), in eager mode (nodes in C++), or never, so that `smart_fast.autograd` wraps them.
+    nodes: Nodes
+    #: Whether `loss` is there: whole losses by smart-pytorch's own operations, bit for bit.
+    reference: bool
+    #: The divergences that it knows.
+    kinds: frozenset[str]
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be used in this process, or None."""
+        ...
+
+    def cannot_serve(self, device: torch.device, kind: str | None = None) -> str | None:
+        """Why tensors on ``device``, and a divergence ``kind`` of them, cannot be served, or None."""
+        ...
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
@@ -93,10 +102,10 @@ class FusedBackend(Protocol):
         ...
 
     def perturb_fresh(
-        self, embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
+        self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`perturb` by a seed drawn from ``generator``, differentiable in ``embed``."""
+        """`perturb` by noise, or a seed, drawn from ``generator``. Called where there are ``nodes`` only."""
         ...
 
     def ascend(
@@ -110,7 +119,27 @@ class FusedBackend(Protocol):
         ...
 
     def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        """The loss of `divergence_forward`, differentiable."""
+        """The loss of `divergence_forward`, differentiable. Called where ``nodes`` are those of eager mode only."""
+        ...
+
+    def loss(
+        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
+        """The reduced divergence, by smart-pytorch's operations. Called if ``reference`` only."""
+        ...
+
+    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
+        """The reduced divergence of two ordinary tensors of one shape at the least cost, if there is such a way and
+        nothing about them needs more."""
+        ...
+
+    def gradient_functions(self) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+        """`torch.autograd.graph.get_gradient_edge` and `torch.autograd.grad` without what Python adds, if in C++."""
+        ...
+
+    def empty_cache(self) -> int:
+        """Free memory that is kept for outputs to come; the number of bytes it was."""
         ...
 
     def divergence_forward(
@@ -120,7 +149,9 @@ class FusedBackend(Protocol):
         """``(loss, row statistics for the backward pass where a gradient is wanted)``.
 
         Statistics: fp32 ``[rows, STATISTICS]``, namely max t, 1 / sum exp(t - max t), max x, 1 / sum exp(x - max x),
-        the shift D of the log-ratio and the divergence of the row, of scaled logits. Masked rows give no loss.
+        the shift D of the log-ratio, of scaled logits; and the first and the second sum of the row, as
+        `divergence_finish` has them, where `divergence_backward` of rows or a sum reads them (`Divergence.needs_sums`
+        in the table); other divergences may leave anything finite there. Masked rows give no loss.
         """
         ...
 
@@ -136,7 +167,7 @@ class FusedBackend(Protocol):
         ...
 
     def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        """Statistics of a slice of the vocabulary, fp32 ``[rows, 6]``: max x, sum exp(x - max x), max t,
+        """Statistics of a slice of the vocabulary, fp32 ``[rows, PARTS]``: max x, sum exp(x - max x), max t,
         sum exp(t - max t), max abs(x - t), and sum exp(t - max t) expm1(x - t), meaningful while that is at most one.
 
         Any number within one of a maximum will do in its place. Slices without a finite logit: minus infinity and zero.
@@ -146,8 +177,13 @@ class FusedBackend(Protocol):
     def divergence_finish(
         self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
     ) -> Tensor:
-        """fp32 ``[rows]``: the sum over the given columns of the terms of the row's loss, not weighted, from
-        statistics as `divergence_forward` gives them (the last column is not read). Masked rows: 0."""
+        """fp32 ``[rows, 2]``, contiguous: the given columns' share of the two sums that make a row's loss, not
+        weighted, from statistics as `divergence_forward` gives them (the last two columns are not read). Masked rows
+        have zeros.
+
+        `Divergence.rows` in the table makes losses of whole sums: kl, sym_kl and js have their loss in the first and
+        zero in the second; jsd has KL(q || m) and KL(p || m).
+        """
         ...
 
     def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:

@@ -11,6 +11,7 @@ more than `smart_fast.backends.pytorch` (which is smart-pytorch's order of opera
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,10 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import DivergenceSpec
+from ..losses.divergences import NAMES, Ratio, divergence
+from .base import STATISTICS, DivergenceSpec
 
 name = "log_ratio"
 differentiable = False  # by itself; see `smart_fast.autograd`
+kinds = frozenset(NAMES)
+
+#: The columns of statistics that hold the two sums of a row.
+SUMS = slice(5, STATISTICS)
 
 _BLOCK = 1 << 16  # elements; half a dozen temporaries of that many floats fit a core's cache
 
@@ -34,17 +40,11 @@ class _Sides(NamedTuple):
     d: Tensor
 
 
-class _Ratio(NamedTuple):
-    r: Tensor
-    p: Tensor
-    q: Tensor
-    gap: Tensor  # p - q
-
-
 def divergence_forward(
     input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool, want_target: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """See `FusedBackend.divergence_forward`."""
+    """See `Backend.divergence_forward`."""
+    entry = divergence(spec.kind)
     losses, kept = [], []
     for x, t, keep in _blocks(input, target, mask):
         sides = _sides(x, t, spec, keep)
@@ -53,9 +53,8 @@ def divergence_forward(
         if spec.output == "terms":
             losses.append(_terms(ratio, spec, keep).to(_promoted(input, target)))
         else:
-            losses.append(_rows(ratio, spec, keep))
-            if spec.kind == "kl":
-                stats[:, 5] = losses[-1]
+            stats[:, SUMS] = _row_sums(ratio, spec, keep)
+            losses.append(entry.rows(stats[:, SUMS], spec.alpha))
         kept.append(stats)
     loss = torch.cat(losses)
     if spec.output == "terms":
@@ -69,12 +68,13 @@ def divergence_backward(
     grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
     want_input: bool, want_target: bool, reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """See `FusedBackend.divergence_backward`. ``reduce`` completes sums ``[2, rows, 1]`` over the columns at hand where
+    """See `Backend.divergence_backward`. ``reduce`` completes sums ``[n, rows, 1]`` over the columns at hand where
     these are a slice of the vocabulary; only gradients of terms need it."""
     if spec.output == "terms":
         grad = grad.reshape(-1, input.shape[-1])
     else:
         grad = (grad * spec.weight).expand(input.shape[:-1]).reshape(-1, 1)
+    entry = divergence(spec.kind)
     dx = torch.empty(input.shape, dtype=input.dtype, device=input.device) if want_input else None
     dt = torch.empty(target.shape, dtype=target.dtype, device=target.device) if want_target else None
     first = 0
@@ -84,9 +84,13 @@ def divergence_backward(
         g = grad[rows].to(ratio.r.dtype) * spec.scale
         found: tuple[Tensor | None, Tensor | None]
         if spec.output == "terms":
-            found = _backward_of_terms(g, ratio, spec, reduce)
+            found = entry.terms_to_both(g, ratio, spec.alpha, functools.partial(_totals, reduce))
         else:
-            found = _backward_of_rows(g, ratio, stats[rows, 5:], spec, want_input, want_target)
+            given = g, ratio, stats[rows, SUMS], spec.alpha
+            found = (
+                entry.rows_to_input(*given) if want_input else None,
+                entry.rows_to_target(*given) if want_target else None,
+            )
         for out, gradient in zip((dx, dt), found, strict=True):
             if out is not None and gradient is not None:
                 part = gradient if keep is None else torch.where(keep.unsqueeze(-1), gradient, 0.0)
@@ -96,12 +100,13 @@ def divergence_backward(
 
 
 def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    """See `FusedBackend.divergence_measure`."""
+    """See `Backend.divergence_measure`."""
     return torch.cat([_measure(_sides(x, t, spec, keep)) for x, t, keep in _blocks(input, target, mask)])
 
 
 def merge(measured: Tensor) -> Tensor:
-    """Statistics ``[rows, 6]`` of whole rows from those of their slices, ``[slices, rows, 6]``; the KL is left zero."""
+    """Statistics ``[rows, STATISTICS]`` of whole rows from those of their slices, ``[slices, rows, PARTS]``; the sums
+    of the rows are left zero."""
     max_x, sum_x, max_t, sum_t, max_d, sum_e = measured.unbind(-1)
     peak_x, peak_t = max_x.amax(0), max_t.amax(0)
     share_x, share_t = (max_x - peak_x).exp(), (max_t - peak_t).exp()
@@ -109,15 +114,15 @@ def merge(measured: Tensor) -> Tensor:
     near = ((sum_e * share_t).sum(0) / total_t).log1p()
     far = (peak_x - peak_t) + (total_x.log() - total_t.log())
     shift = torch.where(max_d.amax(0) <= 1.0, near, far)
-    columns = (peak_t, total_t.reciprocal(), peak_x, total_x.reciprocal(), shift, torch.zeros_like(shift))
-    return torch.stack(columns, -1)
+    zero = torch.zeros_like(shift)
+    return torch.stack((peak_t, total_t.reciprocal(), peak_x, total_x.reciprocal(), shift, zero, zero), -1)
 
 
 def divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
 ) -> Tensor:
-    """See `FusedBackend.divergence_finish`."""
-    return _from_statistics(_rows, input, target, stats, spec, mask)
+    """See `Backend.divergence_finish`."""
+    return _from_statistics(_row_sums, input, target, stats, spec, mask)
 
 
 def terms(input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
@@ -127,7 +132,7 @@ def terms(input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, ma
 
 
 def _from_statistics(
-    function: Callable[[_Ratio, DivergenceSpec, Tensor | None], Tensor], input: Tensor, target: Tensor, stats: Tensor,
+    function: Callable[[Ratio, DivergenceSpec, Tensor | None], Tensor], input: Tensor, target: Tensor, stats: Tensor,
     spec: DivergenceSpec, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     parts, first = [], 0
@@ -165,68 +170,19 @@ def _measure(sides: _Sides) -> Tensor:
     return torch.stack(columns, -1)
 
 
-def _rows(ratio: _Ratio, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    """Sums of terms that are not negative: q f(r) and p f(-r), f(r) = expm1(r) - r; their sum is (p - q) r."""
-    r, p, q, gap = ratio
-    if spec.kind == "js":
-        columns = spec.alpha * _times(p + q, _log_cosh(0.5 * r))
-    elif spec.kind == "sym_kl" and spec.alpha == 1.0:
-        columns = _times(gap, r)
-    else:
-        near = r.abs() < 0.5
-        columns = torch.where(near, q * _series(r), gap - _times(q, r))
-        if spec.kind == "sym_kl":
-            columns = spec.alpha * columns + torch.where(near, p * _series(-r), _times(p, r) - gap)
-    rows = columns.sum(-1)
-    return rows if mask is None else torch.where(mask, rows, 0.0)
+def _row_sums(ratio: Ratio, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    sums = divergence(spec.kind).row_sums(ratio, spec.alpha)
+    return sums if mask is None else torch.where(mask.unsqueeze(-1), sums, 0.0)
 
 
-def _terms(ratio: _Ratio, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    r, p, q, gap = ratio
-    if spec.kind == "kl":
-        values = -_times(q, r)
-    elif spec.kind == "sym_kl":
-        values = _times(gap, r) + (1.0 - spec.alpha) * _times(q, r)
-    else:
-        values = spec.alpha * _times(p + q, _log_cosh(0.5 * r))
+def _terms(ratio: Ratio, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    values = divergence(spec.kind).terms(ratio, spec.alpha)
     return values if mask is None else torch.where(mask.unsqueeze(-1), values, 0.0)
 
 
-def _backward_of_rows(
-    g: Tensor, ratio: _Ratio, kl: Tensor, spec: DivergenceSpec, want_input: bool, want_target: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    if spec.kind == "kl":
-        dx = g * ratio.gap if want_input else None
-        return dx, -g * _times(ratio.q, ratio.r + kl) if want_target else None
-    to_input, to_target = (spec.alpha, -1.0) if spec.kind == "sym_kl" else (0.5 * spec.alpha, -0.5 * spec.alpha)
-    return (
-        (to_input * g) * ratio.gap if want_input else None,
-        (to_target * g) * ratio.gap if want_target else None,
-    )
-
-
-def _backward_of_terms(
-    g: Tensor, ratio: _Ratio, spec: DivergenceSpec, reduce: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """From d/dx_j sum_i c_i log p_i = c_j - p_j S(c), S(c) the sum of c over the row, with p = q + gap where q nearly
-    cancels."""
-    r, p, q, gap = ratio
-    if spec.kind == "js":
-        factors = [0.5 * g * (p + q)]
-    else:
-        factors = [g * q, g * (q - _times(q, r)) if spec.kind == "kl" else g * p]
-    sums = torch.stack([each.sum(-1, keepdim=True) for each in factors])
-    if reduce is not None:
-        sums = reduce(sums)
-    first = sums[0]
-    if spec.kind == "js":
-        dx = spec.alpha * (p * (first - g) + 0.5 * g * gap)
-        return dx, spec.alpha * (q * (first - g) - 0.5 * g * gap)
-    dx = gap * first + q * (first - g)
-    second = sums[1]
-    if spec.kind == "kl":
-        return dx, q * (g - second) - g * _times(q, r)
-    return spec.alpha * dx, q * second - g * p
+def _totals(reduce: Callable[[Tensor], Tensor] | None, *columns: Tensor) -> Tensor:
+    sums = torch.stack([each.sum(-1, keepdim=True) for each in columns])
+    return sums if reduce is None else reduce(sums)
 
 
 def _sides(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> _Sides:
@@ -248,29 +204,9 @@ def _shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     return peak, (logits - torch.where(peak == -math.inf, 0.0, peak).unsqueeze(-1)).exp_()
 
 
-def _ratio(sides: _Sides, stats: Tensor) -> _Ratio:
+def _ratio(sides: _Sides, stats: Tensor) -> Ratio:
     x, t, d = sides
-    max_t, inverse_t, max_x, inverse_x, shift, _ = stats.unsqueeze(1).unbind(-1)
+    max_t, inverse_t, max_x, inverse_x, shift = stats[:, :5].unsqueeze(1).unbind(-1)
     r = d - shift
     p, q = (x - max_x).exp_().mul_(inverse_x), (t - max_t).exp_().mul_(inverse_t)
-    return _Ratio(r, p, q, torch.where(r.abs() < 0.5, r.expm1().mul_(q), p - q))
-
-
-def _times(probability: Tensor, value: Tensor) -> Tensor:
-    """Their product, zero where the probability is, whatever the value."""
-    return torch.where(probability == 0, 0.0, probability * value)
-
-
-def _series(r: Tensor) -> Tensor:
-    """f(r) = expm1(r) - r for |r| < 1/2: r^2/2 (1 + r/3 (1 + r/4 (...))), to the precision of the dtype."""
-    last = 14 if r.dtype == torch.float64 else 8
-    value, one = torch.ones_like(r), r.new_ones(())
-    for n in range(last, 2, -1):
-        torch.addcmul(one, value, r, value=1.0 / n, out=value)
-    return value.mul_(r).mul_(r).mul_(0.5)
-
-
-def _log_cosh(y: Tensor) -> Tensor:
-    size = y.abs()
-    near = ((-size).expm1().square() / (2.0 * (-size).exp())).log1p()
-    return torch.where(size < 1.0, near, size + (-2.0 * size).exp().log1p() - math.log(2.0))
+    return Ratio(r, p, q, torch.where(r.abs() < 0.5, r.expm1().mul_(q), p - q))

@@ -6,124 +6,130 @@ An operator in C++ costs little enough that eager mode and torch.compile take th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import steps
-from .base import DivergenceSpec, Step, new_output
-
-name = "native"
-
-#: Operators bring their own autograd nodes; see `smart_fast.autograd`.
-differentiable = True
+from .base import DivergenceSpec, Nodes, Step, new_output
 
 _operators = torch.ops.smart_fast
-_perturb = _operators.native_perturb.default
-_ascend_measure = _operators.native_ascend_measure.default
-_ascend = _operators.native_ascend.default
-_divergence = _operators.native_divergence.default
-_divergence_forward = _operators.native_divergence_forward.default
-_divergence_backward = _operators.native_divergence_backward.default
-_divergence_measure = _operators.native_divergence_measure.default
-_divergence_finish = _operators.native_divergence_finish.default
-_fisher_direction = _operators.native_fisher_direction.default
-
-extension: Any = None  # the loaded module; set by smart_fast.backends
 
 
-def perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    # On a CPU noise is read back sooner than it is computed again.
-    keep_noise = keep_noise and embed.device.type == "cpu"
-    perturbed, noise = _perturb(embed, seed, noise_var, mask, keep_noise, unit)
-    return perturbed, noise if keep_noise else seed
+class Native:
+    """The contract by the operators of a loaded extension."""
 
+    name = "native"
+    nodes: Nodes = "eager"
+    reference = False
+    kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
 
-def perturb_fresh(
-    embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
-    unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`perturb` with its autograd node, by a seed that the operator draws as `smart_fast.noise` would."""
-    perturbed, noise = extension.perturb(embed, generator, noise_var, mask, keep_noise, unit)
-    return perturbed, noise
+    def __init__(self, extension: Any) -> None:
+        self.extension = extension
 
-
-def _noise_alone(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None = None
-) -> Tensor:
-    return perturb(embed, seed, noise_var, mask, False, unit)[0]
-
-
-def _move(*args: Any) -> tuple[Tensor, Tensor]:
-    operator = _ascend if torch.compiler.is_compiling() else extension.ascend
-    perturbed, new_noise = operator(*args)
-    return perturbed, new_noise
-
-
-def ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
-    unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return steps.ascend(
-        _ascend_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit, folds_groups=True
-    )
-
-
-def divergence(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    """The loss of `divergence_forward`, with its autograd node."""
-    loss: Tensor = _divergence(input, target, mask, *spec)
-    return loss
-
-
-def plain_divergence(input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
-    """The reduced divergence of two ordinary CPU tensors of one shape, at the least cost; None for anything else."""
-    loss: Tensor | None = extension.divergence(input, target, kind, reduction, alpha)
-    return loss
-
-
-def divergence_forward(
-    input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool, want_target: bool
-) -> tuple[Tensor, Tensor | None]:
-    keep = want_input or want_target
-    loss, stats, _, _ = _divergence_forward(input, target, mask, *spec, keep, False, False)
-    return loss, stats if keep else None
-
-
-def divergence_backward(
-    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
-    want_input: bool, want_target: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    d_input, d_target = _divergence_backward(grad, input, target, stats, mask, *spec, want_input, want_target)
-    return d_input if want_input else None, d_target if want_target else None
-
-
-def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    parts: Tensor = _divergence_measure(input, target, mask, *spec)
-    return parts
-
-
-def divergence_finish(
-    input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
-) -> Tensor:
-    shares: Tensor = _divergence_finish(input, target, stats, mask, *spec)
-    return shares
-
-
-def fisher_direction(logits: Tensor, wide: bool) -> Tensor:
-    direction: Tensor = _fisher_direction(logits, wide)
-    return direction
-
-
-def cannot_serve(device: torch.device) -> str | None:
-    """Why tensors on ``device`` cannot be served, or None."""
-    if device.type == "cpu" or (device.type == "cuda" and extension is not None and extension.built_with()["cuda"]):
+    def unavailable(self) -> str | None:
         return None
-    if device.type == "cuda":
-        return "the compiled operators have no CUDA kernels (fix: install nvcc and a CUDA build of torch, build again)"
-    return f"the compiled operators do not run on {device.type!r} tensors"
+
+    def cannot_serve(self, device: torch.device, kind: str | None = None) -> str | None:
+        if kind is not None and kind not in self.kinds:
+            return f"the compiled operators do not know the divergence {kind!r}"
+        if device.type == "cpu" or (device.type == "cuda" and self.extension.built_with()["cuda"]):
+            return None
+        if device.type == "cuda":
+            return (
+                "the compiled operators have no CUDA kernels (fix: install nvcc and a CUDA build of torch, build again)"
+            )
+        return f"the compiled operators do not run on {device.type!r} tensors"
+
+    def perturb(
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        # On a CPU noise is read back sooner than it is computed again.
+        keep_noise = keep_noise and embed.device.type == "cpu"
+        perturbed, noise = _operators.native_perturb.default(embed, seed, noise_var, mask, keep_noise, unit)
+        return perturbed, noise if keep_noise else seed
+
+    def perturb_fresh(
+        self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """By a seed that the operator draws as `smart_fast.noise` would."""
+        perturbed, noise = self.extension.perturb(embed, generator, float(noise_var), mask, keep_noise, unit)
+        return perturbed, noise
+
+    def ascend(
+        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        return steps.ascend(
+            _operators.native_ascend_measure.default, self._move, self._noise_alone, embed, grad, noise, step, mask,
+            keep_noise, unit, folds_groups=True,
+        )  # fmt: skip
+
+    def _noise_alone(
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None = None
+    ) -> Tensor:
+        return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
+
+    def _move(self, *args: Any) -> tuple[Tensor, Tensor]:
+        operator = _operators.native_ascend.default if torch.compiler.is_compiling() else self.extension.ascend
+        perturbed, new_noise = operator(*args)
+        return perturbed, new_noise
+
+    def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        loss: Tensor = _operators.native_divergence.default(input, target, mask, *spec)
+        return loss
+
+    def loss(
+        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
+        raise TypeError("the compiled operators compute divergences by their own formulas: divergence does")
+
+    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
+        """Of ordinary CPU tensors: without this way host time is a quarter more (``python -m bench overhead``)."""
+        loss: Tensor | None = self.extension.divergence(input, target, kind, reduction, alpha)
+        return loss
+
+    def gradient_functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        return self.extension.edge, self.extension.gradients
+
+    def divergence_forward(
+        self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool,
+        want_target: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        keep = want_input or want_target
+        loss, stats, _, _ = _operators.native_divergence_forward.default(input, target, mask, *spec, keep, False, False)
+        return loss, stats if keep else None
+
+    def divergence_backward(
+        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
+        want_input: bool, want_target: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        d_input, d_target = _operators.native_divergence_backward.default(
+            grad, input, target, stats, mask, *spec, want_input, want_target
+        )
+        return d_input if want_input else None, d_target if want_target else None
+
+    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        parts: Tensor = _operators.native_divergence_measure.default(input, target, mask, *spec)
+        return parts
+
+    def divergence_finish(
+        self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
+    ) -> Tensor:
+        shares: Tensor = _operators.native_divergence_finish.default(input, target, stats, mask, *spec)
+        return shares
+
+    def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:
+        direction: Tensor = _operators.native_fisher_direction.default(logits, wide)
+        return direction
+
+    def empty_cache(self) -> int:
+        return int(self.extension.empty_cache())
 
 
 def _fake_perturb(

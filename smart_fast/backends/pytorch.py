@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import balls
-from .base import Step
-
-name = "torch"
+from ..losses import divergences
+from ..noise import draw_normal
+from . import log_ratio, updates
+from .base import DIVERGENCES, DivergenceSpec, Nodes, Step
 
 
 def perturb(
@@ -32,37 +32,22 @@ def ascend(
     grad = torch.where(finite, grad, 0.0) if isinstance(finite, Tensor) else grad
     if unit is not None and mask is not None:  # of masked rows it may be anything
         unit = torch.where(mask.unsqueeze(-1), unit, 0.0)
-    step_size: float | Tensor = step.step_size if unit is None else step.step_size * unit
-    epsilon: float | Tensor = step.epsilon if unit is None else step.epsilon * unit
-    if step.update == "paper":
+    rule = updates.rule(step.update)
+    if rule.wide:
         noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        moved = noise + step_size * balls.direction(grad.to(noise.dtype), step.norm_fn)
-        moved = _into_ball(moved, step, unit)
-    elif step.update == "sift":
-        scale = step.norm_fn(grad) + epsilon
-        moved = noise + step_size * (grad / scale)
-    else:
-        moved = noise + step_size * grad
-        scale = step.norm_fn(moved) + epsilon
-        moved = moved / scale
-    if step.update != "paper" and unit is not None:  # an embedding of zeros has no noise
-        moved = torch.where(scale != 0, moved, noise)
-    elif step.update != "paper" and not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
-        # Nothing to divide by: smart-pytorch's NaN only where smart-pytorch has it.
-        moved = torch.where((scale != 0) | (finite & (step.update != "sift")), moved, noise)
+        grad = grad.to(noise.dtype)
+    added, divided = rule.step(grad, step.norm_fn, step.step_size, step.epsilon, unit)
+    moved, divided_last = rule.finish(noise + added, step.norm_fn, step.epsilon, unit)
+    denominator = divided if divided_last is None else divided_last
+    if denominator is not None and unit is not None:  # an embedding of zeros has no noise
+        moved = torch.where(denominator != 0, moved, noise)
+    elif denominator is not None and not isinstance(step.epsilon, Tensor) and step.epsilon == 0:
+        keep = (denominator != 0) | finite if rule.keeps_nan else denominator != 0
+        moved = torch.where(keep, moved, noise)
     noise = moved.detach()
     if mask is not None:
         noise = torch.where(mask.unsqueeze(-1), noise, 0.0)
     return _add(embed, noise, mask), noise
-
-
-def _into_ball(noise: Tensor, step: Step, unit: Tensor | None) -> Tensor:
-    if unit is None:
-        return balls.project(noise, step.norm_fn, step.epsilon)
-    known = unit > 0  # an embedding of zeros has no noise
-    return torch.where(
-        known, balls.project(noise / torch.where(known, unit, 1.0), step.norm_fn, step.epsilon) * unit, 0.0
-    )
 
 
 def _movable_rows(grad: Tensor, mask: Tensor | None) -> Tensor | bool:
@@ -87,17 +72,34 @@ def divergence(
     input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float | Tensor, mask: Tensor | None,
     temperature: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """The divergence of the logits by log-softmax, softmax and `torch.nn.functional.kl_div`."""
+    """The divergence ``kind`` of the logits by its reference in the table (`smart_fast.losses.divergences`).
+
+    That of smart-pytorch's losses runs in the dtype of the logits, as theirs does. Others run in fp32 (float64 for
+    float64) and give scalars in it, and elementwise terms in the promoted dtype of the logits.
+    """
+    entry = divergences.divergence(kind)
+    if entry.drop_in:
+        return _divergence(entry, input, target, reduction, alpha, mask, temperature)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    loss = _divergence(entry, input.to(wide), target.to(wide), reduction, alpha, mask, temperature)
+    return loss.to(dtype) if reduction == "none" else loss
+
+
+def _divergence(
+    entry: divergences.Divergence, input: Tensor, target: Tensor, reduction: str, alpha: float | Tensor,
+    mask: Tensor | None, temperature: float,
+) -> Tensor:  # fmt: skip
     if temperature != 1.0:
         input, target = input / temperature, target / temperature
-        return divergence(input, target, kind, reduction, alpha, mask) * temperature**2
+        return _divergence(entry, input, target, reduction, alpha, mask, 1.0) * temperature**2
     if mask is None:
-        return _formula(input, target, kind, reduction, alpha)
+        return entry.reference(input, target, reduction, alpha)
     rows = mask.unsqueeze(-1)
     # Masked logits may hold anything, NaN included: they leave the graph before they can reach a gradient.
     input = torch.where(rows, input, 0.0)
     target = torch.where(rows, target, 0.0)
-    terms = torch.where(rows, _formula(input, target, kind, "none", alpha), 0.0)
+    terms = torch.where(rows, entry.reference(input, target, "none", alpha), 0.0)
     if reduction == "none":
         return terms
     total = terms.sum()
@@ -108,15 +110,67 @@ def divergence(
     return total
 
 
-def _formula(input: Tensor, target: Tensor, kind: str, reduction: str, alpha: float | Tensor) -> Tensor:
-    if kind == "kl":
-        return F.kl_div(F.log_softmax(input, dim=-1), F.softmax(target, dim=-1), reduction=reduction)
-    if kind == "sym_kl":
-        forward = F.kl_div(F.log_softmax(input, dim=-1), F.softmax(target.detach(), dim=-1), reduction=reduction)
-        reverse = F.kl_div(F.log_softmax(target, dim=-1), F.softmax(input.detach(), dim=-1), reduction=reduction)
-        return alpha * forward + reverse
-    mean = 0.5 * (F.softmax(input.detach(), dim=-1) + F.softmax(target.detach(), dim=-1))
-    return alpha * (
-        F.kl_div(F.log_softmax(input, dim=-1), mean, reduction=reduction)
-        + F.kl_div(F.log_softmax(target, dim=-1), mean, reduction=reduction)
-    )
+class PyTorch:
+    """The contract by the functions of this file; what smart-pytorch has nothing of, by those of log_ratio.py."""
+
+    name = "torch"
+    nodes: Nodes = "always"
+    reference = True
+    kinds = frozenset(DIVERGENCES)
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def cannot_serve(self, device: torch.device, kind: str | None = None) -> str | None:
+        return None
+
+    def perturb_fresh(
+        self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
+
+    def perturb(
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        raise TypeError("PyTorch's noise comes from a generator, not from a seed: perturb_fresh draws it")
+
+    def ascend(
+        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        return ascend(embed, grad, noise, step, mask, unit)
+
+    def loss(
+        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
+        return divergence(input, target, kind, reduction, alpha, mask, temperature)
+
+    def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        raise TypeError("smart_fast.autograd wraps divergence_forward and divergence_backward")
+
+    divergence_forward = staticmethod(log_ratio.divergence_forward)
+    divergence_backward = staticmethod(log_ratio.divergence_backward)
+    divergence_measure = staticmethod(log_ratio.divergence_measure)
+    divergence_finish = staticmethod(log_ratio.divergence_finish)
+
+    def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        largest = logits.argmax(-1, keepdim=True)
+        q = logits.softmax(-1, dtype=dtype).scatter(-1, largest, 0.0)
+        q = q.scatter(-1, largest, -q.sum(-1, keepdim=True))
+        return q if wide else q.to(logits.dtype)
+
+    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
+        return None
+
+    def gradient_functions(self) -> None:
+        return None
+
+    def empty_cache(self) -> int:
+        return 0
+
+
+PYTORCH = PyTorch()

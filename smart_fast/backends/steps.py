@@ -18,7 +18,7 @@ def ascend(
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
     unit: Tensor | None, folds_groups: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`FusedBackend.ascend` by the operators ``ascend_measure``, ``ascend`` and ``perturb`` of a backend.
+    """`Backend.ascend` by the operators ``ascend_measure``, ``ascend`` and ``perturb`` of a backend.
 
     A token norm takes one kernel. A norm over more than a row is measured first, twice for paper; one that only Python
     can compute is called in between. A backend whose ``ascend`` ``folds_groups`` makes norms of groups from those of

@@ -15,10 +15,7 @@ from torch import Tensor
 
 from . import steps
 from . import triton_launch as ops
-from .base import DivergenceSpec, Step
-
-name = "triton"
-differentiable = False
+from .base import DivergenceSpec, Nodes, Step
 
 
 def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -33,13 +30,6 @@ def _call(eager: Callable[..., Any], registered: Callable[..., Any], anchor: Ten
         return registered(*args)
     with _device(anchor):
         return eager(*args)
-
-
-def perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    # The seed is all that is kept: a GPU computes noise again sooner than it reads it back.
-    return _noise_alone(embed, seed, noise_var, mask, unit), seed
 
 
 def _noise_alone(embed: Tensor, *args: Any) -> Tensor:
@@ -57,70 +47,113 @@ def _move(embed: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return perturbed, noise
 
 
-def ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
-    unit: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return steps.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
+class Triton:
+    """The contract by the launchers of triton_launch.py."""
 
+    name = "triton"
+    nodes: Nodes = "never"
+    reference = False
+    kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
 
-def divergence_forward(
-    input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, want_input: bool, want_target: bool
-) -> tuple[Tensor, Tensor | None]:
-    keep = want_input or want_target
-    loss, stats = _call(
-        ops.divergence_forward, torch.ops.smart_fast.divergence_forward, input, input, target, mask, *spec, keep
-    )
-    return loss, stats if keep else None
-
-
-def divergence_backward(
-    grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
-    want_input: bool, want_target: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    dx, dt = _call(
-        ops.divergence_backward, torch.ops.smart_fast.divergence_backward, input, grad, input, target, stats, mask,
-        *spec, want_input, want_target,
-    )  # fmt: skip
-    return dx if want_input else None, dt if want_target else None
-
-
-def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    partials: Tensor = _call(
-        ops.divergence_measure, torch.ops.smart_fast.divergence_measure, input, input, target, mask, *spec
-    )
-    return partials
-
-
-def divergence_finish(
-    input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
-) -> Tensor:
-    losses: Tensor = _call(
-        ops.divergence_finish, torch.ops.smart_fast.divergence_finish, input, input, target, stats, mask, *spec
-    )
-    return losses
-
-
-def fisher_direction(logits: Tensor, wide: bool) -> Tensor:
-    direction: Tensor = _call(ops.fisher_direction, torch.ops.smart_fast.fisher_direction, logits, logits, wide)
-    return direction
-
-
-def unavailable() -> str | None:
-    """Why no kernel can run in this process, or None."""
-    if ops.INTERPRETED:
+    def unavailable(self) -> str | None:
+        if ops.INTERPRETED:
+            return None
+        if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
+            return (
+                "no GPU is visible to torch; set TRITON_INTERPRET=1 before the first import to try the kernels on CPU"
+            )
         return None
-    if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
-        return "no GPU is visible to torch; set TRITON_INTERPRET=1 before the first import to try the kernels on CPU"
-    return None
+
+    def cannot_serve(self, device: torch.device, kind: str | None = None) -> str | None:
+        if kind is not None and kind not in self.kinds:
+            return f"the Triton kernels do not know the divergence {kind!r}"
+        if device.type in ("cuda", "xpu") and not ops.INTERPRETED:
+            return None
+        if device.type == "cpu" and ops.INTERPRETED:
+            return None
+        if device.type == "cpu":
+            return "CPU tensors need TRITON_INTERPRET=1 (kernels compile for GPUs only)"
+        return f"Triton kernels do not run on {device.type!r} tensors"
+
+    def perturb(
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        # The seed is all that is kept: a GPU computes noise again sooner than it reads it back.
+        return _noise_alone(embed, seed, noise_var, mask, unit), seed
+
+    def perturb_fresh(
+        self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        raise TypeError("the Triton kernels have no autograd nodes: smart_fast.autograd.perturb wraps them")
+
+    def ascend(
+        self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
+        unit: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        return steps.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
+
+    def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        raise TypeError("the Triton kernels have no autograd nodes: smart_fast.autograd.divergence wraps them")
+
+    def loss(
+        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
+        temperature: float,
+    ) -> Tensor:  # fmt: skip
+        raise TypeError("the Triton kernels compute divergences by their own formulas")
+
+    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
+        return None
+
+    def gradient_functions(self) -> None:
+        return None
+
+    def empty_cache(self) -> int:
+        return 0
+
+    def divergence_forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        spec: DivergenceSpec,
+        mask: Tensor | None,
+        want_input: bool,
+        want_target: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        keep = want_input or want_target
+        loss, stats = _call(
+            ops.divergence_forward, torch.ops.smart_fast.divergence_forward, input, input, target, mask, *spec, keep
+        )
+        return loss, stats if keep else None
+
+    def divergence_backward(
+        self, grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None,
+        want_input: bool, want_target: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        dx, dt = _call(
+            ops.divergence_backward, torch.ops.smart_fast.divergence_backward, input, grad, input, target, stats, mask,
+            *spec, want_input, want_target,
+        )  # fmt: skip
+        return dx if want_input else None, dt if want_target else None
+
+    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        partials: Tensor = _call(
+            ops.divergence_measure, torch.ops.smart_fast.divergence_measure, input, input, target, mask, *spec
+        )
+        return partials
+
+    def divergence_finish(
+        self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
+    ) -> Tensor:
+        losses: Tensor = _call(
+            ops.divergence_finish, torch.ops.smart_fast.divergence_finish, input, input, target, stats, mask, *spec
+        )
+        return losses
+
+    def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:
+        direction: Tensor = _call(ops.fisher_direction, torch.ops.smart_fast.fisher_direction, logits, logits, wide)
+        return direction
 
 
-def cannot_serve(device: torch.device) -> str | None:
-    """Why tensors on ``device`` cannot be served, or None."""
-    if device.type in ("cuda", "xpu") and not ops.INTERPRETED:
-        return None
-    if device.type == "cpu" and ops.INTERPRETED:
-        return None
-    if device.type == "cpu":
-        return "CPU tensors need TRITON_INTERPRET=1 (kernels compile for GPUs only)"
-    return f"Triton kernels do not run on {device.type!r} tensors"
+TRITON = Triton()

@@ -17,12 +17,13 @@ from torch.library import custom_op, triton_op, wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..kernels import launch, tuning
-from ..kernels.ascend import ascend_kernel, measure_kernel
+from ..kernels.ascend import NORMS, UPDATES, ascend_kernel, measure_kernel
 from ..kernels.divergence import (
     divergence_backward_elementwise_kernel,
     divergence_backward_kernel,
     divergence_forward_kernel,
 )
+from ..kernels.divergence_formulas import KINDS
 from ..kernels.divergence_split import (
     divergence_collect_kernel,
     divergence_finish_kernel,
@@ -31,7 +32,7 @@ from ..kernels.divergence_split import (
 )
 from ..kernels.fisher import fisher_direction_kernel
 from ..kernels.perturb import perturb_kernel
-from .base import STATISTICS, Rows, as_rows, new_output
+from .base import PARTS, STATISTICS, Rows, as_rows, new_output
 from .steps import (
     fake_ascend,
     fake_ascend_measure,
@@ -50,6 +51,12 @@ Wrap = Callable[[Any], Any]
 
 def _plain(kernel: Any) -> Any:
     return kernel
+
+
+def _known(what: str, name: str, known: tuple[str, ...]) -> None:
+    """Raises for what would not compile. The compiler's own error shows a line of a kernel."""
+    if name not in known:
+        raise ValueError(f"the Triton kernels know no {what} {name!r}, only {', '.join(known)}")
 
 
 def _resources(tile: launch.Tile, wrap: Wrap) -> dict[str, int]:
@@ -119,7 +126,7 @@ def _aligned(width: int) -> bool:
 def perturb(
     embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None, wrap: Wrap = _plain
 ) -> Tensor:
-    """See `FusedBackend.perturb`."""
+    """See `Backend.perturb`."""
     out = new_output(embed.shape, embed.dtype, embed.device)
     width = embed.shape[-1]
     rows = as_rows(embed)
@@ -146,6 +153,8 @@ def ascend_measure(
 
     For paper that is the gradient, or, given its ``norm`` for each row, what will be projected.
     """
+    _known("norm", kind, (*NORMS, "opaque"))
+    _known("update", update, UPDATES)
     width = grad.shape[-1]
     rows = as_rows(grad)
     shape = grad.shape if kind == "opaque" else (rows.count,)
@@ -166,12 +175,14 @@ def ascend(
     unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
     keep_noise: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `FusedBackend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
+    """See `Backend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
     `ascend_measure`, grouped by the first dimension; "given" one norm per row.
 
     paper takes given norms of the gradient, and for its projection ``shrink`` per row: a factor for kind "l2", what
     absolute values lose for "l1", None for "inf".
     """
+    _known("norm", kind, NORMS)
+    _known("update", update, UPDATES)
     width = embed.shape[-1]
     rows = as_rows(embed, grad)
     group = rows.count // embed.shape[0] if scope == "group" else 1
@@ -207,7 +218,8 @@ def divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
     scale: float, relative: bool, keep: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `FusedBackend.divergence_forward`."""
+    """See `Backend.divergence_forward`."""
+    _known("divergence", kind, KINDS)
     width = input.shape[-1]
     rows = as_rows(input, target)
     tile = _split_tile(rows.count, width, input)
@@ -231,20 +243,20 @@ def divergence_forward(
     else:
         partials = _measure(rows, mask, tile, scale, relative, wrap)
         terms = out if output == "terms" else None
-        losses = _finish(rows, mask, tile, partials, stats, terms, kind, alpha, scale, relative, keep, wrap)
+        sums = _finish(rows, mask, tile, partials, stats, terms, kind, alpha, scale, relative, keep, wrap)
         if keep or output != "terms":
             wrap(divergence_collect_kernel)[(last,)](
-                losses, out, stats, rows.count, splits, weight, OUTPUT=form, KEEP=keep, SPLITS=merge.block,
-                ROWS=merge.rows, **_resources(merge, wrap),
+                sums, out, stats, rows.count, splits, alpha, weight, KIND=kind, OUTPUT=form, KEEP=keep,
+                SPLITS=merge.block, ROWS=merge.rows, **_resources(merge, wrap),
             )  # fmt: skip
     return out.sum() if form != output else out, stats
 
 
 def _measure(rows: Rows, mask: Tensor | None, tile: launch.Tile, scale: float, relative: bool, wrap: Wrap) -> Tensor:
-    """Partial statistics, fp32 ``[rows, splits, 6]``."""
+    """Partial statistics, fp32 ``[rows, splits, PARTS]``."""
     width = rows.tensors[0].shape[-1]
     splits = launch.splits(tile, width)
-    partials = new_output((rows.count, splits, STATISTICS), torch.float32, rows.tensors[0].device)
+    partials = new_output((rows.count, splits, PARTS), torch.float32, rows.tensors[0].device)
     wrap(divergence_measure_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
         *rows.tensors, _bytes(mask), partials, rows.count, width, splits, rows.size1, rows.size2, *rows.strides[0],
         *rows.strides[1], scale, **_loads(mask, scale, relative), ROWS=tile.rows, BLOCK=tile.block,
@@ -257,33 +269,34 @@ def _finish(
     rows: Rows, mask: Tensor | None, tile: launch.Tile, partials: Tensor | None, stats: Tensor, terms: Tensor | None,
     kind: str, alpha: float, scale: float, relative: bool, keep: bool, wrap: Wrap,
 ) -> Tensor:  # fmt: skip
-    """Parts of the row losses, fp32 ``[rows, splits]``, from partial statistics or, without them, from ``stats``."""
+    """Parts of the row sums, fp32 ``[rows, splits, 2]``, from partial statistics or, without them, from ``stats``."""
     width = rows.tensors[0].shape[-1]
     splits = launch.splits(tile, width)
-    losses = new_output((rows.count, splits), torch.float32, rows.tensors[0].device)
+    sums = new_output((rows.count, splits, 2), torch.float32, rows.tensors[0].device)
     wrap(divergence_finish_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
-        *rows.tensors, _bytes(mask), partials, stats, terms, losses, rows.count, width, splits, rows.size1,
+        *rows.tensors, _bytes(mask), partials, stats, terms, sums, rows.count, width, splits, rows.size1,
         rows.size2, *rows.strides[0], *rows.strides[1], alpha, scale, KIND=kind,
         OUTPUT="rows" if terms is None else "terms", **_loads(mask, scale, relative), MERGE=partials is not None,
         KEEP=keep, SPLITS=1 if partials is None else launch.next_power_of_two(splits),
         ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
-    return losses
+    return sums
 
 
 def divergence_measure(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
     scale: float, relative: bool, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
-    """See `FusedBackend.divergence_measure`."""
+    """See `Backend.divergence_measure`."""
+    _known("divergence", kind, KINDS)
     width = input.shape[-1]
     rows = as_rows(input, target)
     tile = _split_tile(rows.count, width, input)
     splits = launch.splits(tile, width)
     partials = _measure(rows, mask, tile, scale, relative, wrap)
     if splits == 1:
-        return partials.view(rows.count, STATISTICS)
-    merged = new_output((rows.count, STATISTICS), torch.float32, input.device)
+        return partials.view(rows.count, PARTS)
+    merged = new_output((rows.count, PARTS), torch.float32, input.device)
     merge = launch.merge_tile(splits)
     wrap(divergence_merge_kernel)[(launch.grid(merge, rows.count, whole_rows=True),)](
         partials, merged, rows.count, splits, SPLITS=merge.block, ROWS=merge.rows, **_resources(merge, wrap)
@@ -295,19 +308,20 @@ def divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float,
     weight: float, scale: float, relative: bool, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
-    """See `FusedBackend.divergence_finish`."""
+    """See `Backend.divergence_finish`."""
+    _known("divergence", kind, KINDS)
     width = input.shape[-1]
     rows = as_rows(input, target)
     tile = _split_tile(rows.count, width, input)
     splits = launch.splits(tile, width)
-    losses = _finish(rows, mask, tile, None, stats.contiguous(), None, kind, alpha, scale, relative, False, wrap)
+    sums = _finish(rows, mask, tile, None, stats.contiguous(), None, kind, alpha, scale, relative, False, wrap)
     if splits == 1:
-        return losses.view(rows.count)
-    out = new_output((rows.count,), torch.float32, input.device)
+        return sums.view(rows.count, 2)
+    out = new_output((rows.count, 2), torch.float32, input.device)
     merge = launch.merge_tile(splits)
     wrap(divergence_collect_kernel)[(launch.grid(merge, rows.count, whole_rows=True),)](
-        losses, out, out, rows.count, splits, 1.0, OUTPUT="rows", KEEP=False, SPLITS=merge.block, ROWS=merge.rows,
-        **_resources(merge, wrap),
+        sums, out, out, rows.count, splits, alpha, 1.0, KIND=kind, OUTPUT="sums", KEEP=False, SPLITS=merge.block,
+        ROWS=merge.rows, **_resources(merge, wrap),
     )  # fmt: skip
     return out
 
@@ -317,7 +331,8 @@ def divergence_backward(
     alpha: float, weight: float, scale: float, relative: bool, want_input: bool, want_target: bool,
     wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `FusedBackend.divergence_backward`."""
+    """See `Backend.divergence_backward`."""
+    _known("divergence", kind, KINDS)
     width, stats = input.shape[-1], stats.contiguous()
     dx = new_output(input.shape if want_input else (0,), input.dtype, input.device)
     dt = new_output(target.shape if want_target else (0,), target.dtype, target.device)
@@ -346,7 +361,7 @@ def divergence_backward(
 
 
 def fisher_direction(logits: Tensor, wide: bool, wrap: Wrap = _plain) -> Tensor:
-    """See `FusedBackend.fisher_direction`."""
+    """See `Backend.fisher_direction`."""
     width = logits.shape[-1]
     rows = as_rows(logits)
     out = new_output(logits.shape, torch.float32 if wide else logits.dtype, logits.device)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import check_name
-from ..backends.base import UPDATES
+from ..backends.base import DIVERGENCES, UPDATES
 from ..checks import check_choice, check_count, check_number
-from ..losses.logits import js_loss, kl_loss, sym_kl_loss
+from ..losses.logits import LOSSES, kl_loss
 from ..norms import Norm, inf_norm, sentence_norm
 from ..options import SCALES
 from ..smart import SMARTLoss
@@ -22,7 +22,6 @@ from ..smart import SMARTLoss
 __all__ = ["EmbeddingTap", "ModelRegularizer", "SMARTArguments", "Smoothness", "input_embeddings"]
 
 _NORMS: dict[str, Norm] = {"token": inf_norm, "sentence": sentence_norm(inf_norm)}
-_DIVERGENCES = {"kl": kl_loss, "sym_kl": sym_kl_loss, "js": js_loss}
 _IGNORED = -100  # the label that Hugging Face's losses skip
 
 
@@ -51,7 +50,7 @@ class SMARTArguments:
     smart_norm: str = _option(
         "token", "Scope of the norm (largest entry): token or sentence. In Python also a function, [B, S, D] -> norm."
     )
-    smart_divergence: str = _option("sym_kl", "What is returned: kl, sym_kl or js. The ascent climbs kl.")
+    smart_divergence: str = _option("sym_kl", "What is returned: kl, sym_kl, js or jsd. The ascent climbs kl.")
     smart_backend: str = _option("auto", "Backend: auto, torch, triton or native.")
 
     def __post_init__(self) -> None:
@@ -67,7 +66,7 @@ class SMARTArguments:
         check_count("smart_steps", self.smart_steps)
         check_choice("smart_update", self.smart_update, UPDATES)
         check_choice("smart_scale", self.smart_scale, SCALES)
-        check_choice("smart_divergence", self.smart_divergence, tuple(_DIVERGENCES))
+        check_choice("smart_divergence", self.smart_divergence, DIVERGENCES)
         if not callable(self.smart_norm):
             check_choice("smart_norm", self.smart_norm, tuple(_NORMS))
         check_name(self.smart_backend, "smart_backend")
@@ -92,7 +91,7 @@ class SMARTArguments:
         return SMARTLoss(
             eval_fn,
             comparison(kl_loss),
-            comparison(_DIVERGENCES[self.smart_divergence]),
+            comparison(LOSSES[self.smart_divergence]),
             self.smart_norm if callable(self.smart_norm) else _NORMS[self.smart_norm],
             num_steps=self.smart_steps,
             step_size=self.smart_step_size,

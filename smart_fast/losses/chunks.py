@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.base import STATISTICS, DivergenceSpec
+from ..backends.base import STATISTICS, Backend, DivergenceSpec
 from . import sharded
+from .divergences import Matrix, divergence
 
 #: Gradients to fp16 logits are computed this much larger, or they would underflow (a probability of a large vocabulary
 #: is near 2**-17) before the upstream gradient reaches them. A power of two, small enough that 2**8 |r| does not
@@ -31,7 +32,7 @@ _FP16_GAIN = 2.0**8
 class Plan:
     """How the losses of one call are computed."""
 
-    backend: Any  # a module with the divergence part of FusedBackend
+    backend: Backend
     kind: str
     alpha: float
     scale: float  # 1 / temperature
@@ -58,27 +59,12 @@ class Wanted(NamedTuple):
     bias: bool
 
 
-class _Matrix(NamedTuple):
-    """What one gradient to logits is multiplied by to give those to ``input``'s and ``target``'s (None: no part)."""
-
-    to_input: float | None
-    to_target: float | None
-
-
 class Gradients(NamedTuple):
     """Gradients of the sum of the losses, times `Plan.gain`; `finished` makes them what autograd is given."""
 
     hidden: list[Tensor | None]  # [N, H] for each matrix of the kind, before its multipliers
     weight: Tensor | None
     bias: Tensor | None
-
-
-def _matrices(plan: Plan) -> tuple[_Matrix, ...]:
-    """The gradients to logits. Those of sym_kl and js to the two sides are multiples of one another, so that one
-    matrix (computed with alpha = 1) and one GEMM serve both."""
-    if plan.kind == "kl":
-        return _Matrix(1.0, None), _Matrix(None, 1.0)
-    return (_Matrix(plan.alpha, -1.0 if plan.kind == "sym_kl" else -plan.alpha),)
 
 
 def chunk_tokens(count: int, width: int, itemsize: int, chunk_bytes: int | None, device: torch.device) -> int:
@@ -153,14 +139,17 @@ def losses(
     spec = DivergenceSpec(plan.kind, "rows", plan.alpha, scale=plan.scale, relative=True)
     for chunk in _chunks(plan, input, target, weight, bias, mask):
         sides = chunk.difference, chunk.logits
+        stats: Tensor | None
         if plan.group is not None:
             rows, stats, _ = sharded.rows(plan.backend, *sides, spec, chunk.mask, plan.group)
         else:
             rows, stats = plan.backend.divergence_forward(*sides, spec, chunk.mask, keep, keep)
         loss[chunk.tokens] = rows
         if kept is not None:
+            assert stats is not None
             kept[chunk.rows] = stats
         if sums is not None:
+            assert stats is not None
             sums.add(chunk, stats, None)
     return loss, kept, None if sums is None else sums.result
 
@@ -184,8 +173,8 @@ class _Sums:
 
     def __init__(self, plan: Plan, input: Tensor, weight: Tensor, mask: Tensor | None, wanted: Wanted) -> None:
         self._plan, self._weight, self._wanted = plan, weight, wanted
-        self._matrices = _matrices(plan)
-        self._spec = DivergenceSpec(plan.kind, "rows", 1.0, plan.gain, plan.scale, relative=True)
+        alpha, self._matrices = divergence(plan.kind).matrices(plan.alpha)
+        self._spec = DivergenceSpec(plan.kind, "rows", alpha, plan.gain, plan.scale, relative=True)
         self._started = False
         # The first chunk overwrites; only masked tokens, which no chunk may hold, need zeros.
         make = functools.partial(
@@ -197,7 +186,7 @@ class _Sums:
             make(weight.shape[:1]) if wanted.bias else None,
         )
 
-    def _wanted_of(self, matrix: _Matrix) -> bool:
+    def _wanted_of(self, matrix: Matrix) -> bool:
         to_input, to_target = matrix
         return (self._wanted.input and to_input is not None) or (self._wanted.target and to_target is not None)
 
@@ -217,7 +206,7 @@ class _Sums:
             needed[-1] and len(needed) > 1,
         )
         for matrix, to_hidden, logits in zip(self._matrices, hidden, to_logits, strict=False):
-            if to_hidden is not None:
+            if to_hidden is not None and logits is not None:
                 to_hidden[chunk.tokens] = _product(logits, self._weight, plan.precision)
             if logits is None:
                 continue
@@ -232,7 +221,7 @@ class _Sums:
             self._started = True
 
 
-def _combine(matrix: _Matrix, chunk: _Chunk, upstream: Tensor | None) -> Tensor:
+def _combine(matrix: Matrix, chunk: _Chunk, upstream: Tensor | None) -> Tensor:
     """What the gradient to the weight multiplies a matrix with. Where the multipliers are opposite that is a
     difference of hidden states, taken before it is rounded."""
     sides = zip(matrix, (chunk.input, chunk.target), strict=True)
@@ -250,7 +239,7 @@ def finished(
     vocabulary sharded, those to hidden states are partial sums: one all_reduce of ``[N, H]`` for each matrix.
     """
     sides: list[Tensor | None] = [None, None]
-    for matrix, hidden in zip(_matrices(plan), sums.hidden, strict=True):
+    for matrix, hidden in zip(divergence(plan.kind).matrices(plan.alpha).parts, sums.hidden, strict=True):
         if hidden is None:
             continue
         if plan.group is not None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import autograd
-from ..backends import ascending, backend_of_caller, check_name, log_ratio, select
+from ..backends import ascending, backend_of_caller, check_name, select
 from ..backends.base import DIVERGENCES, REDUCTIONS
-from ..checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
+from ..checks import check_choice, check_mask, check_positive, check_same_device, check_tensor
 from . import sharded
 from .chunks import Plan, chunk_tokens
+from .divergences import divergence
 
-__all__ = ["LinearDivergence", "linear_js_loss", "linear_kl_loss", "linear_sym_kl_loss"]
+__all__ = ["LinearDivergence", "linear_js_loss", "linear_jsd_loss", "linear_kl_loss", "linear_sym_kl_loss"]
 
 
 def linear_kl_loss(
@@ -54,8 +56,8 @@ def linear_kl_loss(
             and cost no GEMM on a CPU.
         temperature: logits are divided by it and the loss is multiplied by its square, which keeps the size of
             gradients (Hinton et al., 2015).
-        chunk_bytes: the size of one chunk of logits; three (kl: four) matrices of that size are alive at once. None: 64
-            MiB, 256 MiB on a GPU, but between 256 and 4096 tokens.
+        chunk_bytes: the size of one chunk of logits; three (kl and jsd: four) matrices of that size are alive at once.
+            None: 64 MiB, 256 MiB on a GPU, but between 256 and 4096 tokens.
         backend: as in `kl_loss`. The GEMMs are always torch's.
         process_group: the `torch.distributed` group over which ``weight`` and ``bias`` are sharded: each process
             passes its rows ``[V_local, H]``, the same hidden states and mask, and gets the loss of the whole. Gradients
@@ -122,7 +124,32 @@ def linear_js_loss(
     )
 
 
-_LOSSES = {"kl": linear_kl_loss, "sym_kl": linear_sym_kl_loss, "js": linear_js_loss}
+def linear_jsd_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    reduction: str = "batchmean",
+    beta: float = 0.5,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """`jsd_loss` of ``input @ weight.T + bias`` against ``target @ weight.T + bias``, without whole logits.
+
+    Arguments and errors as in `linear_kl_loss`; ``beta`` as in `jsd_loss`.
+    """
+    return _linear(
+        "jsd", input, target, weight, bias, reduction, beta, mask, temperature, chunk_bytes, backend, process_group
+    )
+
+
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "kl": linear_kl_loss, "sym_kl": linear_sym_kl_loss, "js": linear_js_loss, "jsd": linear_jsd_loss,
+}  # fmt: skip
 
 
 class LinearDivergence(nn.Module):
@@ -135,8 +162,8 @@ class LinearDivergence(nn.Module):
     Args:
         weight: ``[V, H]``.
         bias: ``[V]`` or None.
-        kind: ``"kl"``, ``"sym_kl"`` or ``"js"``.
-        **options: keyword arguments of `linear_kl_loss`, `linear_sym_kl_loss` or `linear_js_loss`.
+        kind: ``"kl"``, ``"sym_kl"``, ``"js"`` or ``"jsd"``.
+        **options: keyword arguments of `linear_kl_loss`, `linear_sym_kl_loss`, `linear_js_loss` or `linear_jsd_loss`.
 
     Raises:
         TypeError: ``weight`` is not a tensor, an option that the loss does not take.
@@ -176,9 +203,10 @@ def _linear(
     dtype = _check_tensors(input, target, weight, bias)
     if mask is not None:
         check_mask(mask, input.shape, input.device, "input")
+    alpha = divergence(kind).check(alpha)
     if isinstance(alpha, Tensor):
         raise TypeError("alpha must be a plain number, got a Tensor")
-    alpha, temperature = float(check_number("alpha", alpha)), check_positive("temperature", temperature)
+    alpha, temperature = float(alpha), check_positive("temperature", temperature)
     _check_bytes(chunk_bytes)
     if group is not None:
         sharded.check_group(group)
@@ -194,7 +222,7 @@ def _linear(
         same = count, input.shape[-1], chunk_bytes or 0
         widths = sharded.agree("(tokens, H, chunk_bytes)", same, weight.shape[0], group, input.device)
     plan = Plan(
-        select(backend, input, target, weight) or log_ratio, kind, alpha, 1.0 / temperature, dtype,
+        select(backend, input, target, weight, kind=kind), kind, alpha, 1.0 / temperature, dtype,
         chunk_tokens(count, max(widths), dtype.itemsize, chunk_bytes, input.device), group,
     )  # fmt: skip
     sides = input.reshape(count, -1), target.reshape(count, -1)

@@ -3,10 +3,14 @@
 Every function compares ``input`` (the perturbed logits) with ``target`` (the clean ones), both ``[..., V]``. On the
 fused backends arithmetic is fp32, scalar losses are fp32, gradients have their tensor's dtype, and the formulas do not
 cancel when the two distributions are nearly equal; ``backend="torch"`` is bit for bit smart-pytorch 0.0.4.
+`jsd_loss`, which smart-pytorch lacks, computes in fp32 and without cancellation on every backend.
+
+What each computes is a row of `smart_fast.losses.divergences`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +22,9 @@ from ..backends import backend_of_caller, check_name, plain_divergence, select
 from ..backends.base import REDUCTIONS
 from ..checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
 from . import sharded
+from .divergences import divergence
 
-__all__ = ["hellinger_loss", "js_loss", "kl_loss", "stable_sym_kl_loss", "sym_kl_loss"]
+__all__ = ["hellinger_loss", "js_loss", "jsd_loss", "kl_loss", "stable_sym_kl_loss", "sym_kl_loss"]
 
 
 def kl_loss(
@@ -100,12 +105,43 @@ def js_loss(
     return _divergence("js", input, target, reduction, alpha, mask, temperature, backend, process_group)
 
 
-#: Kind, reduction and alpha of the losses above where nothing else is asked for.
-DEFAULTS = {
-    kl_loss: ("kl", "batchmean", 1.0),
-    sym_kl_loss: ("sym_kl", "sum", 1.0),
-    js_loss: ("js", "sum", 1.0),
-}
+def jsd_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "batchmean",
+    beta: float = 0.5,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """beta * KL(softmax(target) || m) + (1 - beta) * KL(softmax(input) || m), m = beta * softmax(target) + (1 - beta) *
+    softmax(input), differentiable in both, through m as well.
+
+    The generalized Jensen-Shannon divergence of GKD (Agarwal et al., "On-Policy Distillation of Language Models", ICLR
+    2024), with ``input`` the student and ``target`` the teacher. Bounded by log(2), and finite where only one side
+    leaves a class out. Never negative, whatever the dtypes of the two sides (they may differ). fp32 inside, float64 for
+    float64 logits: scalars have that dtype, the terms of ``"none"`` the promoted dtype of the logits.
+
+    Shapes, ``mask``, ``temperature``, ``backend``, ``process_group`` and errors as in `kl_loss`. ``beta`` is a number
+    between 0 and 1 and no tensor. The loss vanishes at both ends; divided by beta or by 1 - beta its limits are
+    ``kl_loss(input, target)`` (beta to 0) and ``kl_loss(target, input)`` (beta to 1).
+
+    Raises:
+        TypeError: ``beta`` is not a real number; what `kl_loss` raises.
+        ValueError: ``beta`` is not in (0, 1); what `kl_loss` raises.
+    """
+    beta = divergence("jsd").check(beta)  # before any short way
+    return _divergence("jsd", input, target, reduction, beta, mask, temperature, backend, process_group)
+
+
+#: The losses above by kind.
+LOSSES: dict[str, Callable[..., Tensor]] = {"kl": kl_loss, "sym_kl": sym_kl_loss, "js": js_loss, "jsd": jsd_loss}
+
+
+#: Kind, reduction and alpha of these losses where nothing else is asked for.
+DEFAULTS = {loss: (kind, divergence(kind).reduction, divergence(kind).alpha) for kind, loss in LOSSES.items()}
 
 
 def hellinger_loss(
@@ -179,7 +215,7 @@ def _divergence(
         loss = _divergence(kind, input, target, reduction, alpha, mask, temperature, backend, group)
         return rewrap(loss) if reduction == "none" else loss
     _check_pair(input, target, mask)
-    check_number("alpha", alpha)
+    divergence(kind).check(alpha)
     if type(temperature) is not float or temperature != 1.0:  # the default costs nothing
         check_positive("temperature", temperature)
     if group is not None:
@@ -191,10 +227,11 @@ def _divergence(
     if input.numel() == 0 or target.numel() == 0:
         return _nothing(input, target, reduction)
     # smart-pytorch lets leading dimensions broadcast; so does the path that is bit for bit the same.
-    fused = select(backend, input, target, numbers=(alpha,)) if input.shape == target.shape else None
+    same = input.shape == target.shape
+    chosen = select(backend if same else "torch", input, target, numbers=(alpha,), kind=kind)
     if group is not None:
-        return autograd.parallel_divergence(fused, input, target, kind, reduction, alpha, mask, temperature, group)
-    return autograd.divergence(fused, input, target, kind, reduction, alpha, mask, temperature)
+        return autograd.parallel_divergence(chosen, input, target, kind, reduction, alpha, mask, temperature, group)
+    return autograd.divergence(chosen, input, target, kind, reduction, alpha, mask, temperature)
 
 
 def _backend(backend: str | None) -> str:

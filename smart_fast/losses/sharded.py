@@ -1,7 +1,7 @@
 """Logits sharded over the vocabulary: which collectives complete the statistics of rows that no process holds whole.
 
 As in Megatron-LM's vocab-parallel cross-entropy (Shoeybi et al., 2019), processes exchange a few numbers a row, never
-logits: in the forward pass one all_gather of six statistics and one all_reduce of the loss. Gradients stay local.
+logits: in the forward pass one all_gather of six statistics and one all_reduce of two sums. Gradients stay local.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import log_ratio
-from ..backends.base import STATISTICS, DivergenceSpec
+from ..backends.base import PARTS, Backend, DivergenceSpec
+from .divergences import divergence
 
 
 def check_group(group: Any) -> None:
@@ -35,13 +36,13 @@ def all_reduce(tensor: Tensor, group: Any) -> Tensor:
 
 
 def statistics(
-    backend: Any, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, group: Any
+    backend: Backend, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor]:
-    """Statistics ``[rows, 6]`` of whole rows, in `FusedBackend.divergence_forward`'s layout but for the KL, and the
-    width of the vocabulary (a number on the device). One all_gather; the local width rides along as one more row.
+    """Statistics of whole rows, in `Backend.divergence_forward`'s layout but for the two sums, and the width of
+    the vocabulary (a number on the device). One all_gather; the local width rides along as one more row.
     """
     measured = backend.divergence_measure(input, target, spec, mask)
-    width = measured.new_full((1, STATISTICS), float(input.shape[-1]))
+    width = measured.new_full((1, PARTS), float(input.shape[-1]))
     gathered = gather(torch.cat((measured, width)), group)
     return log_ratio.merge(gathered[:, :-1]), gathered[:, -1, 0].sum()
 
@@ -56,15 +57,14 @@ def gather(tensor: Tensor, group: Any) -> Tensor:
 
 
 def rows(
-    backend: Any, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, group: Any
+    backend: Backend, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each row ``[rows]``, statistics that `FusedBackend.divergence_backward` takes, and the vocabulary's
+    """The loss of each row ``[rows]``, statistics that `Backend.divergence_backward` takes, and the vocabulary's
     width: one all_gather and one all_reduce."""
     stats, width = statistics(backend, input, target, spec, mask, group)
-    loss = all_reduce(backend.divergence_finish(input, target, stats, spec, mask), group)
-    if spec.kind == "kl":
-        stats[:, 5] = loss  # what the gradient to the target needs of the other slices
-    return loss, stats, width
+    sums = all_reduce(backend.divergence_finish(input, target, stats, spec, mask), group)
+    stats[:, log_ratio.SUMS] = sums  # what gradients need of the other slices
+    return divergence(spec.kind).rows(sums, spec.alpha), stats, width
 
 
 def agree(name: str, numbers: tuple[int, ...], width: int, group: Any, device: torch.device) -> list[int]:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import autograd
 from ..ascent.precision import HALF
-from ..backends import backend_of_caller, calling, check_name, log_ratio, select
+from ..backends import backend_of_caller, calling, check_name, select
 from ..checks import check_callable, check_choice, check_count, check_number, check_tensor
 from ..losses import states
 from ..training import ddp_fsdp
@@ -227,9 +227,9 @@ def _symmetric_kl(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
         raise ValueError(f"output must have the teacher's shape {tuple(teacher.shape)}, got {tuple(student.shape)}")
     if student.numel() == 0:
         return (student * 0.0).sum()
-    backend: Any = select(backend_of_caller(), student, teacher) or log_ratio
+    backend = select(backend_of_caller(), student, teacher)
     pairs = (student, teacher), (teacher, student)
-    one, other = (autograd.divergence(backend, *pair, "kl", reduction, 1.0, None) for pair in pairs)
+    one, other = (autograd.divergence(backend, *pair, "kl", reduction, 1.0, None, exact=True) for pair in pairs)
     return one + other
 
 
