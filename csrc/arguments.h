@@ -1,6 +1,7 @@
 // Arguments of the operators, CPU and CUDA: names, dtypes, and tensors as rows.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -17,7 +18,12 @@ using at::Tensor;
 using std::optional;
 using std::string_view;
 
-inline bool poison = false;  // tests: outputs start as NaN
+// Whether outputs start as NaN, as those of torch.empty do where torch.use_deterministic_algorithms and
+// torch.utils.deterministic.fill_uninitialized_memory are on: what a kernel leaves unwritten shows.
+inline bool fill_outputs() {
+  const at::Context& context = at::globalContext();
+  return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+}
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {

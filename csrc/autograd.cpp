@@ -110,28 +110,28 @@ std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Gener
 }
 
 using AscendSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
+                                                   const optional<Tensor>&, const optional<Tensor>&,
                                                    const optional<Tensor>&, string_view, string_view, double, double,
-                                                   string_view, double, bool, const optional<Tensor>&,
-                                                   const optional<Tensor>&);
+                                                   string_view, double, bool);
 
 std::tuple<Tensor, Tensor> call_ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
-                                       const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
+                                       const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
+                                       const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                        string_view scope, double noise_var, double step_size, string_view update,
-                                       double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
-                                       const optional<Tensor>& unit) {
+                                       double epsilon, bool keep_noise) {
   static const auto handle = operator_handle<AscendSignature>("smart_fast::native_ascend");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return handle.call(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise,
-                     moved_norm, unit);
+  return handle.call(embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, noise_var, step_size, update, epsilon,
+                     keep_noise);
 }
 
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
-                                  const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
+                                  const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
+                                  const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
-                                  const optional<Tensor>& unit) {
-  return shifting(embed, mask, call_ascend(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update,
-                                           epsilon, keep_noise, moved_norm, unit));
+                                  double epsilon, bool keep_noise) {
+  return shifting(embed, mask, call_ascend(embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, noise_var,
+                                           step_size, update, epsilon, keep_noise));
 }
 
 // ---- divergences ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // The operators torch.ops.smart_fast.native_*, and a Python module that says how they were built. Thin: shapes, strides
-// and outputs here, arithmetic in the kernels. Schemas are those of the Triton operators (smart_fast/backends/
-// triton_ops.py) with what only a CPU wants added; the prefix lets both be registered in one process.
+// and outputs here, arithmetic in the kernels. Arguments come in the order of the Triton operators (smart_fast/backends/
+// triton_launch.py), what only a CPU wants added; the prefix lets both be registered in one process.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
@@ -60,7 +60,7 @@ Tensor new_output(at::IntArrayRef shape, at::ScalarType dtype) {
                    ? Tensor(at::detail::empty_cpu(shape, dtype))
                    : Tensor(at::detail::empty_generic(shape, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU),
                                                       dtype, std::nullopt));
-  if (poison) std::memset(out.mutable_data_ptr(), 0xFF, bytes);
+  if (fill_outputs()) std::memset(out.mutable_data_ptr(), 0xFF, bytes);
   return out;
 }
 
@@ -150,9 +150,9 @@ std::vector<float> group_norms(const Tensor& partial, int64_t group, Norm norm, 
   return norms;
 }
 
-Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
-                      double noise_var, double step_size, string_view update, const optional<Tensor>& norm,
-                      const optional<Tensor>& unit) {
+Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& norm,
+                      const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind, double noise_var,
+                      double step_size, string_view update) {
   const View view({grad});
   const Shape& shape = view.shape;
   cpu::Ascend args = {};
@@ -182,10 +182,10 @@ Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Te
 }
 
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
-                                  const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
+                                  const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
+                                  const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
-                                  const optional<Tensor>& unit) {
+                                  double epsilon, bool keep_noise) {
   const View view({embed, grad});
   const Shape& shape = view.shape;
   Tensor out = new_output(embed.sizes(), embed.scalar_type());
@@ -319,8 +319,9 @@ std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor&
   return {dx, dt};
 }
 
-Tensor divergence_measure(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, double scale,
-                          bool relative) {
+// Takes the whole specification, as every operator of the divergences does; what it gives depends on the logits alone.
+Tensor divergence_measure(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view, string_view,
+                          double, double, double scale, bool relative) {
   const View view({input, target});
   Tensor holder;
   cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
@@ -331,7 +332,7 @@ Tensor divergence_measure(const Tensor& input, const Tensor& target, const optio
 }
 
 Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor& stats, const optional<Tensor>& mask,
-                         string_view kind, double alpha, double scale, bool relative) {
+                         string_view kind, string_view, double alpha, double, double scale, bool relative) {
   const View view({input, target});
   Tensor holder;
   cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
@@ -395,11 +396,11 @@ TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
   // Draws its own seed. The second result is what ascend takes as noise: its values, or on a GPU the seed.
   library.def("native_perturb_fresh(Tensor embed, Generator? generator, float noise_var, Tensor? mask, bool keep_noise,"
               " Tensor? unit=None) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
-  library.def("native_ascend_measure(Tensor grad, Tensor noise, Tensor? mask, str kind, float noise_var,"
-              " float step_size, str update, Tensor? norm=None, Tensor? unit=None) -> Tensor", tags);
-  library.def("native_ascend(Tensor embed, Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, str kind, str scope,"
-              " float noise_var, float step_size, str update, float epsilon, bool keep_noise, Tensor? moved_norm=None,"
-              " Tensor? unit=None) -> (Tensor, Tensor)", tags);
+  library.def("native_ascend_measure(Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, Tensor? unit, str kind,"
+              " float noise_var, float step_size, str update) -> Tensor", tags);
+  library.def("native_ascend(Tensor embed, Tensor grad, Tensor noise, Tensor? norm, Tensor? moved_norm, Tensor? mask,"
+              " Tensor? unit, str kind, str scope, float noise_var, float step_size, str update, float epsilon,"
+              " bool keep_noise) -> (Tensor, Tensor)", tags);
   library.def("native_divergence(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
               " float weight, float scale, bool relative) -> Tensor", tags);
   library.def("native_divergence_forward(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
@@ -408,10 +409,10 @@ TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
   library.def("native_divergence_backward(Tensor grad, Tensor input, Tensor target, Tensor stats, Tensor? mask,"
               " str kind, str output, float alpha, float weight, float scale, bool relative, bool want_input,"
               " bool want_target) -> (Tensor, Tensor)", tags);
-  library.def("native_divergence_measure(Tensor input, Tensor target, Tensor? mask, float scale, bool relative)"
-              " -> Tensor", tags);
-  library.def("native_divergence_finish(Tensor input, Tensor target, Tensor stats, Tensor? mask, str kind, float alpha,"
-              " float scale, bool relative) -> Tensor", tags);
+  library.def("native_divergence_measure(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
+              " float weight, float scale, bool relative) -> Tensor", tags);
+  library.def("native_divergence_finish(Tensor input, Tensor target, Tensor stats, Tensor? mask, str kind, str output,"
+              " float alpha, float weight, float scale, bool relative) -> Tensor", tags);
   library.def("native_fisher_direction(Tensor logits, bool wide) -> Tensor", tags);
 }
 
@@ -434,5 +435,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("empty_cache", [] { return smart_fast::pool().clear(); }, "Free the blocks kept for outputs; bytes freed.");
   module.def("cached_bytes", [] { return smart_fast::pool().bytes(); }, "Bytes kept for outputs.");
   smart_fast::define_eager(module);
-  module.def("poison_outputs", [](bool on) { smart_fast::poison = on; }, "Tests: let outputs start as NaN.");
 }

@@ -65,13 +65,15 @@ struct Divergence {
   }
 
   // log(1 + z), z > -1, relative precision near zero by 2 artanh(z / (2 + z)).
-  static SMART_FAST_INLINE F log1p(F z) {
+  static SMART_FAST_INLINE F log1p(F z) { return log1p(z, 1.0f + z); }
+  // The same where 1 + z can be had without the rounding of z.
+  static SMART_FAST_INLINE F log1p(F z, F one_plus_z) {
     const auto small = M::abs(z) < 0.25f;
     F s = M::select(small, z, M::splat(0.0f));
     s = s / (s + 2.0f);
     const F w = s * s;
     const F series = 2.0f * s * (1.0f + w * (1.0f / 3 + w * (1.0f / 5 + w * (1.0f / 7 + w * (1.0f / 9)))));
-    return M::select(small, series, M::log(1.0f + z));
+    return M::select(small, series, M::log(one_plus_z));
   }
 
   // log cosh(r / 2): Taylor series for |r| < 1, |r|/2 - log 2 + log(1 + exp(-|r|)) beyond.
@@ -313,13 +315,15 @@ struct RowFormulas<M, Kind::jsd> : Divergence<M> {
   // probability it takes m's part in it.
   template <bool NEAR>
   static SMART_FAST_INLINE void mixture(F r, float beta, F& u, F& v) {
-    const F a = M::abs(r);
+    const F a = M::abs(r), ratio = M::exp(-a);
     const auto near = a < 1.0f;
     const F s = NEAR ? -a : M::select(near, -a, M::splat(0.0f));
     F e = s + D::f_near(s);
-    if (!NEAR) e = M::select(near, e, M::exp(-a) - 1.0f);
+    if (!NEAR) e = M::select(near, e, ratio - 1.0f);
     const auto below = r <= 0.0f;
-    const F l = D::log1p(M::select(below, M::splat(1.0f - beta), M::splat(beta)) * e);
+    const F of_p = M::splat(1.0f - beta), of_q = M::splat(beta);
+    const F w = M::select(below, of_p, of_q), rest = M::select(below, of_q, of_p);
+    const F l = D::log1p(w * e, rest + w * ratio);
     u = M::select(below, l, l + r);
     v = M::select(below, l - r, l);
   }

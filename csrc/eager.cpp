@@ -38,17 +38,17 @@ std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const optional<at::Gener
 }
 
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
-                                  const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
+                                  const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
+                                  const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
-                                  const optional<Tensor>& unit) {
+                                  double epsilon, bool keep_noise) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
+                                               const optional<Tensor>&, const optional<Tensor>&,
                                                const optional<Tensor>&, string_view, string_view, double, double,
-                                               string_view, double, bool, const optional<Tensor>&,
-                                               const optional<Tensor>&);
+                                               string_view, double, bool);
   static const auto handle = operator_handle<Signature>("smart_fast::native_ascend");
-  return handle.call(embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise,
-                     moved_norm, unit);
+  return handle.call(embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, noise_var, step_size, update, epsilon,
+                     keep_noise);
 }
 
 // A tensor and nothing else: no subclass, which may bring rules of its own.

@@ -231,9 +231,8 @@ def merge(parts: list[Tensor]) -> Tensor:
     total_x, total_t = (sum_x * (max_x - top_x).exp()).sum(0), (sum_t * (max_t - top_t).exp()).sum(0)
     near = ((expm1 * (max_t - top_t).exp()).sum(0) / total_t).log1p()
     shift = torch.where(max_d.amax(0) <= 1, near, top_x - top_t + (total_x / total_t).log())
-    return torch.stack(
-        [top_t, 1 / total_t, top_x, 1 / total_x, shift, *torch.full((2, *shift.shape), math.nan)], -1
-    ).float()
+    unknown = torch.full_like(shift, math.nan)
+    return torch.stack([top_t, 1 / total_t, top_x, 1 / total_x, shift, unknown, unknown], -1).float()
 
 
 @pytest.mark.parametrize("apart", [1e-5, 0.2, 3.0])

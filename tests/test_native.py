@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import smart_fast
 from smart_fast import build as native_build
 from smart_fast.backends import select
 from smart_fast.backends.base import Step
-from tests import oracle
+from tests import cuda_emulation, oracle
 
 LOSSES = [smart_fast.kl_loss, smart_fast.sym_kl_loss, smart_fast.js_loss]
 MIB = 2**20
@@ -220,3 +221,60 @@ def test_kernels_under_address_and_undefined_behavior_sanitizer(tmp_path):
     done = subprocess.run([program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "0 failures" in done.stdout
+
+
+# ---- names that stand for nothing ------------------------------------------------------------------------------------
+
+
+def refused_names():
+    x, t, stats, row = torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, 7), torch.ones(2)
+    unknown_kind, unknown_output = ("nonsense", "sum"), ("kl", "nonsense")
+    numbers = 1.0, 1.0, 1.0, False
+    kinds, outputs, updates = "kinds: kl, sym_kl, js, jsd", "terms, rows, sum", "updates: smart-pytorch, sift, paper"
+    step, seed = (0.1, 0.1), torch.tensor([1])
+    nothing = (None,) * 4
+    return {
+        "forward": ("divergence_forward", (x, t, None, *unknown_kind, *numbers, True, False, False), kinds),
+        "backward": ("divergence_backward", (row[0], x, t, stats, None, *unknown_kind, *numbers, True, True), kinds),
+        "finish": ("divergence_finish", (x, t, stats, None, *unknown_kind, *numbers), kinds),
+        "output": ("divergence_forward", (x, t, None, *unknown_output, *numbers, True, False, False), outputs),
+        "update": ("ascend", (x, t, seed, *nothing, "l2", "row", *step, "nonsense", 0.1, True), updates),
+        "norm": ("ascend", (x, t, seed, *nothing, "nonsense", "row", *step, "sift", 0.1, True), "inf, l2, l1, opaque"),
+        "measured update": ("ascend_measure", (x, seed, None, None, None, "l2", *step, "nonsense"), updates),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", refused_names())
+def test_unknown_names_are_refused(native, case):
+    """Never taken for another: the error says which there are."""
+    operator, arguments, known = refused_names()[case]
+    with pytest.raises(ValueError, match=rf"unknown \w+ 'nonsense'; .*{known}"):
+        getattr(torch.ops.smart_fast, f"native_{operator}")(*arguments)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+@pytest.mark.parametrize("kind", ["Kind::jsd", "Kind(99)"])
+def test_a_divergence_without_formulas_does_not_compile(kind):
+    """In C++, whose kernels are templates over these formulas, and in CUDA, which takes the same ones."""
+    for source in ("cpu/divergence_kernels.h", "cuda/divergence.h"):
+        cpu = source.startswith("cpu")
+        code = """
+            CHOICES
+            #include "SOURCE"
+            using namespace smart_fast;
+            float use(float r) {
+              using M = ARITHMETIC;
+              M::F sums[2] = {};
+              RowFormulas<M, KIND>::template add_row_terms<false>(M::splat(1), M::splat(1), M::splat(r), 0.5f, sums);
+              (void)with_kind(KIND, [](auto kind) { return int(kind.value); }, [] { return -1; });
+              return r;
+            }
+        """
+        choices = "#define SMART_FAST_ISA portable\n#define SMART_FAST_LANES 4" if cpu else ""
+        code = code.replace("CHOICES", choices).replace("SOURCE", source).replace("KIND", kind)
+        code = code.replace("ARITHMETIC", "Simd" if cpu else "Scalar")
+        flags = ["-std=c++20", "-Wno-psabi", f"-I{cuda_emulation.CSRC}"] if cpu else cuda_emulation.FLAGS
+        command = ["g++", *flags, "-fsyntax-only", "-x", "c++", "-"]
+        done = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == (kind == "Kind::jsd"), done.stderr
+        assert kind == "Kind::jsd" or "a divergence without formulas" in done.stderr

@@ -501,8 +501,8 @@ def test_device_agrees_with_triton(shape: tuple[int, ...], dtype: torch.dtype, o
     assert oracle.relative_error(noise, expected_noise(shape)) < 1e-5
     for kind, update in itertools.product(NORMS, UPDATES):
         rest = kind, "row", 1e-2, 0.5, update, 1e-6, True
-        ours = operators.native_ascend(embed, grad, seed, None, None, *rest)
-        theirs = triton_ops.ascend(embed, grad, seed, None, None, None, None, *rest)
+        arguments = embed, grad, seed, None, None, None, None, *rest
+        ours, theirs = operators.native_ascend(*arguments), triton_ops.ascend(*arguments)
         for left, right in zip(ours, theirs, strict=True):
             assert oracle.relative_error(left, right) <= max(1e-5, ULP[left.dtype])
     upstream = torch.tensor(1.3, device="cuda")
@@ -553,7 +553,7 @@ def test_device_graph_replays_draw_fresh_noise(operators) -> None:
     with torch.cuda.graph(graph):
         perturbed, seed = operators.native_perturb_fresh(embed, None, 1.0, None, True)
         moved, _ = operators.native_ascend(
-            embed, grad, seed, None, None, "inf", "row", 1.0, 0.0, "smart-pytorch", 0.0, False
+            embed, grad, seed, None, None, None, None, "inf", "row", 1.0, 0.0, "smart-pytorch", 0.0, False
         )
     seen = []
     for _ in range(3):

@@ -50,6 +50,9 @@ struct RowNorm {
 template <Norm NORM, Update UPDATE>
 inline void measure_row(const void* grad, Dtype dtype, const float* noise, float step_size, int64_t width,
                         float* measured, RowNorm& norm) {
+  static_assert(NORM == Norm::inf || NORM == Norm::l2 || NORM == Norm::l1 || NORM == Norm::opaque, "a norm without a sum");
+  static_assert(UPDATE == Update::smart_pytorch || UPDATE == Update::sift || UPDATE == Update::paper,
+                "an update without a rule");
   alignas(64) float from[BLOCK + LANES];
   F largest_ = {}, poison = {};  // not in `norm`, which might be where `measured` points for all a compiler knows
   for (int64_t begin = 0; begin < width; begin += BLOCK) {
@@ -73,22 +76,18 @@ inline void measure_row(const void* grad, Dtype dtype, const float* noise, float
 
 inline void measure_row(Norm kind, Update update, const void* grad, Dtype dtype, const float* noise, float step_size,
                         int64_t width, float* measured, RowNorm& norm) {
-#define SMART_FAST_CASE(NORM)                                                                                     \
-  case NORM:                                                                                                      \
-    if (update == Update::sift)                                                                                   \
-      measure_row<NORM, Update::sift>(grad, dtype, noise, step_size, width, measured, norm);                      \
-    else if (update == Update::paper)                                                                             \
-      measure_row<NORM, Update::paper>(grad, dtype, noise, step_size, width, measured, norm);                     \
-    else                                                                                                          \
-      measure_row<NORM, Update::smart_pytorch>(grad, dtype, noise, step_size, width, measured, norm);             \
-    break;
-  switch (kind) {
-    SMART_FAST_CASE(Norm::inf)
-    SMART_FAST_CASE(Norm::l2)
-    SMART_FAST_CASE(Norm::l1)
-    SMART_FAST_CASE(Norm::opaque)
-  }
-#undef SMART_FAST_CASE
+  const auto unknown = [] { __builtin_trap(); };
+  with_norm(
+      kind,
+      [&](auto norm_kind) {
+        with_update(
+            update,
+            [&](auto rule) {
+              measure_row<norm_kind.value, rule.value>(grad, dtype, noise, step_size, width, measured, norm);
+            },
+            unknown);
+      },
+      unknown);
 }
 
 // m of a row and its norm, with the gradient left out where it is not finite.

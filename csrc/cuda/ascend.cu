@@ -366,6 +366,7 @@ cudaError_t run(const Ascend& args, cudaStream_t stream) {
 
 template <Norm NORM>
 cudaError_t run_rule(const Ascend& args, cudaStream_t stream) {
+  if (!with_update(args.update, [](auto) { return true; }, [] { return false; })) return unknown_choice();
   if (args.update == Update::paper && args.norm != Norm::opaque) return run<Ball<NORM>>(args, stream);
   return run<Scaled<NORM>>(args, stream);
 }
@@ -374,16 +375,13 @@ cudaError_t run_rule(const Ascend& args, cudaStream_t stream) {
 
 cudaError_t ascend(const Ascend& args, cudaStream_t stream) {
   if (args.shape.rows * args.shape.width == 0) return cudaSuccess;
-  switch (args.norm) {
-    case Norm::l2:
-      return run_rule<Norm::l2>(args, stream);
-    case Norm::l1:
-      return run_rule<Norm::l1>(args, stream);
-    case Norm::inf:
-    case Norm::opaque:
-      return run_rule<Norm::inf>(args, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_norm(
+      args.norm,
+      [&](auto norm) {
+        // An opaque norm is taken elsewhere: what it is taken of is measured as for any other.
+        return run_rule<norm.value == Norm::opaque ? Norm::inf : norm.value>(args, stream);
+      },
+      unknown_choice);
 }
 
 }  // namespace cuda

@@ -45,7 +45,8 @@ class Launch {
 
   Tensor output(at::IntArrayRef shape, at::ScalarType dtype) const {
     Tensor out = Tensor(at::detail::empty_cuda(shape, dtype, device_, std::nullopt));
-    if (poison && out.numel() > 0) C10_CUDA_CHECK(cudaMemsetAsync(out.mutable_data_ptr(), 0xFF, out.nbytes(), stream()));
+    if (fill_outputs() && out.numel() > 0)
+      C10_CUDA_CHECK(cudaMemsetAsync(out.mutable_data_ptr(), 0xFF, out.nbytes(), stream()));
     return out;
   }
   Tensor output_if(bool wanted, at::IntArrayRef shape, at::ScalarType dtype) const {
@@ -166,9 +167,9 @@ const float* norms_of(const optional<Tensor>& norm, string_view scope, Ascend& a
   return holder.const_data_ptr<float>();
 }
 
-Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
-                      double noise_var, double step_size, string_view update, const optional<Tensor>& norm,
-                      const optional<Tensor>& unit) {
+Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& norm,
+                      const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind, double noise_var,
+                      double step_size, string_view update) {
   const Launch launch(grad);
   const View view({grad});
   const int64_t rows = view.shape.rows;
@@ -188,10 +189,10 @@ Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Te
 }
 
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
-                                  const optional<Tensor>& norm, const optional<Tensor>& mask, string_view kind,
+                                  const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
+                                  const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise, const optional<Tensor>& moved_norm,
-                                  const optional<Tensor>& unit) {
+                                  double epsilon, bool keep_noise) {
   const Launch launch(embed);
   launch.same_device(grad);
   const View view({embed, grad});
@@ -310,8 +311,8 @@ std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor&
   return {dx, dt};
 }
 
-Tensor divergence_measure(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, double scale,
-                          bool relative) {
+Tensor divergence_measure(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view, string_view,
+                          double, double, double scale, bool relative) {
   const Launch launch(input);
   const View view({input, target});
   Tensor holder;
@@ -323,7 +324,7 @@ Tensor divergence_measure(const Tensor& input, const Tensor& target, const optio
 }
 
 Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor& stats, const optional<Tensor>& mask,
-                         string_view kind, double alpha, double scale, bool relative) {
+                         string_view kind, string_view, double alpha, double, double scale, bool relative) {
   const Launch launch(input);
   const View view({input, target});
   Tensor holder;

@@ -13,8 +13,6 @@ using Formulas = smart_fast::Divergence<Scalar>;
 template <Kind KIND>
 using Row = RowFormulas<Scalar, KIND>;
 
-inline cudaError_t unknown_choice() { return cudaErrorInvalidValue; }
-
 // Logits as they came, scaled: in place of x may stand x - t, zero where t leaves a class out of both.
 template <class T>
 SMART_FAST_INLINE void unpack(const Divergence& args, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t,

@@ -132,6 +132,9 @@ struct Device {
   return error;
 }
 
+// What `with_kind` and the like give for a number that stands for no choice.
+[[nodiscard]] inline cudaError_t unknown_choice() { return cudaErrorInvalidValue; }
+
 struct Config {
   dim3 grid, block;
   size_t shared = 0;  // bytes of dynamic shared memory

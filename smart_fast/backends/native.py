@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import steps
-from .base import PARTS, DivergenceSpec, Nodes, Step, new_output
+from .base import DivergenceSpec, Nodes, Step, new_output
 
 _operators = torch.ops.smart_fast
 
@@ -65,8 +65,8 @@ class Native:
         unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return steps.ascend(
-            _measure, self._move, self._noise_alone, embed, grad, noise, step, mask, keep_noise, unit,
-            folds_groups=True,
+            _operators.native_ascend_measure.default, self._move, self._noise_alone, embed, grad, noise, step, mask,
+            keep_noise, unit, folds_groups=True,
         )  # fmt: skip
 
     def _noise_alone(
@@ -74,16 +74,9 @@ class Native:
     ) -> Tensor:
         return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
 
-    def _move(
-        self, embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None,
-        mask: Tensor | None, unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float,
-        update: str, epsilon: float, keep_noise: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _move(self, *args: Any) -> tuple[Tensor, Tensor]:
         operator = _operators.native_ascend.default if torch.compiler.is_compiling() else self.extension.ascend
-        perturbed, new_noise = operator(
-            embed, grad, noise, norm, mask, kind, scope, noise_var, step_size, update, epsilon, keep_noise, moved_norm,
-            unit,
-        )  # fmt: skip
+        perturbed, new_noise = operator(*args)
         return perturbed, new_noise
 
     def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
@@ -122,16 +115,14 @@ class Native:
         return d_input if want_input else None, d_target if want_target else None
 
     def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        parts: Tensor = _operators.native_divergence_measure.default(input, target, mask, spec.scale, spec.relative)
+        parts: Tensor = _operators.native_divergence_measure.default(input, target, mask, *spec)
         return parts
 
     def divergence_finish(
         self, input: Tensor, target: Tensor, stats: Tensor, spec: DivergenceSpec, mask: Tensor | None
     ) -> Tensor:
-        losses: Tensor = _operators.native_divergence_finish.default(
-            input, target, stats, mask, spec.kind, spec.alpha, spec.scale, spec.relative
-        )
-        return losses
+        shares: Tensor = _operators.native_divergence_finish.default(input, target, stats, mask, *spec)
+        return shares
 
     def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:
         direction: Tensor = _operators.native_fisher_direction.default(logits, wide)
@@ -139,16 +130,6 @@ class Native:
 
     def empty_cache(self) -> int:
         return int(self.extension.empty_cache())
-
-
-def _measure(
-    grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
-    noise_var: float, step_size: float, update: str,
-) -> Tensor:  # fmt: skip
-    measured: Tensor = _operators.native_ascend_measure.default(
-        grad, noise, mask, kind, noise_var, step_size, update, norm, unit
-    )
-    return measured
 
 
 def _fake_perturb(
@@ -167,22 +148,6 @@ def _fake_perturb_fresh(
     return _fake_perturb(embed, embed, noise_var, mask, keep_noise)
 
 
-def _fake_ascend_measure(
-    grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float, update: str,
-    norm: Tensor | None = None, unit: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return steps.fake_ascend_measure(grad, noise, norm, mask, unit, kind, noise_var, step_size, update)
-
-
-def _fake_ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, kind: str, scope: str,
-    noise_var: float, step_size: float, update: str, epsilon: float, keep_noise: bool,
-    moved_norm: Tensor | None = None, unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rest = kind, scope, noise_var, step_size, update, epsilon, keep_noise
-    return steps.fake_ascend(embed, grad, noise, norm, moved_norm, mask, unit, *rest)
-
-
 def _fake_divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
     scale: float, relative: bool, keep: bool, want_input: bool, want_target: bool,
@@ -193,28 +158,15 @@ def _fake_divergence_forward(
     return loss, stats, d_input, new_output(target.shape if want_target else (0,), target.dtype, target.device)
 
 
-def _fake_divergence_measure(
-    input: Tensor, target: Tensor, mask: Tensor | None, scale: float, relative: bool
-) -> Tensor:
-    return new_output((input.numel() // input.shape[-1], PARTS), torch.float32, input.device)
-
-
-def _fake_divergence_finish(
-    input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, alpha: float, scale: float,
-    relative: bool,
-) -> Tensor:  # fmt: skip
-    return new_output((input.numel() // input.shape[-1], 2), torch.float32, input.device)
-
-
 for _operator, _fake in (
     ("perturb", _fake_perturb),
     ("perturb_fresh", _fake_perturb_fresh),
-    ("ascend_measure", _fake_ascend_measure),
-    ("ascend", _fake_ascend),
+    ("ascend_measure", steps.fake_ascend_measure),
+    ("ascend", steps.fake_ascend),
     ("divergence_forward", _fake_divergence_forward),
     ("divergence_backward", steps.fake_divergence_backward),
-    ("divergence_measure", _fake_divergence_measure),
-    ("divergence_finish", _fake_divergence_finish),
+    ("divergence_measure", steps.fake_divergence_measure),
+    ("divergence_finish", steps.fake_divergence_finish),
     ("fisher_direction", steps.fake_fisher_direction),
 ):
     torch.library.register_fake(f"smart_fast::native_{_operator}", _fake)
