@@ -57,8 +57,33 @@ def _log_cosh(y: Tensor) -> Tensor:
     return torch.where(small, near, y.abs() - math.log(2) + torch.log1p(torch.exp(-2 * y.abs())))
 
 
+def _mixed(r: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """``(log(1 + a), a - log(1 + a))`` for a = weight (exp(r) - 1); the second only where a is not large."""
+    a = weight * torch.expm1(r.clamp(max=30.0))
+    log = torch.where(r < 30, torch.log1p(a), r + torch.log(weight + (1 - weight) * torch.exp(-r)))
+    small = a.abs() < 1e-2
+    s = torch.where(small, a, 0.0)
+    series = sum((-1) ** n * s**n / n for n in range(2, 11))
+    return log, torch.where(small, series, a - log)
+
+
+def _jsd(x: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """p, q, log(m/q), log(m/p), and the terms of KL(q || m) and of KL(p || m) to which m - q and m - p are added, so
+    that none is negative; m = beta q + (1 - beta) p."""
+    r, p, q = log_ratio(x, t)
+    u, near_q = _mixed(r, 1 - beta)
+    v, near_p = _mixed(-r, beta)
+    gap = _gap(r, p, q)
+    to_q = torch.where(r < 30, q * near_q, (1 - beta) * gap - torch.where(q > 0, q * u, 0.0))
+    to_p = torch.where(r > -30, p * near_p, -beta * gap - torch.where(p > 0, p * v, 0.0))
+    return p, q, u, v, to_q, to_p
+
+
 def divergence_rows(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
-    """The divergence of each row [...], float64."""
+    """The divergence of each row [...], float64; ``alpha`` is beta for jsd."""
+    if kind == "jsd":
+        *_, to_q, to_p = _jsd(x, t, alpha)
+        return alpha * to_q.sum(-1) + (1 - alpha) * to_p.sum(-1)
     r, p, q = log_ratio(x, t)
     if kind == "kl":
         return _f(r, p, q).sum(-1)
@@ -69,6 +94,9 @@ def divergence_rows(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
 
 def divergence_terms(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
     """The elementwise terms [..., V] of `torch.nn.functional.kl_div`'s definition, float64."""
+    if kind == "jsd":
+        *_, to_q, to_p = _jsd(x, t, alpha)
+        return alpha * to_q + (1 - alpha) * to_p
     r, p, q = log_ratio(x, t)
     if kind == "kl":
         return -q * r
@@ -92,6 +120,11 @@ def divergence_grads(kind: str, x: Tensor, t: Tensor, alpha: float, upstream: Te
     def toward_q(c: Tensor) -> Tensor:
         return q * c.sum(-1, keepdim=True) - c
 
+    if kind == "jsd":  # d term / d q = -beta log(m/q), d term / d p = -(1 - beta) log(m/p)
+        p, q, u, v, _, _ = _jsd(x, t, alpha)
+        to_p = -(1 - alpha) * g * torch.where(p > 0, p * v, 0.0)
+        to_q = -alpha * g * torch.where(q > 0, q * u, 0.0)
+        return to_p - p * to_p.sum(-1, keepdim=True), to_q - q * to_q.sum(-1, keepdim=True)
     constant = bool((g == g[..., :1]).all())
     if kind == "kl":
         # terms q (log q - log p): p moves the second, q both.
