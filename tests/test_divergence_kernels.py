@@ -13,12 +13,22 @@ from torch import Tensor
 import smart_fast
 from tests import oracle
 
-LOSSES = {"kl": smart_fast.kl_loss, "sym_kl": smart_fast.sym_kl_loss, "js": smart_fast.js_loss}
+LOSSES = {
+    "kl": smart_fast.kl_loss,
+    "sym_kl": smart_fast.sym_kl_loss,
+    "js": smart_fast.js_loss,
+    "jsd": smart_fast.jsd_loss,
+}
 KINDS = sorted(LOSSES)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 # A fallback to PyTorch would make these tests compare PyTorch with itself.
 pytestmark = pytest.mark.filterwarnings("error::smart_fast.BackendFallbackWarning")
+
+
+def parameter(kind: str, alpha: float) -> dict[str, float]:
+    """What a loss takes for an ``alpha`` from 0 to 3. The beta of jsd lies between 0 and 1."""
+    return {"kl": {}, "jsd": {"beta": 0.1 + 0.25 * alpha}}.get(kind, {"alpha": alpha})
 
 
 def loss_and_grads(
@@ -27,8 +37,7 @@ def loss_and_grads(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss of the kernels, and its gradients to both sides under ``upstream`` (default: ones)."""
     x, t = x.detach().requires_grad_(), t.detach().requires_grad_()
-    extra = {} if kind == "kl" else {"alpha": alpha}
-    loss = LOSSES[kind](x, t, reduction=reduction, **extra, **options)
+    loss = LOSSES[kind](x, t, reduction=reduction, **parameter(kind, alpha), **options)
     dx, dt = torch.autograd.grad(loss, (x, t), torch.ones_like(loss) if upstream is None else upstream)
     assert dx.dtype == x.dtype
     assert dt.dtype == t.dtype
@@ -39,7 +48,7 @@ def expected(
     kind: str, x: Tensor, t: Tensor, reduction: str, alpha: float, upstream: Tensor | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in float64."""
-    alpha = 1.0 if kind == "kl" else alpha
+    alpha = next(iter(parameter(kind, alpha).values()), 1.0)
     keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
     x, t, rows = x.detach().cpu(), t.detach().cpu(), keep.unsqueeze(-1)
     weight = {"none": 1.0, "sum": 1.0, "batchmean": 1 / x.size(0), "mean": 1 / max(1, int(keep.sum()) * x.size(-1))}
@@ -54,7 +63,8 @@ def expected(
 
 
 def check(got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float) -> None:
-    for name, value, reference in zip(("loss", "gradient to input", "gradient to target"), got, want, strict=True):
+    names = ("loss", "gradient to input", "gradient to target")[: len(got)]
+    for name, value, reference in zip(names, got, want, strict=True):
         error = oracle.relative_error(value, reference)
         assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"
 
@@ -204,8 +214,14 @@ def test_far_apart(kind: str, apart: float, device: torch.device, poison: None) 
     """Probabilities underflow in fp32 (the reference's kl gradient to the target is then NaN)."""
     x, t = pair((4, 50), apart, device)
     got = loss_and_grads(kind, x, t)
+    want = expected(kind, x, t, "sum", 1.0, None)
+    if kind == "jsd":
+        # Of one class alone, v + KL(p || m) is a difference of equal numbers below log(1 / beta), as fp32 has them.
+        check(got[:1], want[:1], 2e-6)
+        assert all((value.cpu() - exact).abs().max() < 2e-7 for value, exact in zip(got[1:], want[1:], strict=True))
+        return
     # A KL of several hundred next to a log-ratio of the same size: fp32 keeps five digits of their difference.
-    check(got, expected(kind, x, t, "sum", 1.0, None), 2e-6 if apart < 100 else 1e-5)
+    check(got, want, 2e-6 if apart < 100 else 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,11 +249,43 @@ def test_infinite_divergence_and_dead_rows(kind: str, device: torch.device) -> N
     x, t = pair((3, 10), 0.5, device)
     one_sided = x.clone()
     one_sided[1, 4] = -math.inf
-    assert loss_and_grads(kind, one_sided, t)[0] == math.inf  # target puts mass where the input has none
+    loss = loss_and_grads(kind, one_sided, t)[0]
+    assert loss.isfinite() if kind == "jsd" else loss == math.inf  # target puts mass where the input has none
     dead = x.clone()
     dead[1] = -math.inf
     assert loss_and_grads(kind, dead, t)[0].isnan()  # as softmax of such a row
     assert loss_and_grads(kind, dead, dead)[0].isnan()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_jsd_of_what_one_side_rules_out(reduction: str, device: torch.device, poison: None) -> None:
+    """Classes of probability zero on either side: the loss and its gradients are finite and exact."""
+    x, t = pair((3, 40), 0.5, device)
+    x[0, 3:7] = -math.inf
+    t[1, 5:30] = -math.inf
+    x[2, :20], t[2, 20:] = -math.inf, -math.inf  # nothing in common: the entropy of a coin that is beta
+    got = loss_and_grads("jsd", x, t, reduction, 0.8)
+    assert all(each.isfinite().all() for each in got)
+    check(got, expected("jsd", x, t, reduction, 0.8, None), 2e-6)
+    if reduction == "sum":
+        loss = loss_and_grads("jsd", x[2:], t[2:], reduction, 0.8)[0]
+        assert oracle.relative_error(loss, torch.tensor(-(0.3 * math.log(0.3) + 0.7 * math.log(0.7)))) < 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("apart", [1e-5, 0.3, 30.0])
+def test_jsd_of_any_beta(beta: float, apart: float, device: torch.device, poison: None) -> None:
+    x, t = (each.requires_grad_() for each in pair((3, 60), apart, device))
+    for reduction in ("sum", "none"):
+        loss = smart_fast.jsd_loss(x, t, reduction=reduction, beta=beta)
+        assert (loss >= 0).all()
+        gradients = torch.autograd.grad(loss, (x, t), torch.ones_like(loss))
+        if reduction == "sum":
+            reference = oracle.divergence_rows("jsd", x.cpu(), t.cpu(), beta).sum()
+        else:
+            reference = oracle.divergence_terms("jsd", x.cpu(), t.cpu(), beta)
+        exact = oracle.divergence_grads("jsd", x.detach().cpu(), t.detach().cpu(), beta, torch.ones(1))
+        check((loss, *gradients), (reference, *exact), 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,7 +314,7 @@ def test_one_sided_gradients(
     x, t = pair((3, 20), 1.0, device)
     both = loss_and_grads(kind, x, t, reduction)[1:]
     x, t = x.requires_grad_(want[0]), t.requires_grad_(want[1])
-    loss = LOSSES[kind](x, t, reduction=reduction)
+    loss = LOSSES[kind](x, t, reduction=reduction, **parameter(kind, 1.0))
     loss.backward(torch.ones_like(loss))
     for tensor, gradient in zip((x, t), both, strict=True):
         assert (tensor.grad is not None) == tensor.requires_grad

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from smart_fast import SMARTLoss, js_loss, kl_loss, sym_kl_loss
+from smart_fast import SMARTLoss, js_loss, jsd_loss, kl_loss, sym_kl_loss
+from smart_fast.backends.base import STATISTICS
 
 STEP = ("inf", 1e-5, 1e-3, "smart-pytorch")
 NAMES = [
@@ -21,7 +22,7 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
     seed = torch.tensor([3], device=device)
     mask = torch.tensor([[True, False, True], [True, True, True]], device=device)
     unit, norm = torch.rand(2, 3, 1, device=device), torch.rand(2, 3, 1, device=device)
-    stats = torch.rand(6, 6, device=device)
+    stats = torch.rand(6, STATISTICS, device=device)
     one = torch.ones((), device=device)
     found = {
         "perturb": [(x, seed, 0.1, None, None), (x.transpose(0, 1), seed, 0.1, mask.T, unit.view(3, 2, 1))],
@@ -40,11 +41,13 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
             (x, t, None, "kl", "sum", 1.0, 1.0, 1.0, False, True),
             (x, t, mask, "js", "terms", 0.5, 1.0, 0.5, False, True),
             (x, t, None, "sym_kl", "rows", 0.5, 1.0, 1.0, True, False),
+            (x, t, mask, "jsd", "rows", 0.5, 1.0, 0.5, True, True),
         ],
         "divergence_backward": [
             (one, x, t, stats, mask, "kl", "sum", 1.0, 1.0, 1.0, False, True, True),
             (x, x, t, stats, mask, "sym_kl", "terms", 1.0, 1.0, 0.5, True, True, False),
             (x[..., 0], x, t, stats, None, "js", "rows", 1.0, 1.0, 1.0, False, True, True),
+            (one, x, t, stats, mask, "jsd", "sum", 0.5, 1.0, 1.0, False, True, True),
         ],
         "divergence_measure": [(x, t, mask, "kl", "rows", 1.0, 1.0, 1.0, False)],
         "divergence_finish": [(x, t, stats, mask, "js", "rows", 1.0, 1.0, 0.5, True)],
@@ -82,7 +85,7 @@ def test_opcheck(name: str, backend: ModuleType, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("loss_fn", [kl_loss, sym_kl_loss, js_loss])
+@pytest.mark.parametrize("loss_fn", [kl_loss, sym_kl_loss, js_loss, jsd_loss])
 def test_losses_compile_whole(loss_fn, reduction: str, backend: ModuleType, device: torch.device) -> None:
     """One graph, forward and backward, with the operators in it."""
 
