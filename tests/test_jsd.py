@@ -58,7 +58,8 @@ def test_float64_agreement(beta: float, reduction: str, apart: float, dtype: tor
     got = loss, *torch.autograd.grad(loss, (x, t), upstream)
     assert all(each.dtype == dtype for each in got)
     assert (loss.detach() >= 0).all()
-    check(got, expected(x, t, reduction, beta, upstream), tolerance)
+    # Where nearly all of p is one class, what its gradient consists of cancels.
+    check(got, expected(x, t, reduction, beta, upstream), tolerance if apart < 10 else 5 * tolerance)
 
 
 @pytest.mark.parametrize(("left", "right"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
