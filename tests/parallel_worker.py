@@ -24,9 +24,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import smart_fast
 from tests import oracle
 
-LOSSES = {"kl": smart_fast.kl_loss, "sym_kl": smart_fast.sym_kl_loss, "js": smart_fast.js_loss}
+LOSSES = {
+    "kl": smart_fast.kl_loss, "sym_kl": smart_fast.sym_kl_loss, "js": smart_fast.js_loss, "jsd": smart_fast.jsd_loss,
+}  # fmt: skip
+PARAMETERS = {"sym_kl": "alpha", "js": "alpha", "jsd": "beta"}
+DEFAULTS = {"kl": 1.0, "sym_kl": 1.0, "js": 1.0, "jsd": 0.5}
 LINEAR = {
     "kl": smart_fast.linear_kl_loss, "sym_kl": smart_fast.linear_sym_kl_loss, "js": smart_fast.linear_js_loss,
+    "jsd": smart_fast.linear_jsd_loss,
 }  # fmt: skip
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 WIDTH, HIDDEN, SHAPE = 41, 8, (3, 2)
@@ -76,7 +81,7 @@ def compare(x, t, kind, reduction, group, rank, world, mask=None, dtype=torch.fl
     x, t = x.to(dtype), t.to(dtype)
     part = bounds(world, rank)
     mine = [each[..., part].requires_grad_() for each in (x, t)]
-    options |= {} if kind == "kl" else {"alpha": alpha}
+    options |= {PARAMETERS[kind]: alpha} if kind in PARAMETERS else {}
     loss = LOSSES[kind](*mine, reduction, mask=mask, process_group=group, **options)
     local = upstream[..., part] if reduction == "none" else upstream
     found = [loss, *torch.autograd.grad(loss, mine, local.to(loss.dtype))]
@@ -138,7 +143,7 @@ def a_slice_of_padding(rank, world):
             for row in range(3):
                 for column in range(2):
                     kept = x[row, column].isfinite()
-                    want += oracle.divergence_rows(kind, x[row, column][kept], t[row, column][kept], 1.0)
+                    want += oracle.divergence_rows(kind, x[row, column][kept], t[row, column][kept], DEFAULTS[kind])
             close(loss, want, tolerance)
             for grad in torch.autograd.grad(loss, mine):
                 assert grad.isfinite().all()
@@ -167,7 +172,7 @@ def two_collectives_forward_none_backward(rank, world):
         for kind in LOSSES:
             calls.clear()
             loss = LOSSES[kind](x, t, "mean", process_group=dist.group.WORLD)
-            assert calls == [(gather, world * 7 * 6), ("all_reduce", 6)]
+            assert calls == [(gather, world * 7 * 6), ("all_reduce", 6 * 2)]
             loss.backward()
             assert len(calls) == 2
 
@@ -235,7 +240,7 @@ def dtensors(rank, world):
                 else:
                     local = upstream.double()
                 grads = torch.autograd.grad(loss, mine, local)
-                want = whole(kind, x, t, reduction, 1.0, upstream.double(), mask)
+                want = whole(kind, x, t, reduction, DEFAULTS[kind], upstream.double(), mask)
                 close(loss.full_tensor() if reduction == "none" else loss, want[0])
                 for grad, like, reference in zip(grads, mine, want[1:], strict=True):
                     assert isinstance(grad, DTensor)

@@ -17,6 +17,7 @@ from smart_fast import (
     LinearDivergence,
     SMARTLoss,
     linear_js_loss,
+    linear_jsd_loss,
     linear_kl_loss,
     linear_sym_kl_loss,
     sym_kl_loss,
@@ -24,9 +25,12 @@ from smart_fast import (
 from smart_fast.backends.pytorch import PYTORCH
 from smart_fast.losses import chunks
 from smart_fast.losses.chunks import chunk_tokens
+from smart_fast.losses.divergences import divergence
 from tests import oracle
 
-LOSSES = {"kl": linear_kl_loss, "sym_kl": linear_sym_kl_loss, "js": linear_js_loss}
+LOSSES = {"kl": linear_kl_loss, "sym_kl": linear_sym_kl_loss, "js": linear_js_loss, "jsd": linear_jsd_loss}
+PARAMETERS = {"sym_kl": "alpha", "js": "alpha", "jsd": "beta"}
+TWO_MATRICES = ("kl", "jsd")
 KINDS = sorted(LOSSES)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 NAMES = ("loss", "input", "target", "weight", "bias")
@@ -79,10 +83,12 @@ def run(
 
 
 def expected(
-    kind: str, given: list[Tensor], reduction: str, alpha: float = 1.0, upstream: Tensor | None = None,
+    kind: str, given: list[Tensor], reduction: str, alpha: float | None = None, upstream: Tensor | None = None,
     mask: Tensor | None = None, temperature: float = 1.0,
 ) -> list[Tensor]:  # fmt: skip
     """The same from whole float64 logits."""
+    if alpha is None:
+        alpha = divergence(kind).alpha
     input, target, weight, bias = (each.detach().double().cpu() for each in given)
     x, t = F.linear(input, weight, bias) / temperature, F.linear(target, weight, bias) / temperature
     keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
@@ -113,7 +119,7 @@ def agree(kind: str, reduction: str, masked: bool, dtype: torch.dtype, tolerance
     mask = some_tokens((3, 5)).to(device) if masked else None
     alpha = 1.0 if kind == "kl" else 0.7
     upstream = torch.rand((3, 5) if reduction == "none" else (), generator=torch.Generator().manual_seed(3)) + 0.1
-    options = {} if kind == "kl" else {"alpha": alpha}
+    options = {PARAMETERS[kind]: alpha} if kind in PARAMETERS else {}
     options |= {"mask": mask, "temperature": 1.6, "chunk_bytes": 4 * VOCABULARY * dtype.itemsize, "upstream": upstream}
     got = run(kind, given, reduction, **options)
     assert got[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -143,8 +149,8 @@ def test_whole_logits_agree_in_kernels(
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 @every_kind
 def test_half_precision(kind: str, reduction: str, dtype: torch.dtype) -> None:
-    # The gradients of the weight of kl are a difference of two GEMMs of rounded matrices.
-    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype] * (4 if kind == "kl" else 1)
+    # The gradients of the weight are a difference of two GEMMs of rounded matrices.
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype] * (4 if kind in TWO_MATRICES else 1)
     agree(kind, reduction, False, dtype, tolerance)
 
 
@@ -153,7 +159,7 @@ def test_half_precision(kind: str, reduction: str, dtype: torch.dtype) -> None:
 def test_half_precision_in_kernels(
     kind: str, dtype: torch.dtype, fused: ModuleType, device: torch.device, poison: None
 ) -> None:
-    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype] * (4 if kind == "kl" else 1)
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype] * (4 if kind in TWO_MATRICES else 1)
     agree(kind, "batchmean", True, dtype, tolerance, str(device))
 
 
@@ -222,12 +228,13 @@ def test_any_strides(kind: str) -> None:
 @in_pytorch
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(masked: bool) -> None:
-    """Of kl, the one whose gradient is that of its value; the others hold sides constant."""
+    """Of kl and jsd, whose gradients are those of their values; the others hold sides constant."""
     given = [each.detach()[..., :4].requires_grad_() for each in tensors((2, 3), vocabulary=7)[:3]]
     given.append(torch.randn(7, dtype=torch.float64, requires_grad=True))
     options = {"mask": some_tokens((2, 3)) if masked else None, "temperature": 0.7, "chunk_bytes": 2 * 7 * 8}
     for reduction in ("none", "mean"):
-        assert torch.autograd.gradcheck(lambda *a, r=reduction: linear_kl_loss(*a, r, **options), given)
+        for loss in (linear_kl_loss, linear_jsd_loss):
+            assert torch.autograd.gradcheck(lambda *a, r=reduction, loss=loss: loss(*a, r, **options), given)
 
 
 @in_pytorch
@@ -315,10 +322,10 @@ def test_autocast(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("apart", [1e-5, 1e-3])
 @every_kind
 def test_nearly_equal(kind: str, apart: float) -> None:
-    """Relative to float64 of the same fp32 numbers. (Not kl's weight: its two GEMMs cancel, as whole logits' do.)"""
+    """Relative to float64 of the same fp32 numbers. (Not the weight of kl and jsd: two GEMMs cancel, as whole logits' do.)"""
     given = tensors(apart=apart, dtype=torch.float32)
     got, want = run(kind, given, "sum"), expected(kind, given, "sum")
-    count = 3 if kind == "kl" else 5
+    count = 3 if kind in TWO_MATRICES else 5
     check(got[:count] + want[count:], want, 2e-6)
     assert got[0] > 0
 
@@ -361,7 +368,7 @@ class Products(TorchDispatchMode):
 
 
 @in_pytorch
-@pytest.mark.parametrize(("kind", "products"), [("kl", 2), ("sym_kl", 1), ("js", 1)])
+@pytest.mark.parametrize(("kind", "products"), [("kl", 2), ("sym_kl", 1), ("js", 1), ("jsd", 2)])
 def test_products_of_a_training_step(kind: str, products: int) -> None:
     """Logits and their difference once; one product a matrix of gradients; nothing as large as the logits."""
     given = tensors((64,))
