@@ -110,11 +110,13 @@ def test_both_paths_are_exact(
     kind: str, width: int, apart: float, backend: ModuleType, device: torch.device, path: None, poison: None
 ) -> None:
     x, t = pair((3, width), apart, device)
+    # Where one class has nearly all of p, the gradients of jsd are small differences of numbers of the size of one.
+    tolerance = 2e-4 if kind == "jsd" and apart > 1 else 2e-6
     for output in OUTPUTS:
         spec = DivergenceSpec(kind, output, 0.6, 2.0)
         g = torch.ones((), device=device) if output == "sum" else torch.ones((), device=device).expand(3)
         g = torch.ones((3, 1), device=device).expand(3, width) if output == "terms" else g
-        check(compute(backend, spec, x, t, g), expected(spec, x, t, g), 2e-6)
+        check(compute(backend, spec, x, t, g), expected(spec, x, t, g), tolerance)
 
 
 @pytest.mark.parametrize(("scale", "relative"), [(0.5, False), (0.5, True), (1.0, True)])
@@ -141,14 +143,14 @@ def test_relative_bfloat16(kind: str, backend: ModuleType, device: torch.device,
     d, t = pair((4, 500), 1e-4, device, relative=True)
     d, t = d.bfloat16(), (4 * t).bfloat16()
     one = torch.ones((), device=device)
-    spec = DivergenceSpec(kind, "rows", relative=True)
+    spec = DivergenceSpec(kind, "rows", 0.5, relative=True)
     want = expected(spec, d, t, one.expand(4))
     got = compute(backend, spec, d, t, one.expand(4))
     assert got[1].dtype == got[2].dtype == torch.bfloat16
     assert oracle.relative_error(got[0], want[0]) < 2e-6
     assert oracle.relative_error(got[1], want[1]) < 2**-7
     assert oracle.relative_error(got[2], want[2]) < 2**-7
-    drowned, _ = backend.divergence_forward((t + d), t, DivergenceSpec(kind, "rows"), None, False, False)
+    drowned, _ = backend.divergence_forward((t + d), t, DivergenceSpec(kind, "rows", 0.5), None, False, False)
     assert oracle.relative_error(drowned, want[0]) > 0.5
     loss, _ = backend.divergence_forward(d, t.float(), spec._replace(output="terms"), None, False, False)
     assert loss.dtype == torch.float32
