@@ -338,7 +338,8 @@ struct RowFormulas<M, Kind::jsd> : Divergence<M> {
     second = p * D::f_near(v);
     if (NEAR) return;
     const F diff = p - q;
-    first = M::select(M::abs(u) < 1.0f, first, (1.0f - beta) * diff - D::times(q, u));
+    // Of a row with NaN among x the CPU kernels know r as minus infinity: p shows it then.
+    first = M::select((M::abs(u) < 1.0f) & (r > -M::infinity), first, (1.0f - beta) * diff - D::times(q, u));
     second = M::select(M::abs(v) < 1.0f, second, -beta * diff - D::times(p, v));
   }
   template <bool NEAR>
@@ -378,7 +379,7 @@ struct RowFormulas<M, Kind::jsd> : Divergence<M> {
     F u, v;
     mixture<false>(r, beta, u, v);
     sums[p_c] += D::times(p, (beta - 1.0f) * g * v);
-    sums[q_e] += D::times(q, -beta * g * u);
+    sums[q_e] += D::times(q, -beta * g * u) + (p - p);  // NaN where p is, as above
   }
   static SMART_FAST_INLINE void element_gradients(F p, F q, F r, F h, F g0, const F (&sums)[element_sums], float beta,
                                                   F& dx, F& dt) {

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from smart_fast.losses.serving import knowing
 
 import smart_fast
 from smart_fast import autograd
 from smart_fast.backends import log_ratio, pytorch
 from smart_fast.backends.base import DIVERGENCES, DivergenceSpec
 from smart_fast.losses import chunks, divergences, linear, logits, sharded
-from smart_fast.losses.serving import knowing
 from tests.helpers import ROOT
 
 LINEAR = {kind: getattr(smart_fast, f"linear_{kind}_loss") for kind in divergences.NAMES}

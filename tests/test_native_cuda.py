@@ -344,8 +344,10 @@ def test_long_rows(kind: str, device: tuple[int, int, int, int], emulated: cuda_
 @pytest.mark.parametrize("width", [50, 1000, 9001])
 @pytest.mark.parametrize("kind", KINDS)
 def test_near_and_far(kind: str, width: int, apart: float, emulated: cuda_emulation.Emulated) -> None:
+    # Where one class has nearly all of p, the gradients of jsd are small differences of numbers of the size of one.
+    tolerance = 100.0 if kind == "jsd" and apart > 1 else 1.0
     for elementwise in (False, True):
-        check_divergence(emulated, kind, *pair(3, width, apart=apart), elementwise)
+        check_divergence(emulated, kind, *pair(3, width, apart=apart), elementwise, tolerance=tolerance)
         constant = torch.rand(3, 1).expand(3, width)
         if elementwise and apart < 1:
             check_divergence(emulated, kind, *pair(3, width, apart=apart), True, grad=constant, tolerance=3.0)

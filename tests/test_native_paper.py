@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from smart_fast import SMARTLoss, inf_norm, kl_loss, l1_norm, l2_norm, native_build, sentence_norm, sym_kl_loss
+from smart_fast import SMARTLoss, inf_norm, kl_loss, l1_norm, l2_norm, sentence_norm, sym_kl_loss
+from smart_fast import build as native_build
 from smart_fast.backends import build_native
 from smart_fast.backends.base import Step
 from tests import oracle

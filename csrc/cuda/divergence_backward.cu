@@ -9,6 +9,9 @@ namespace {
 
 constexpr int PER_THREAD = 2;  // chunks
 constexpr int THREADS = 256;   // of a block of `backward_kernel`
+// Of them on a multiprocessor: logarithms take more registers than four leave.
+template <Kind KIND>
+constexpr int BLOCKS = Row<KIND>::late == Late::both ? 3 : 4;
 
 SMART_FAST_INLINE float row_factor(const Divergence& args, int64_t row) {
   return read_element(advance(args.grad.data, args.grad.dtype, row_offset(args.shape, args.grad, row)), args.grad.dtype, 0);
@@ -16,7 +19,7 @@ SMART_FAST_INLINE float row_factor(const Divergence& args, int64_t row) {
 
 // Gradients of a loss of whole rows: tiles in any order. Masked rows get zeros and are not read.
 template <class T, Kind KIND>
-__global__ void __launch_bounds__(THREADS, 4) backward_kernel(const Divergence args) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<KIND>) backward_kernel(const Divergence args) {
   constexpr int size = Chunk<T>::size;
   const Shape& shape = args.shape;
   float scale = args.weight;
