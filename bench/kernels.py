@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,9 +86,10 @@ def measure(
 def measure_shapes(
     device: torch.device, backend: str, dtype: torch.dtype, embeds: Sequence[tuple[int, ...]],
     logits: Sequence[tuple[int, int]], seconds: float, say: Callable[[str], None] = lambda doing: None,
+    only: Collection[str] | None = None,
 ) -> Iterator[Kernel | Failed]:  # fmt: skip
-    """Every operator of a backend at the given shapes of embeddings and of logits; nothing if it does not serve
-    ``device``. One that raises does not keep the others from being measured."""
+    """Every operator of a backend, or ``only`` these, at the given shapes of embeddings and of logits; nothing if it
+    does not serve ``device``. One that raises does not keep the others from being measured."""
     backend_here = select(backend, torch.empty(1, dtype=dtype, device=device))
     if backend_here is None:
         return
@@ -96,6 +97,8 @@ def measure_shapes(
     for shape, regime, make, operators in _groups(backend_here, dtype, embeds, logits, device):
         sets = input_sets(make, device)
         for kernel, run in operators.items():
+            if only is not None and kernel not in only:
+                continue
             say(f"{backend}, {kernel}, {list(shape)}{'' if regime is None else ' ' + regime}")
             try:
                 moved = _given(kernel, sets[0]) + size_of(run(*sets[0]))
