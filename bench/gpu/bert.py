@@ -26,6 +26,8 @@ def main() -> int:
     backends = []
     for backend in ("triton", "native"):
         reason = not_sound(backend)
+        if dry_run() and backend == "triton":
+            reason = "interpreted, a step takes seconds"
         if reason is None and backend == "native":
             from smart_fast.backends import build_native
 

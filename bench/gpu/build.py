@@ -23,6 +23,7 @@ from .shapes import shapes
 
 CAPABILITY = 90  # where nvidia-smi does not say: the GPUs that are lent are of Hopper's generation
 DRY_KERNELS = 2
+_listed: list[Any] = []  # what the forked processes find here: launches cannot be sent to them
 
 
 def main(arguments: list[str]) -> int:
@@ -89,30 +90,22 @@ def triton() -> int:
     listed = launches.listed(shapes())
     if dry_run():
         listed = listed[:DRY_KERNELS]
+    _listed.extend(listed)
     cores, start = len(os.sched_getaffinity(0)), time.monotonic()
     emit("build", "Triton, to be compiled", backend="triton", ok=True, kernels=len(listed), processes=cores)
     # Forked: torch and Triton are imported once, and no process has touched the GPU.
     with multiprocessing.get_context("fork").Pool(min(cores, len(listed))) as pool:
-        done = pool.imap_unordered(_compile, [(index, listed) for index in range(len(listed))])
-        errors = list(filter(None, done))
+        errors = list(filter(None, pool.imap_unordered(_compile, range(len(listed)))))
     seconds = time.monotonic() - start
-    emit(
-        "build",
-        "Triton",
-        backend="triton",
-        ok=not errors,
-        seconds=seconds,
-        kernels=len(listed),
-        error="; ".join(errors),
-    )
+    about = {"seconds": seconds, "kernels": len(listed), "error": "; ".join(errors)}
+    emit("build", "Triton", backend="triton", ok=not errors, **about)
     return 1 if errors else 0
 
 
-def _compile(task: tuple[int, Any]) -> str | None:
+def _compile(index: int) -> str | None:
     from . import launches
 
-    index, listed = task
-    launch = listed[index]
+    launch = _listed[index]
     before = processor_seconds()
     try:
         kernel = launches.compiled(launch)

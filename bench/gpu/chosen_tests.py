@@ -29,7 +29,7 @@ FILES = (
     "test_native_cuda", "test_compile", "test_noise_kernels", "test_divergence_kernels", "test_divergence_wide",
     "test_ascend_kernels", "test_fisher_kernels", "test_linear",
 )  # fmt: skip
-DRY_FILES, DRY_TESTS = ("test_noise_kernels",), 6
+DRY_FILES, DRY_TESTS = ("test_noise_kernels",), 4
 LEFT_OUT = {
     "test_a_norm_of_another_shape_is_named": "an error that Python raises",
     "test_second_derivatives_are_an_error": "an error that autograd raises",

@@ -81,7 +81,8 @@ def _measure(what: str, backend: str, step: Callable[..., Tensor], sets: list[tu
     where, about = device(), {"backend": backend, "dtype": "float32"}
     timing = interleaved({what: step}, sets, where, 0.05 if dry_run() else SECONDS)[what]
     finite = all(each.isfinite().all() for each in (step(*sets[0]), sets[0][0].grad) if each is not None)
-    emit("host", what, ok=finite, seconds=timing.median, host_seconds=host_time(step, sets, where), **about)
+    host = host_time(step, sets, where, *([2] if dry_run() else []))
+    emit("host", what, ok=finite, seconds=timing.median, host_seconds=host, **about)
     if where.type != "cuda":
         emit("skipped", f"{what}, CUDA graph and synchronization", error="a CPU has neither", **about)
         return

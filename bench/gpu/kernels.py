@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 from bench import kernels
 from bench.measure import copy_bandwidth
@@ -14,6 +15,7 @@ from bench.measure import copy_bandwidth
 from .lines import device, dry_run, emit, not_sound, why
 from .shapes import shapes
 
+DRY = ("perturb", "ascend inf", "sym_kl forward", "sym_kl backward", kernels.ALONE)  # the interpreter is slow
 SECONDS = 0.1  # for each kernel and regime; at about a millisecond a call that is a hundred calls
 
 
@@ -22,6 +24,7 @@ def main(backend: str) -> int:
         emit("skipped", f"kernels of {backend}", backend=backend, ok=False, error=reason)
         return 1
     where, chosen, wrong, lines = device(), shapes(), 0, 0
+    time: dict[str, Any] = {"seconds": 0.001, "only": DRY} if dry_run() else {"seconds": SECONDS}
     if backend == "native":
         from smart_fast.backends import build_native
 
@@ -31,8 +34,7 @@ def main(backend: str) -> int:
     for dtype in chosen.dtypes:
         # Wide rows first: what a cut leaves out is the smaller part of a step.
         for embeds, logits in [((), [each]) for each in chosen.logits] + [([each], ()) for each in chosen.embeds]:
-            seconds = 0.01 if dry_run() else SECONDS
-            for each in kernels.measure_shapes(where, backend, dtype, embeds, logits, seconds):
+            for each in kernels.measure_shapes(where, backend, dtype, embeds, logits, **time):
                 lines += 1
                 if isinstance(each, kernels.Failed):
                     wrong += 1

@@ -28,17 +28,8 @@ def main(arguments: list[str]) -> int:
             return 1
         # An allocation for every tensor: the tool then knows where it ends.
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-        command = [
-            tool,
-            "--tool",
-            "memcheck",
-            "--error-exitcode",
-            str(ERROR),
-            sys.executable,
-            "-m",
-            "bench.gpu.memcheck",
-        ]
-        os.execv(tool, [*command, "--watched"])
+        command = [tool, "--tool", "memcheck", "--error-exitcode", str(ERROR), sys.executable]
+        os.execv(tool, [*command, "-m", "bench.gpu.memcheck", "--watched"])
     return watched()
 
 

@@ -1,4 +1,4 @@
-"""The table of stages, and the runner: each stage has a process group of its own, a time, and loses nothing when cut."""
+"""The table of stages, and the runner: each has a process group of its own and a time, and loses nothing when cut."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _environment(path: pathlib.Path, dry_run: bool, commit: str | None) -> dict[
     if commit is not None:
         found[lines.COMMIT] = commit
     if dry_run:
-        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        found |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     else:
         found.pop("TRITON_INTERPRET", None)
         found["TORCH_EXTENSIONS_DIR"] = str(CACHE / "extensions")

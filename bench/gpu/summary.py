@@ -61,11 +61,9 @@ def kernel_column(line: Line) -> str:
 
 
 def _figures(lines: Sequence[Line]) -> Table:
-    kinds = latest(
-        (line for line in lines if line["kind"] in ("rival", "host", "step")), "what", "contestant", "backend"
-    )
+    timed = (line for line in lines if line["kind"] in ("rival", "host", "step"))
     rows = []
-    for line in kinds:
+    for line in latest(timed, "what", "contestant", "backend"):
         who = line.get("contestant") or line.get("backend") or ""
         host = line.get("host_seconds")
         cells = [_time(line.get("seconds")), "" if host is None else f"host {_time(host)}"]
