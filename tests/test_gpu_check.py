@@ -1,4 +1,4 @@
-"""`bench/gpu_check.py`: rehearsed on this CPU, cut in the middle, repeated; the kernels it compiles ahead; its section."""
+"""`bench/gpu_check.py`: rehearsed on this CPU, cut in the middle, repeated; what it compiles ahead; its section."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench import gpu_check, readme  # noqa: E402
 from bench.gpu import chosen_tests, lines, prepare, rivals, section, stages, summary  # noqa: E402
 from bench.gpu.stages import STAGES, SWEEP, Stage  # noqa: E402
 
-KERNELS_IN_A_MINUTE = 120  # processor seconds of the dry run: a minute of two cores
+A_MINUTE = 120  # processor seconds of the dry run: a minute of two cores
 
 
 def processor_seconds() -> float:
@@ -53,7 +53,8 @@ def rehearsed(native, tmp_path_factory):
 def test_every_stage_leaves_lines(rehearsed):
     printed, folder, _ = rehearsed
     found = lines.read(folder / "gpu_check.jsonl")
-    assert [line["what"] for line in found if line["kind"] == "stage"] == [stage.name for stage in STAGES]
+    ended = {line["what"] for line in found if line["kind"] == "stage"}
+    assert ended == {stage.name for stage in STAGES}
     for stage in STAGES:
         mine = [line for line in found if line["stage"] == stage.name]
         assert mine[-1]["kind"] == "stage"
@@ -86,7 +87,7 @@ def test_the_dry_run_does_what_a_run_does(rehearsed):
 
 def test_the_dry_run_takes_a_minute_and_few_files(rehearsed):
     _, folder, seconds = rehearsed
-    assert seconds < KERNELS_IN_A_MINUTE
+    assert seconds < A_MINUTE
     files = [each for each in folder.rglob("*") if each.is_file()]
     assert len(files) <= 8
     assert {each.name for each in files} == {"gpu_check.jsonl", "output.txt", "summary.txt", "junit.xml"}
@@ -100,7 +101,10 @@ def script(name: str, code: str, seconds: int = 30) -> Stage:
     return Stage(name, seconds, ("-c", code), "")
 
 
-WRITES = "import os; from bench.gpu import lines; lines.write({'kind': 'x', 'stage': %r, 'what': %r}, os.environ[lines.FILE])"
+WRITES = (
+    "import os; from bench.gpu import lines; "
+    "lines.write({'kind': 'x', 'stage': %r, 'what': %r}, os.environ[lines.FILE])"
+)
 
 
 def test_a_stage_that_is_cut_leaves_its_lines(tmp_path):

@@ -14,6 +14,7 @@ many shapes (`LEFT_OUT`). Every result is a line the moment it exists; a failure
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from .lines import FILE, dry_run, emit, failed, read
+from .lines import FILE, dry_run, emit
 
 FILES = (
     "test_native_cuda", "test_compile", "test_noise_kernels", "test_divergence_kernels", "test_divergence_wide",
@@ -82,14 +83,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class Reporter:
     """Lives where reports arrive: with xdist in the process that has the workers, not in them."""
 
+    def __init__(self) -> None:
+        self.outcomes: collections.Counter[str] = collections.Counter()
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
+        self.outcomes[report.outcome] += 1
         error = str(report.longrepr)[-1500:] if report.failed else None
         if report.failed:
             print(f"\n{report.nodeid} FAILED\n{report.longreprtext[-3000:]}", flush=True)
         ok: Any = {"passed": True, "failed": False}.get(report.outcome)
         emit("test", report.nodeid, ok=ok, outcome=report.outcome, seconds=report.duration, error=error)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        emit("tests", "in all", ok=exitstatus == 0, **self.outcomes)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -106,11 +114,7 @@ def main() -> int:
         sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "bench.gpu.chosen_tests", *workers,
         f"--junitxml={folder / 'junit.xml'}", *files,
     ]  # fmt: skip
-    code = subprocess.run(command, check=False).returncode
-    lines = [line for line in read(os.environ.get(FILE, "")) if line["kind"] == "test"]
-    skipped = sum(line["ok"] is None for line in lines)
-    emit("tests", "in all", ok=code == 0, tests=len(lines), failed=len(failed(lines)), skipped=skipped)
-    return code
+    return subprocess.run(command, check=False).returncode
 
 
 if __name__ == "__main__":

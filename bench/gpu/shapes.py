@@ -37,7 +37,7 @@ FULL = Shapes(
 )
 TINY = Shapes(
     embeds=((4, 32),),
-    logits=((4, 130),),
+    logits=((4, 30),),
     dtypes=(FP32,),
     heads=((2, 8, 3),),
     rivals=((4, 50, FP32),),

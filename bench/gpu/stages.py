@@ -8,9 +8,11 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from . import lines
 
@@ -19,6 +21,7 @@ CACHE = ROOT / "bench" / "out" / "gpu-cache"  # compiled kernels: a machine that
 DEPS = ROOT / ".gpu_deps"  # packages carried beside the checkout
 LIMIT, AFTER_LIMIT = 500, 300  # seconds of one call, and of one that repeats
 SHORTEST = 3  # with less time left a stage is not started
+DRY_AT_ONCE, DRY_PATIENCE = 2, 60  # stages of a rehearsal that run together, seconds that each gets besides
 TAIL = 3000  # characters of the output that a failed or cut stage leaves in its line
 
 
@@ -80,52 +83,81 @@ def to_repeat(previous: Sequence[lines.Line]) -> list[Stage]:
 def run(
     stages: Sequence[Stage], folder: pathlib.Path, *, limit: float, dry_run: bool = False, commit: str | None = None
 ) -> Iterator[lines.Line]:
-    """Run ``stages`` one after another; after each, its line. Everything is in ``folder``: lines and output."""
-    end = time.monotonic() + limit
-    path = folder / "gpu_check.jsonl"
-    environment = _environment(path, dry_run, commit)
-    with open(folder / "output.txt", "a+b") as output:
-        for stage in stages:
-            left = end - time.monotonic()
-            # A rehearsal may share its two cores: then only what hangs is cut.
-            allowed = min(60 + stage.seconds if dry_run else stage.seconds, left)
-            line: dict[str, Any] = {"stage": stage.name, "kind": "stage", "what": stage.name, "limit": round(allowed)}
-            if allowed < SHORTEST:
-                line |= {"status": "left out", "ok": False, "seconds": 0, "error": "no time was left"}
-            else:
-                output.write(f"\n== {stage.name}: {stage.about}\n".encode())
-                line |= _run_one(stage, environment | {lines.STAGE: stage.name}, output, allowed)
-                written = [each for each in lines.read(path) if each.get("stage") == stage.name]
-                line |= {"lines": len(written), "wrong": len(lines.failed(written))}
-            line |= {"time": round(time.time(), 3), "dry_run": dry_run, "commit": commit}
-            lines.write(line, path)
-            yield line
+    """Run ``stages`` one after another; after each, its line. Everything is in ``folder``: lines and output.
+
+    A rehearsal runs two at a time, whose times mean nothing anyway.
+    """
+    runner = _Runner(folder, time.monotonic() + limit, dry_run, commit)
+    if not dry_run:
+        yield from map(runner, stages)
+        return
+    with ThreadPoolExecutor(DRY_AT_ONCE) as pool:
+        try:
+            yield from pool.map(runner, stages)
+        finally:  # interrupted: what is running must end for the pool to end, what is not must not begin
+            runner.end = 0.0
+            for process in list(runner.running):
+                _kill(process)
 
 
-def _run_one(stage: Stage, environment: dict[str, str], output: IO[bytes], seconds: float) -> lines.Line:
-    output.flush()
-    before, start = output.seek(0, os.SEEK_END), time.monotonic()
-    cached = _compiled(environment)
-    process = subprocess.Popen(
-        [sys.executable, *stage.command], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment,
-        preexec_fn=os.setpgrp,  # one group, so that nothing of it is left behind; no session: that would outlive us
-    )  # fmt: skip
-    try:
-        code: int | None = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    status = "cut" if code is None else "ok" if code == 0 else "failed"
-    line: dict[str, Any] = {"status": status, "ok": code == 0, "seconds": round(time.monotonic() - start, 1)}
-    line |= {"exit": code, "compiled": _compiled(environment) - cached}
-    if code != 0:
-        output.seek(before)
-        line["tail"] = output.read().decode(errors="replace")[-TAIL:]
-        output.seek(0, os.SEEK_END)
-    return line
+class _Runner:
+    """Runs a stage within its time, keeps its output and writes the line about it."""
+
+    def __init__(self, folder: pathlib.Path, end: float, dry_run: bool, commit: str | None) -> None:
+        self.folder, self.end, self.dry_run, self.commit = folder, end, dry_run, commit
+        self.path = folder / "gpu_check.jsonl"
+        self.environment = _environment(self.path, dry_run, commit)
+        self.running: set[subprocess.Popen[bytes]] = set()
+
+    def __call__(self, stage: Stage) -> lines.Line:
+        # A rehearsal may share its two cores with others: then only what hangs is cut.
+        allowed = min(DRY_PATIENCE * self.dry_run + stage.seconds, self.end - time.monotonic())
+        line: dict[str, Any] = {"stage": stage.name, "kind": "stage", "what": stage.name, "limit": round(allowed)}
+        if allowed < SHORTEST:
+            line |= {"status": "left out", "ok": False, "seconds": 0, "error": "no time was left"}
+        else:
+            line |= self._run(stage, allowed)
+            written = [each for each in lines.read(self.path) if each.get("stage") == stage.name]
+            line |= {"lines": len(written), "wrong": len(lines.failed(written))}
+        line |= {"time": round(time.time(), 3), "dry_run": self.dry_run, "commit": self.commit}
+        lines.write(line, self.path)
+        return line
+
+    def _run(self, stage: Stage, seconds: float) -> lines.Line:
+        start, cached = time.monotonic(), _compiled(self.environment)
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                [sys.executable, *stage.command], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
+                env=self.environment | {lines.STAGE: stage.name}, **_OWN_GROUP,
+            )  # fmt: skip
+            self.running.add(process)
+            try:
+                code: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _kill(process)
+                self.running.discard(process)
+                output.seek(0)
+                printed = output.read()
+                with open(self.folder / "output.txt", "ab") as file:
+                    file.write(f"\n== {stage.name}: {stage.about}\n".encode() + printed)
+        status = "cut" if code is None else "ok" if code == 0 else "failed"
+        line: dict[str, Any] = {"status": status, "ok": code == 0, "seconds": round(time.monotonic() - start, 1)}
+        line |= {"exit": code, "compiled": _compiled(self.environment) - cached}
+        if code != 0:
+            line["tail"] = printed.decode(errors="replace")[-TAIL:]
+        return line
+
+
+#: A group of its own, so that nothing of a stage is left behind; no session, which would outlive the call.
+_OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _compiled(environment: dict[str, str]) -> int:
