@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -76,33 +77,49 @@ def direction(shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
     return _operation("fisher direction", shape, dtype, 2, where, Direction, shape, dtype)
 
 
-def divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Case:
-    """Forward reads both logits; backward reads them again and writes both gradients."""
-    return _operation(f"{kind} fwd+bwd", shape, dtype, 6, where, Divergence, kind, shape, dtype, True)
+def divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str, regime: str = "far") -> Case:
+    """Forward reads both logits; backward reads them again and writes both gradients. ``regime``: of divergences.py."""
+    what = f"{kind} fwd+bwd {regime}"
+    return _operation(what, shape, dtype, 6, where, Divergence, kind, shape, dtype, True, regime)
 
 
-def lm_divergence(kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str, backward: bool = True) -> Case:
+def lm_divergence(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, where: str, backward: bool = True, regime: str = "far"
+) -> Case:
     """`divergence` of a language model's logits; without ``backward`` only the two reads of the forward pass."""
     passes, tensors = ("fwd+bwd", 6) if backward else ("fwd", 2)
-    name = f"lm-divergence {kind} {passes}"
-    case = _operation(name, shape, dtype, tensors, where, Divergence, kind, shape, dtype, backward)
+    name = f"lm-divergence {kind} {passes} {regime}"
+    case = _operation(name, shape, dtype, tensors, where, Divergence, kind, shape, dtype, backward, regime)
     return dataclasses.replace(case, group="lm")
 
 
-def lm_linear(kind: str, rows: int, hidden: int, width: int, dtype: torch.dtype, where: str) -> Case:
+def lm_linear(
+    kind: str, rows: int, hidden: int, width: int, dtype: torch.dtype, where: str, regime: str = "far"
+) -> Case:
     """Two GEMMs make the logits. The gradients to them are one matrix for sym_kl and js (the two are multiples of one
     another) and two for kl; each takes a GEMM for the hidden states and one for the weight."""
     gemms = 6 if kind == "kl" else 4
     return Case(
-        name=f"lm-linear {kind} [{rows}, {hidden}] x [{hidden}, {width}] {DTYPES[dtype]}",
+        name=f"lm-linear {kind} {regime} [{rows}, {hidden}] x [{hidden}, {width}] {DTYPES[dtype]}",
         group="lm",
         shape=(rows, width),
         dtype=dtype,
         bytes=None,
         where=tuple(where.split()),
-        build=functools.partial(LinearDivergence, kind, rows, hidden, width, dtype),
+        build=functools.partial(LinearDivergence, kind, rows, hidden, width, dtype, regime),
         flops=gemms * 2 * rows * hidden * width,
     )
+
+
+#: Names of cases as they were before they named their regime, which was "far".
+_WITHOUT_REGIME = re.compile(
+    r"^((?:overhead, )?(?:lm-divergence )?(?:kl|sym_kl|js) fwd(?:\+bwd)?|lm-linear (?:kl|sym_kl|js)) (?=\[)"
+)
+
+
+def named(case: str) -> str:
+    """The present name of a case of older results."""
+    return _WITHOUT_REGIME.sub(r"\1 far ", case)
 
 
 def regularizer(
@@ -178,20 +195,26 @@ TABLE: tuple[Case, ...] = (
     ascend((64, 1024, 1024), FP32, "cuda"),
     divergence("sym_kl", (32, 3), FP32, "quick cpu cuda"),
     divergence("sym_kl", (4096, 2), FP32, "cpu cuda"),
+    divergence("sym_kl", (4096, 2), FP32, "cpu cuda", "near"),
     divergence("sym_kl", (256, 30522), FP32, "quick"),
+    divergence("sym_kl", (256, 30522), FP32, "quick", "near"),
     divergence("sym_kl", (1024, 30522), FP32, "cpu"),
+    divergence("sym_kl", (1024, 30522), FP32, "cpu", "near"),
     divergence("sym_kl", (1024, 30522), BF16, "cpu"),
+    divergence("sym_kl", (1024, 30522), BF16, "cpu", "near"),
     divergence("sym_kl", (512, 128256), FP32, "cpu"),
     divergence("sym_kl", (512, 128256), BF16, "cpu"),
     divergence("kl", (32, 3), FP32, "cpu cuda"),
     divergence("kl", (4096, 2), FP32, "cpu"),
     divergence("kl", (1024, 30522), FP32, "cpu"),
+    divergence("kl", (1024, 30522), FP32, "cpu", "near"),
     divergence("kl", (1024, 30522), BF16, "cpu"),
     divergence("kl", (512, 128256), FP32, "cpu"),
     divergence("kl", (512, 128256), BF16, "cpu"),
     divergence("js", (32, 3), FP32, "cpu"),
     divergence("js", (4096, 2), FP32, "cpu"),
     divergence("js", (1024, 30522), FP32, "cpu"),
+    divergence("js", (1024, 30522), FP32, "cpu", "near"),
     divergence("js", (1024, 30522), BF16, "cpu"),
     divergence("js", (512, 128256), FP32, "cpu"),
     divergence("js", (512, 128256), BF16, "cpu"),
@@ -231,24 +254,31 @@ TABLE: tuple[Case, ...] = (
     overhead(divergence("kl", (1, 4), FP32, "cpu cuda")),
     overhead(divergence("sym_kl", (1, 4), FP32, "cpu cuda")),
     lm_divergence("sym_kl", (8192, 32000), BF16, "cuda", backward=False),
+    lm_divergence("sym_kl", (8192, 32000), BF16, "cuda", backward=False, regime="near"),
     lm_divergence("sym_kl", (8192, 32000), BF16, "cuda"),
+    lm_divergence("sym_kl", (8192, 32000), BF16, "cuda", regime="near"),
     lm_linear("sym_kl", 8192, 4096, 128256, BF16, "cuda"),
     lm_divergence("sym_kl", (8192, 128256), BF16, "cuda", backward=False),
     lm_divergence("sym_kl", (8192, 128256), BF16, "cuda"),
+    lm_divergence("sym_kl", (8192, 128256), BF16, "cuda", regime="near"),
     lm_divergence("sym_kl", (4096, 151936), BF16, "cuda"),
     lm_divergence("kl", (8192, 32000), BF16, "cuda"),
     lm_divergence("js", (8192, 32000), BF16, "cuda"),
+    lm_linear("sym_kl", 8192, 4096, 128256, BF16, "cuda", "near"),
     lm_linear("kl", 8192, 4096, 128256, BF16, "cuda"),
     lm_linear("js", 8192, 4096, 128256, BF16, "cuda"),
     lm_divergence("sym_kl", (16, 151936), BF16, "cuda"),
     lm_divergence("js", (8192, 128256), BF16, "cuda"),
     lm_divergence("sym_kl", (8192, 32000), FP32, "cuda"),
+    lm_divergence("sym_kl", (8192, 32000), FP32, "cuda", regime="near"),
     lm_divergence("sym_kl", (4096, 151936), FP32, "cuda"),
     lm_divergence("sym_kl", (8192, 128256), FP32, "cuda"),
     lm_divergence("kl", (8192, 32000), FP32, "cuda"),
     lm_divergence("sym_kl", (512, 151936), FP32, "cpu"),
     lm_divergence("sym_kl", (512, 151936), BF16, "cpu"),
+    lm_divergence("sym_kl", (512, 151936), BF16, "cpu", regime="near"),
     lm_linear("sym_kl", 2048, 512, 32000, FP32, "cpu"),
+    lm_linear("sym_kl", 2048, 512, 32000, FP32, "cpu", "near"),
     lm_linear("kl", 2048, 512, 32000, FP32, "cpu"),
     lm_linear("js", 2048, 512, 32000, FP32, "cpu"),
 )

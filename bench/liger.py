@@ -109,7 +109,7 @@ def on_logits(name: str, role: str, kernel: Any, task: Divergence) -> Contestant
         return (divergence64("kl", x, t) if name == "KLDiv" else true_js64(x, t)) / task.rows
 
     def check(run: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Finding]:
-        return check_logits(run(*inputs), inputs, exact)
+        return check_logits(run(*inputs), inputs, exact, task.rounding())
 
     return Contestant(LIGER + name, role, task.call(one_sided, sides=1), check=check, note=NOTES[name])
 
@@ -153,7 +153,7 @@ def on_hidden_states(name: str, role: str, kernel: Any, task: LinearDivergence) 
         return (divergence64("kl", x, t) if name == "FusedLinearKLDiv" else true_js64(x, t)) / task.rows
 
     def check(run: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Finding]:
-        return compare_linear(run(*inputs), linear64(inputs, exact, sides=1))
+        return compare_linear(run(*inputs), linear64(inputs, exact, sides=1, rounding=task.rounding()))
 
     return Contestant(LIGER + name, role, task.call(one_sided, sides=1), check=check, note=NOTES[name])
 

@@ -178,10 +178,12 @@ def _sample(run: Callable[..., Any], turn: Any, calls: int, device: torch.device
     return (time.perf_counter() - begin_time) / calls
 
 
-def host_time(run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], device: torch.device) -> float:
-    """Seconds until a call returns, the device idle when it starts and not waited for: the median of `HOST_CALLS`."""
+def host_time(
+    run: Callable[..., Any], sets: Sequence[tuple[Any, ...]], device: torch.device, calls: int = HOST_CALLS
+) -> float:
+    """Seconds until a call returns, the device idle when it starts and not waited for: the median of ``calls``."""
     times = []
-    for arguments in itertools.islice(itertools.cycle(sets), HOST_CALLS):
+    for arguments in itertools.islice(itertools.cycle(sets), calls):
         synchronize(device)
         begin = time.perf_counter()
         run(*arguments)
@@ -210,9 +212,9 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     return 2 * size / statistics.median(_sample(torch.Tensor.copy_, turn, 1, device) for _ in range(9))
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+def gemm_rate(device: torch.device, dtype: torch.dtype, side: int | None = None) -> float:
     """FLOPs per second of a square GEMM that keeps the whole device busy: the fastest of five."""
-    side = 8192 if device.type == "cuda" else 2048
+    side = side or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn((side, side), device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     turn = itertools.cycle([(a, b), (b, a)])

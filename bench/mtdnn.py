@@ -119,14 +119,14 @@ def _stable(task: Divergence) -> Iterator[Contestant]:
 
     if task.kind == "kl":
         run = task.call(lambda input, target: _stable_kl(input, target) / rows, sides=1)
-        yield _contestant("stable_kl", run, _logits_check(lambda x, t: stable_kl64(x, t) / rows))
+        yield _contestant("stable_kl", run, _logits_check(task, lambda x, t: stable_kl64(x, t) / rows))
     elif task.kind == "sym_kl":
         run = task.call(lambda input, target: both(input, target, _stable_kl))
-        yield _contestant("NsSymKlCriterion", run, _logits_check(lambda x, t: both(x, t, stable_kl64)))
+        yield _contestant("NsSymKlCriterion", run, _logits_check(task, lambda x, t: both(x, t, stable_kl64)))
 
 
-def _logits_check(exact: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., list[Finding]]:
-    return lambda run, inputs: check_logits(run(*inputs), inputs, exact)
+def _logits_check(task: Divergence, exact: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., list[Finding]]:
+    return lambda run, inputs: check_logits(run(*inputs), inputs, exact, task.rounding())
 
 
 def _smart(model: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

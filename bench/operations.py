@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from smart_pytorch.smart_pytorch import inf_norm
 from torch import Tensor
 
 import smart_fast
@@ -111,6 +110,8 @@ class Ascend:
         return embed, grad, kept.to(self.dtype), kept, seed_tensor
 
     def smart_pytorch(self) -> Callable[..., Any]:
+        from smart_pytorch.smart_pytorch import inf_norm  # not at the top: our own side runs where it is not installed
+
         def ascend(embed: Tensor, grad: Tensor, noise: Tensor, kept: Tensor, seed: Tensor) -> Tensor:
             step = noise + STEP_SIZE * grad
             return embed + step / (inf_norm(step) + EPSILON)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from . import accuracy, compare, quality
+from .gpu import section as gpu_section
 from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
 from .report import (
     Report,
@@ -48,6 +49,7 @@ def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
     language = [_part(report, lambda row: row.group == "lm") for report in reports]
     others = [_part(report, lambda row: row.group != "lm") for report in reports]
     return {
+        **gpu_section.sections(results),
         "accuracy": _accuracy(results / "accuracy.json"),
         "quality": _quality(results / "quality.json"),
         "agreement": _agreement(results / "agreement-1.json", results / "agreement-2.json"),

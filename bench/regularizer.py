@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import smart_pytorch
 import torch
 from torch import Tensor, nn
 
@@ -83,6 +82,8 @@ class Regularizer:
         return embed, state.requires_grad_()
 
     def smart_pytorch(self) -> Callable[..., Any]:
+        import smart_pytorch  # not at the top: our own side runs where it is not installed
+
         return smart_pytorch.SMARTLoss(self.model, smart_pytorch.kl_loss, smart_pytorch.sym_kl_loss)
 
     def ours(self, backend: str) -> Callable[..., Any]:

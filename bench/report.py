@@ -23,7 +23,7 @@ from rich.table import Table
 
 import smart_fast
 
-from .cases import Case
+from .cases import Case, named
 from .chunked import CHUNKED
 from .liger import LIGER
 from .measure import Timing, copy_bandwidth, gemm_rate, within
@@ -153,7 +153,7 @@ def save_json(report: Report, path: pathlib.Path) -> None:
 
 
 def load_json(path: pathlib.Path) -> Report:
-    """The inverse of `save_json`."""
+    """The inverse of `save_json`; cases of older files have the names of today."""
     content = json.loads(path.read_text())
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
@@ -162,9 +162,10 @@ def load_json(path: pathlib.Path) -> Report:
     for fields in content["rows"]:
         row = _known(Row, fields)
         row.timing = None if row.timing is None else _known(Timing, fields["timing"])
+        row.case = named(row.case)
         rows.append(row)
     report: Report = _known(Report, content)
-    report.rows = rows
+    report.rows, report.left_out = rows, [named(case) for case in report.left_out]
     return report
 
 

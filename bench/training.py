@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import smart_pytorch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,6 +52,8 @@ class TrainingStep:
         return ids.to(self.device), labels.to(self.device)
 
     def smart_pytorch(self) -> Callable[..., Tensor]:
+        import smart_pytorch  # not at the top: our own side runs where it is not installed
+
         return self._forward(smart_pytorch.SMARTLoss(self.model, smart_pytorch.kl_loss, smart_pytorch.sym_kl_loss))
 
     def ours(self, backend: str) -> Callable[..., Tensor]:
@@ -74,7 +75,7 @@ class TrainingStep:
     def _balance(self) -> float:
         ids, labels = self.inputs(0)
         entropy = _cross_entropy(self.model(self.model.words(ids)), labels).detach()
-        total = self.smart_pytorch()(ids, labels).detach()  # in float32: bfloat16 may give a negative divergence
+        total = self.ours("torch")(ids, labels).detach()  # in float32: bfloat16 may give a negative divergence
         return float(2.0 ** (entropy / (total - entropy)).log2().round())
 
     def _forward(self, regularizer: Callable[..., Tensor]) -> Callable[..., Tensor]:

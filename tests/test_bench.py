@@ -90,6 +90,9 @@ every_kind = pytest.mark.parametrize(
         cases.direction((8, 50), torch.float32, "cpu"),
         cases.direction((8, 500), torch.bfloat16, "cpu"),
         cases.lm_divergence("sym_kl", (8, 500), torch.bfloat16, "cpu", backward=False),
+        *(cases.divergence(kind, (8, 500), torch.float32, "cpu", "near") for kind in ("kl", "sym_kl", "js")),
+        cases.divergence("sym_kl", (8, 500), torch.bfloat16, "cpu", "near"),
+        cases.lm_linear("sym_kl", 8, 6, 50, torch.float32, "cpu", "near"),
         *(cases.lm_linear(kind, 8, 6, 50, torch.float32, "cpu") for kind in ("kl", "sym_kl", "js")),
         cases.lm_linear("sym_kl", 8, 16, 50, torch.bfloat16, "cpu"),
         cases.regularizer("head", (4, 16), "cpu", lambda: torch.nn.Linear(16, 3), needs=None),
@@ -169,6 +172,44 @@ def test_linear_cases_run_ours_in_both_ways():
     assert [name for name in field if name.startswith(peers.OURS)] == ours
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_near_rows_are_those_of_a_perturbed_pass(dtype):
+    for case in (
+        cases.divergence("kl", (64, 1000), dtype, "cpu", "near"),
+        cases.lm_linear("kl", 64, 32, 1000, dtype, "cpu", "near"),
+    ):
+        assert " near " in case.name
+        x, t, *weight = (each.detach().double() for each in case.build(CPU).inputs(0))
+        difference = (x - t) @ weight[0].t() if weight else x - t
+        assert 0.005 < difference.std() < 0.02
+        assert difference.abs().max() <= 1
+
+
+def test_formulas_are_held_to_what_they_allow_on_near_rows_and_ours_to_the_tolerance_of_all():
+    """A formula that cancels is timed with the error that it has; what no rounding explains is wrong for everyone."""
+    task = cases.divergence("kl", (64, 3), torch.float32, "cpu", "near").build(CPU)
+    inputs = task.inputs(0)
+    exact = task.call(lambda x, t: task.exact(x.double(), t.double()))
+
+    def off_by(share):
+        return lambda *sides: [each * (1 + share) if index == 0 else each for index, each in enumerate(exact(*sides))]
+
+    def loss_is_wrong(share, backend):
+        return task.check(off_by(share), inputs, backend)[0].wrong
+
+    assert [loss_is_wrong(0.005, backend) for backend in (None, "torch", "triton", "native")] == [0, 0, 1, 1]
+    assert all(loss_is_wrong(0.5, backend) for backend in (None, "torch", "triton", "native"))
+    far = cases.divergence("kl", (64, 3), torch.float32, "cpu").build(CPU)
+    assert far.rounding() is None
+    linear = cases.lm_linear("sym_kl", 16, 8, 50, torch.float32, "cpu", "near").build(CPU)
+    inputs = linear.inputs(0)
+    theirs, ours = (
+        [each.tolerance for each in linear.check(linear.call(linear.smart_pytorch()), inputs, backend)]
+        for backend in (None, "native")
+    )
+    assert all(one > other for one, other in zip(theirs, ours, strict=True))
+
+
 @pytest.mark.parametrize("change", [off_by_one_percent, not_a_number])
 def test_wrong_result_gets_no_time(change, capsys):
     rows = run_small(("smart-fast wrong", change))
@@ -238,6 +279,25 @@ def test_json_of_other_versions(tmp_path):
     content["rows"][0]["from_the_future"] = content["from_the_future"] = 1
     path.write_text(json.dumps(content))
     assert report.load_json(path) == written
+
+
+@pytest.mark.parametrize(
+    ("older", "name"),
+    [
+        ("js fwd+bwd [32, 3] fp32", "js fwd+bwd far [32, 3] fp32"),
+        ("overhead, kl fwd+bwd [1, 4] fp32", "overhead, kl fwd+bwd far [1, 4] fp32"),
+        ("lm-divergence sym_kl fwd [8, 5] bf16", "lm-divergence sym_kl fwd far [8, 5] bf16"),
+        ("lm-linear kl [8, 6] x [6, 50] fp32", "lm-linear kl far [8, 6] x [6, 50] fp32"),
+        ("js fwd+bwd near [32, 3] fp32", "js fwd+bwd near [32, 3] fp32"),
+        ("perturb [32, 3] fp32", "perturb [32, 3] fp32"),
+    ],
+)
+def test_older_results_did_not_name_their_regime(older, name, tmp_path):
+    path = tmp_path / "results.json"
+    rows = [Row(older, "ops", "smart-fast torch", "ours")]
+    report.save_json(report.Report(report.environment(CPU), rows=rows, left_out=[older]), path)
+    loaded = report.load_json(path)
+    assert loaded.rows[0].case == loaded.left_out[0] == name
 
 
 def test_plots_are_written(tmp_path):

@@ -24,8 +24,8 @@ def measured(native):
 
 
 def test_every_operator_has_a_line(measured):
-    lines = {(each.kernel, each.dtype) for each in measured}
-    assert len(lines) == len(measured) == 2 * 14
+    lines = {(each.kernel, each.dtype, each.regime) for each in measured}
+    assert len(lines) == len(measured) == 2 * (8 + 2 * 6)  # those of two logits on near and on far rows
     assert {each.kernel for each in measured} >= {"perturb", "ascend l1 paper", "js backward", "fisher direction"}
     assert all(each.timing.median > 0 for each in measured)
 
@@ -41,6 +41,28 @@ def test_bytes_are_those_of_arguments_and_results(measured):
         assert found["kl forward", dtype] == 2 * size * logits + 4 + rows * 24
         assert found["sym_kl backward", dtype] == 4 * size * logits + rows * 24 + 4
         assert found["fisher direction", dtype] == 2 * size * logits
+
+
+def test_near_and_far_rows(native):
+    """Of either regime by what is given to the kernels: near rows are those of a perturbed pass of SMART."""
+    for regime, apart in (("near", 0.01), ("far", 1.0)):
+        x, t, _, _ = kernels._logits(native, (8, 1000), torch.float32, regime, CPU)(0)
+        assert (x - t).std() == pytest.approx(apart, rel=0.05)
+        assert ((x - t).abs().max() <= 1) == (regime == "near")
+
+
+def test_a_kernel_that_raises_leaves_the_others_measured(native, monkeypatch):
+    def raises(*args):
+        raise RuntimeError("invalid argument")
+
+    monkeypatch.setattr(native, "divergence_backward", raises)
+    found = list(kernels.measure_shapes(CPU, "native", torch.float32, [], [(4, 130)], 0.01))
+    failed = [each for each in found if isinstance(each, kernels.Failed)]
+    assert len(found) == 1 + 2 * 6
+    assert {each.kernel for each in failed} == {"kl backward", "sym_kl backward", "js backward"}
+    assert {each.regime for each in failed} == {"near", "far"}
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        list(kernels.measure(CPU, ["native"], 0.01, small=True))
 
 
 def test_shares_files_and_table(measured, tmp_path, capsys):
