@@ -110,11 +110,13 @@ def test_both_paths_are_exact(
     kind: str, width: int, apart: float, backend: ModuleType, device: torch.device, path: None, poison: None
 ) -> None:
     x, t = pair((3, width), apart, device)
+    # Of jsd far apart, a gradient is the small difference of two numbers near log(1 / beta), which fp32 rounds.
+    tolerance = 1e-5 if kind == "jsd" and apart > 1 else 2e-6
     for output in OUTPUTS:
         spec = DivergenceSpec(kind, output, 0.6, 2.0)
         g = torch.ones((), device=device) if output == "sum" else torch.ones((), device=device).expand(3)
         g = torch.ones((3, 1), device=device).expand(3, width) if output == "terms" else g
-        check(compute(backend, spec, x, t, g), expected(spec, x, t, g), 2e-6)
+        check(compute(backend, spec, x, t, g), expected(spec, x, t, g), tolerance)
 
 
 @pytest.mark.parametrize(("scale", "relative"), [(0.5, False), (0.5, True), (1.0, True)])
