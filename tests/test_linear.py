@@ -321,7 +321,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("apart", [1e-5, 1e-3])
 @every_kind
 def test_nearly_equal(kind: str, apart: float) -> None:
-    """Relative to float64 of the same fp32 numbers. (Not the weight of kl and jsd: two GEMMs cancel, as whole logits' do.)"""
+    """Relative to float64 of the same fp32 numbers. (Not the weight of kl and jsd: two GEMMs cancel.)"""
     given = tensors(apart=apart, dtype=torch.float32)
     got, want = run(kind, given, "sum"), expected(kind, given, "sum")
     count = 3 if kind in TWO_MATRICES else 5
