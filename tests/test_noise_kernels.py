@@ -13,6 +13,7 @@ from scipy import stats
 from smart_fast.kernels.philox import normal_tile
 
 from smart_fast import autograd
+from smart_fast.backends import triton_launch
 from tests import oracle
 
 
@@ -27,7 +28,7 @@ def large_tiles(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter pays by the program, not by the element."""
     from smart_fast.kernels import launch
 
-    if backend.name == "triton" and backend.ops.INTERPRETED:
+    if backend.name == "triton" and triton_launch.INTERPRETED:
         monkeypatch.setattr(launch, "stream_tile", lambda count: launch.Tile(1, 2**17, -(-count // 2**17), 1))
 
 
