@@ -46,7 +46,7 @@ class SMARTLoss(nn.Module):
         loss_fn: compares the perturbed state with the clean one, ``loss_fn(perturbed, state) -> scalar``. With several
             states, a list, tuple or dict of such functions (their sum is taken), or one function of both structures.
         loss_last_fn: the loss that is returned; None: ``loss_fn``.
-        others: those of `smart_fast.options.Options`, whose documentation follows below.
+        others: the options of `smart_fast.options.Options`, by keyword or in their order there, and documented there.
 
     Every argument stays an attribute and may be changed between calls; what it is changed to is checked at the next.
     `torch.compile` takes the whole into one graph, but for ``every_n_steps`` and ``start_step``.
