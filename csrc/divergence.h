@@ -366,10 +366,14 @@ struct RowFormulas<M, Kind::jsd> : Divergence<M> {
     dt = -beta * scale * D::times(q, u + kl_q);
   }
 
+  // Not negative: near, what rows are summed from; farther, what is added there to both sides adds up to zero.
   static SMART_FAST_INLINE F element_term(F p, F q, F r, float beta) {
-    F first, second;
-    row_terms<false>(p, q, r, beta, first, second);
-    return loss(first, second, beta);
+    F u, v;
+    mixture<false>(r, beta, u, v);
+    const auto near = M::abs(r) < 1.0f;
+    const F to_q = M::select(near, q * D::f_near(u), -D::times(q, u));
+    const F to_p = M::select(near, p * D::f_near(v), -D::times(p, v));
+    return loss(to_q, to_p, beta) + (p - p);  // NaN where p is, as above
   }
 
   // With c = -(1 - beta) g v and e = -beta g u: dx = p (c - sum p c), dt = q (e - sum q e).

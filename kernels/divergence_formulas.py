@@ -211,24 +211,24 @@ def row_terms(p, q, r, alpha, KIND: tl.constexpr):
 
 @triton.jit
 def elementwise_terms(p, q, r, alpha, KIND: tl.constexpr):
-    """The terms as `torch.nn.functional.kl_div(reduction="none")` defines them, of which single ones may be negative,
-    and the terms of the two row sums. Those of jsd are not negative."""
+    """The terms as `torch.nn.functional.kl_div(reduction="none")` defines them, of which single ones may be negative.
+    Those of jsd are not: near, they are those of `row_terms`; farther, what is added to both sides adds up to zero."""
     if KIND == "kl":
         terms = -times(q, r)
-        first, second = terms, tl.zeros_like(r)
     elif KIND == "sym_kl":
         terms = times(p_minus_q(p, q, r), r) + (1.0 - alpha) * times(q, r)
-        first, second = terms, tl.zeros_like(r)
     elif KIND == "js":
         total = p + q
         terms = alpha * tl.where(total == 0.0, 0.0, total * _log_cosh_half(r))
-        first, second = terms, tl.zeros_like(r)
     elif KIND == "jsd":
-        first, second = _mixture_terms(p, q, r, alpha)
-        terms = alpha * first + (1.0 - alpha) * second
+        u, v = _log_mixture(r, alpha)
+        near = tl.abs(r) < 1.0
+        to_q = tl.where(near, q * _f_near(tl.where(near, u, 0.0)), -times(q, u))
+        to_p = tl.where(near, p * _f_near(tl.where(near, v, 0.0)), -times(p, v))
+        terms = alpha * to_q + (1.0 - alpha) * to_p
     else:
         tl.static_assert(False, "unknown divergence")
-    return terms, first, second
+    return terms
 
 
 @triton.jit
@@ -333,19 +333,23 @@ def store_terms(
     out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND: tl.constexpr, OUTPUT: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The two sums over a tile's columns, per row. OUTPUT "terms" also writes the terms, zeros in masked rows."""
+    """The two sums over a tile's columns, per row. OUTPUT "terms" writes the terms instead, zeros in masked rows: their
+    gradients need no sum that could be had here, and it is zero."""
     inside = real[:, None] & (col < width)[None, :]
     if OUTPUT == "terms":
-        terms, first, second = elementwise_terms(p, q, r, alpha, KIND)
-        terms = tl.where(inside, terms, 0.0)
+        terms = tl.where(inside, elementwise_terms(p, q, r, alpha, KIND), 0.0)
         if MASKED:
             everywhere = valid[:, None] & (col < width)[None, :]
         else:
             everywhere = inside
         tl.store(out_ptr + (row * width)[:, None] + col[None, :], terms.to(out_ptr.dtype.element_ty), mask=everywhere)
+        one = tl.zeros([row.shape[0]], tl.float32)
+        two = one
     else:
         first, second = row_terms(p, q, r, alpha, KIND)
-    return tl.sum(tl.where(inside, first, 0.0), axis=1), tl.sum(tl.where(inside, second, 0.0), axis=1)
+        one = tl.sum(tl.where(inside, first, 0.0), axis=1)
+        two = tl.sum(tl.where(inside, second, 0.0), axis=1)
+    return one, two
 
 
 @triton.jit
@@ -388,8 +392,8 @@ def finish_blocks(
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The two row sums over BLOCKS blocks of columns from ``first`` on, from the row's statistics. OUTPUT "terms" also
-    writes the terms."""
+    """The two row sums over BLOCKS blocks of columns from ``first`` on, from the row's statistics. OUTPUT "terms" writes
+    the terms; the sums are then zero."""
     one = tl.zeros([ROWS], tl.float32)
     two = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED and OUTPUT != "terms"):

@@ -14,15 +14,21 @@ import torch
 from torch import Tensor
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """|| value - reference || / || reference ||; infinite where one is NaN and the other is not."""
+def relative_error(value: Tensor, reference: Tensor, scale: Tensor | None = None) -> float:
+    """|| value - reference || / || reference ||; infinite where one is NaN and the other is not.
+
+    Over the norm of ``scale`` where that is larger: what rounds is then larger than the result.
+    """
     value, reference = value.detach().double().cpu(), reference.detach().double().cpu()
     if not torch.equal(value.isnan(), reference.isnan()):
         return math.inf
     value, reference = value.nan_to_num(nan=0.0), reference.nan_to_num(nan=0.0)
     if torch.equal(value, reference):
         return 0.0
-    return float((value - reference).norm() / reference.norm().clamp_min(1e-300))
+    size = reference.norm().clamp_min(1e-300)
+    if scale is not None:
+        size = torch.maximum(size, scale.detach().double().cpu().norm())
+    return float((value - reference).norm() / size)
 
 
 def log_ratio(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,9 +95,6 @@ def divergence_rows(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
         return _f(r, p, q).sum(-1)
     if kind == "sym_kl":
         return (alpha * _f(r, p, q) + _f(-r, q, p)).sum(-1)
-    if kind == "jsd":
-        first, second = _jsd(r, p, q, alpha)
-        return (alpha * first + (1 - alpha) * second).sum(-1)
     return alpha * ((p + q) * _log_cosh(r / 2)).sum(-1)
 
 
@@ -105,9 +108,6 @@ def divergence_terms(kind: str, x: Tensor, t: Tensor, alpha: float) -> Tensor:
         return -q * r
     if kind == "sym_kl":
         return (_gap(r, p, q) + (1 - alpha) * q) * r
-    if kind == "jsd":
-        first, second = _jsd(r, p, q, alpha)
-        return alpha * first + (1 - alpha) * second
     return alpha * (p + q) * _log_cosh(r / 2)
 
 
@@ -126,10 +126,8 @@ def divergence_grads(kind: str, x: Tensor, t: Tensor, alpha: float, upstream: Te
     def toward_q(c: Tensor) -> Tensor:
         return q * c.sum(-1, keepdim=True) - c
 
-    if kind == "jsd":  # d term / d q = -beta log(m/q), d term / d p = -(1 - beta) log(m/p)
-        p, q, u, v, _, _ = _jsd(x, t, alpha)
-        to_p = -(1 - alpha) * g * torch.where(p > 0, p * v, 0.0)
-        to_q = -alpha * g * torch.where(q > 0, q * u, 0.0)
+    if kind == "jsd":
+        to_p, to_q = _toward_mixture(x, t, alpha, g)
         return to_p - p * to_p.sum(-1, keepdim=True), to_q - q * to_q.sum(-1, keepdim=True)
     constant = bool((g == g[..., :1]).all())
     if kind == "kl":
@@ -148,6 +146,24 @@ def divergence_grads(kind: str, x: Tensor, t: Tensor, alpha: float, upstream: Te
         return alpha * g * gap / 2, -alpha * g * gap / 2
     mean = (p + q) / 2
     return alpha * toward_p(g * mean), alpha * toward_q(g * mean)
+
+
+def _toward_mixture(x: Tensor, t: Tensor, beta: float, g: Tensor) -> tuple[Tensor, Tensor]:
+    """g p and g q times the derivatives of the terms of jsd by p and by q: -(1 - beta) log(m/p), -beta log(m/q)."""
+    p, q, u, v, _, _ = _jsd(x, t, beta)
+    return -(1 - beta) * g * torch.where(p > 0, p * v, 0.0), -beta * g * torch.where(q > 0, q * u, 0.0)
+
+
+def gradient_scales(kind: str, x: Tensor, t: Tensor, alpha: float, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """As `divergence_grads`, the numbers whose differences from their mean the gradients are.
+
+    Of jsd far apart they are near log(1 / beta) for every class that counts, and fp32 rounds them: the gradient of such
+    a row, which is nearly zero, is exact to their last digit, not to its own. Where the two sides are near they are as
+    small as the gradients. Other gradients are products.
+    """
+    if kind == "jsd":
+        return _toward_mixture(x, t, alpha, upstream.double())
+    return divergence_grads(kind, x, t, alpha, upstream)
 
 
 @functools.lru_cache(maxsize=32)  # Python is slow, and tests ask for the same noise again: not to be written to

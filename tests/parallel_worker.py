@@ -55,17 +55,22 @@ def logits(apart: float = 0.5, shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, 
     return t + apart * torch.randn(t.shape, generator=generator, dtype=torch.float64), t
 
 
-def close(value: Tensor, reference: Tensor, tolerance: float = 1e-12) -> None:
+def close(value: Tensor, reference: Tensor, tolerance: float = 1e-12, scale: Tensor | None = None) -> None:
     assert value.shape == reference.shape, (value.shape, reference.shape)
     if value.any() or float(reference.abs().max()) > 1e-14:
-        error = oracle.relative_error(value, reference)
+        error = oracle.relative_error(value, reference, scale)
         assert error <= tolerance, f"relative error {error:.1e}"
+
+
+def weight_of(reduction, x, keep):
+    """What a reduction multiplies the sum by."""
+    return {"batchmean": 1 / x.shape[0], "mean": 1 / max(1, int(keep.sum()) * x.shape[-1])}.get(reduction, 1.0)
 
 
 def whole(kind, x, t, reduction, alpha, upstream, mask):
     """Loss and gradients from whole logits."""
     keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask
-    weight = {"batchmean": 1 / x.shape[0], "mean": 1 / max(1, int(keep.sum()) * x.shape[-1])}.get(reduction, 1.0)
+    weight = weight_of(reduction, x, keep)
     loss = (
         oracle.divergence_terms(kind, x, t, alpha) if reduction == "none" else oracle.divergence_rows(kind, x, t, alpha)
     )
@@ -86,8 +91,10 @@ def compare(x, t, kind, reduction, group, rank, world, mask=None, dtype=torch.fl
     local = upstream[..., part] if reduction == "none" else upstream
     found = [loss, *torch.autograd.grad(loss, mine, local.to(loss.dtype))]
     want = whole(kind, x, t, reduction, alpha, upstream, mask)
-    for index, (value, reference) in enumerate(zip(found, want, strict=True)):
-        close(value, reference if index == 0 and reduction != "none" else reference[..., part], tolerance)
+    keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask
+    scales = oracle.gradient_scales(kind, x, t, alpha, upstream * weight_of(reduction, x, keep) * keep.unsqueeze(-1))
+    for index, (value, reference, scale) in enumerate(zip(found, want, (None, *scales), strict=True)):
+        close(value, reference if index == 0 and reduction != "none" else reference[..., part], tolerance, scale)
 
 
 @check
@@ -300,14 +307,18 @@ def work(checks, rank: int, world: int, directory: Path) -> None:
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )  # fmt: skip
-    results = {}
+    file = directory / f"{rank}.json"
+    results = dict.fromkeys(checks, "not run: an earlier check failed in some process")
     for name, function in checks.items():
         try:
             function(rank, world)
-            results[name] = ""
         except (Exception, pytest.fail.Exception):
+            # The processes no longer agree on which collective is next: this one leaves, which ends the others' wait.
             results[name] = traceback.format_exc()
-    (directory / f"{rank}.json").write_text(json.dumps(results))
+            file.write_text(json.dumps(results))
+            return
+        results[name] = ""
+        file.write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
 

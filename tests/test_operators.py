@@ -53,20 +53,11 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
         "divergence_finish": [(x, t, stats, mask, "js", "rows", 1.0, 1.0, 0.5, True)],
         "fisher_direction": [(x, True), (x.transpose(0, 1).bfloat16(), False), (x[..., :0], True)],
     }
-    if backend.name == "native":  # whether to keep the noise, which gradients to give with the loss, and less of a spec
+    if backend.name == "native":  # whether to keep the noise, and which gradients to give with the loss
         found["perturb"] = [(*rest, keep, unit) for *rest, unit in found["perturb"] for keep in (False, True)]
-        found["ascend_measure"] = [
-            (grad, noise, mask, *rest, norm, unit) for grad, noise, norm, mask, unit, *rest in found["ascend_measure"]
-        ]
-        found["ascend"] = [
-            (embed, grad, noise, norm, mask, *rest, moved, unit)
-            for embed, grad, noise, norm, moved, mask, unit, *rest in found["ascend"]
-        ]
         forward = found["divergence_forward"]
         found["divergence_forward"] = [(*each, False, False) for each in forward]
         found["divergence_forward"] += [(*forward[0], True, True), (*forward[2], False, True)]
-        found["divergence_measure"] = [(x, t, mask, 0.5, True)]
-        found["divergence_finish"] = [(x, t, stats, mask, "js", 1.0, 0.5, True)]
     return found
 
 

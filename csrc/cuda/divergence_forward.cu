@@ -11,7 +11,8 @@ namespace smart_fast {
 namespace cuda {
 namespace {
 
-// Adds what a chunk has of the sums over its row; beyond the row x = t = -inf, and a term is zero.
+// Adds what a chunk has of the sums over its row (of terms there are none: their gradients ask for no sum that could be had
+// here); beyond the row x = t = -inf, and a term is zero.
 template <Kind KIND, int SIZE>
 SMART_FAST_INLINE void sum_terms(const Divergence& args, const RowStatistics& row, const float (&x)[SIZE],
                                  const float (&t)[SIZE], float (&sums)[Row<KIND>::row_sums]) {
@@ -30,21 +31,19 @@ SMART_FAST_INLINE void sum_terms(const Divergence& args, const RowStatistics& ro
   for (int k = 0; k < Row<KIND>::row_sums; ++k) sums[k] += part[k];
 }
 
-// Elementwise terms of a chunk, written; zeros where the row is masked. Returns their sum.
+// Elementwise terms of a chunk, written; zeros where the row is masked.
 template <class T, Kind KIND>
-SMART_FAST_INLINE float write_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
+SMART_FAST_INLINE void write_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
                                     bool real, const float (&x)[Chunk<T>::size], const float (&t)[Chunk<T>::size]) {
   constexpr int size = Chunk<T>::size;
-  float terms[size], sum = 0.0f;
+  float terms[size];
 #pragma unroll
   for (int i = 0; i < size; ++i) {
     terms[i] = Row<KIND>::element_term(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
                                        statistics.r(d_of(args, x[i], t[i])), args.alpha);
     if (!real) terms[i] = 0.0f;
-    if (first + i >= 0 && first + i < args.shape.width) sum += terms[i];
   }
   Writer<T>(args.terms, args.terms_dtype, row, args.shape.width).write(first, args.shape.width, terms);
-  return sum;
 }
 
 template <class T, Kind KIND>
@@ -56,7 +55,7 @@ SMART_FAST_INLINE void add_terms(const Divergence& args, const RowStatistics& st
   if (args.terms == nullptr)
     sum_terms<KIND>(args, statistics, x, t, sums);
   else if (valid)
-    sums[0] += write_terms<T, KIND>(args, statistics, row, first, real, x, t);
+    write_terms<T, KIND>(args, statistics, row, first, real, x, t);
 }
 
 // The end of a row: its statistics, and its share of the loss of the block.
@@ -64,10 +63,7 @@ template <Kind KIND, class Group>
 __device__ __forceinline__ float close(const Divergence& args, RowStatistics& statistics, int64_t row, bool valid,
                                        bool real, float (&sums)[Row<KIND>::row_sums], Group& group) {
   group.template reduce<Sum>(sums);
-  if (args.terms == nullptr)
-    Row<KIND>::conclude(sums, args.alpha, statistics.first, statistics.second);
-  else
-    statistics.first = sums[0];  // gradients of terms ask for no sums of the row
+  Row<KIND>::conclude(sums, args.alpha, statistics.first, statistics.second);
   if (group.rank() != 0 || !valid) return 0.0f;
   if (args.stats != nullptr) statistics.write(args.stats + row * smart_fast::statistics, real);
   const float loss = real ? Row<KIND>::loss(statistics.first, statistics.second, args.alpha) : 0.0f;
@@ -224,8 +220,12 @@ struct Running {
   }
 };
 
+// Of `long_kernel` on a multiprocessor. Two sums over eight elements at once take a register more than two blocks leave.
+template <class T, Kind KIND>
+constexpr int BLOCKS = Row<KIND>::row_sums * Chunk<T>::size < 16 ? 2 : 1;
+
 template <class T, Kind KIND, class Group>
-__global__ void __launch_bounds__(most_threads, 2) long_kernel(const Divergence args, const int kept) {
+__global__ void __launch_bounds__(most_threads, BLOCKS<T, KIND>) long_kernel(const Divergence args, const int kept) {
   constexpr int size = Chunk<T>::size;
   SMART_FAST_SHARED(Shared, shared);
   SMART_FAST_DYNAMIC_SHARED(Chunk<T>, stored);  // [kept chunks a thread][x, t][threads]
