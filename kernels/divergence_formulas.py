@@ -392,8 +392,8 @@ def finish_blocks(
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The two row sums over BLOCKS blocks of columns from ``first`` on, from the row's statistics. OUTPUT "terms" writes
-    the terms; the sums are then zero."""
+    """The two row sums over BLOCKS blocks of columns from ``first`` on, from the row's statistics. With OUTPUT "terms"
+    the terms are written, and the sums are zero."""
     one = tl.zeros([ROWS], tl.float32)
     two = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED and OUTPUT != "terms"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from operator import attrgetter
 from typing import Any
@@ -158,6 +160,16 @@ class Options:
     def of(module: Any) -> Options:
         """The options that stand on ``module``, checked."""
         return Options(**{name: getattr(module, name) for name in NAMES})
+
+
+# Who writes SMARTLoss(typo=1) is told of SMARTLoss.
+Options.__init__.__qualname__ = "SMARTLoss.__init__"
+
+
+def signature(init: Callable[..., None]) -> inspect.Signature:
+    """That of ``init``, with the options, in their order, in place of its ``*args`` and ``**kwargs``."""
+    own = [each for each in inspect.signature(init).parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return inspect.Signature([*own, *inspect.signature(Options).parameters.values()], return_annotation=None)
 
 
 NAMES = tuple(each.name for each in fields(Options))

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from . import autograd, diagnostics, options
-from .ascent import direction_of, modes, precision
-from .ascent.base import Direction, Passes
+from . import autograd, diagnostics
+from .ascent import modes, precision
+from .ascent.base import Passes
 from .backends import select
-from .backends.base import Step
 from .checks import check_embeddings
 from .losses import states
 from .losses.logits import compare
 from .noise import token_rms
-from .options import Options
+from .options import Options, signature
+from .prepared import Prepared, prepare
 
 __all__ = ["SMARTLoss"]
-
-
-class Prepared(NamedTuple):
-    """What the attributes ask for, and which they were."""
-
-    made_of: tuple[Any, ...]
-    options: Options
-    step: Step
-    direction: Direction
-    wrapped: bool  # whether there is a static-graph DDP in eval_fn
 
 
 class SMARTLoss(nn.Module):
@@ -64,8 +54,7 @@ class SMARTLoss(nn.Module):
         self.steps = 0
         self._warned = False
         self.record = diagnostics.Record()
-        self._prepared: Prepared | None = None
-        self._prepare()
+        self._prepared = prepare(self, None)
 
     def forward(
         self, embed: Tensor | tuple[Tensor, ...], state: Any, *args: Any, mask: Any = None, **kwargs: Any
@@ -95,8 +84,11 @@ class SMARTLoss(nn.Module):
                     Tensor, torch.clone, (embed, state, args, mask, kwargs)
                 )
                 return self.forward(embed, state, *args, mask=mask, **kwargs)
-        prepared = self._prepare()
-        if self._skips(prepared.options):
+        prepared = self._prepared = prepare(self, self._prepared)
+        number = self.steps
+        if self.training and not torch.compiler.is_compiling():  # a number that changes would be compiled anew
+            self.steps = number + 1
+        if prepared.options.skips(number, self.training):
             return states.no_graph(embed)
         run = modes.runner(self.eval_fn, args, kwargs, prepared.options.shared_dropout)
         if not prepared.options.freeze_batch_norm:
@@ -118,11 +110,10 @@ class SMARTLoss(nn.Module):
         each_embed = range(len(embeds))
         units = [token_rms(each) if chosen.scale == "relative" else None for each in embeds]
         backends = [select(chosen.backend, each, numbers=step.tensors) for each in embeds]
-        passes = Passes(run, self._climbed, embeds, state)
+        climbed = partial(compare, "loss_fn", self.loss_fn, backend=chosen.backend, ascent=True)
+        passes, go_on = Passes(run, climbed, embeds, state), num_steps > 0 or keep
         started = [
-            autograd.perturb(
-                backends[i], embeds[i], step.noise_var, chosen.generator, masks[i], num_steps > 0 or keep, units[i]
-            )
+            autograd.perturb(backends[i], embeds[i], step.noise_var, chosen.generator, masks[i], go_on, units[i])
             for i in each_embed
         ]
         perturbed: list[Any] = [each for each, _ in started]
@@ -140,9 +131,6 @@ class SMARTLoss(nn.Module):
             perturbed = [autograd.track(each) for each in perturbed]
         return compare("loss_last_fn", self.loss_last_fn, run(*perturbed), state, chosen.backend)
 
-    def _climbed(self, perturbed: Any, state: Any) -> Any:
-        return compare("loss_fn", self.loss_fn, perturbed, state, str(self.backend), ascent=True)
-
     @property
     def diagnostics(self) -> dict[str, float]:
         """Figures of the last call, if ``diagnose`` is set (else none); reading them waits for the device.
@@ -158,27 +146,5 @@ class SMARTLoss(nn.Module):
         names = ("num_steps", "step_size", "epsilon", "noise_var", "backend", "update", "ascent", "scale")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def _prepare(self) -> Prepared:
-        """What the attributes ask for now; kept while each of them is the very object that it was."""
-        before = self._prepared
-        if before is not None and torch.compiler.is_compiling():  # which guards on the attributes by itself
-            chosen = Options.of(self)
-            return Prepared((), chosen, chosen.step, direction_of(self.eval_fn, chosen, before.wrapped), before.wrapped)
-        now = (self.eval_fn, self.loss_fn, self.loss_last_fn, *options.values(self))
-        if before is not None and all(map(operator.is_, now, before.made_of)):
-            return before
-        states.check_losses("loss_fn", self.loss_fn)
-        states.check_losses("loss_last_fn", self.loss_last_fn)
-        chosen = Options.of(self)
-        chosen.check_eval_fn(self.eval_fn)
-        wrapped = modes.prepare(self.eval_fn, chosen.shared_dropout)
-        direction = direction_of(self.eval_fn, chosen, wrapped)
-        self._prepared = Prepared(now, chosen, chosen.step, direction, wrapped)
-        return self._prepared
 
-    def _skips(self, chosen: Options) -> bool:
-        """Whether this call is to give zero; counts it."""
-        number = self.steps
-        if self.training and not torch.compiler.is_compiling():  # a number that changes would be compiled anew
-            self.steps = number + 1
-        return chosen.skips(number, self.training)
+SMARTLoss.__init__.__signature__ = signature(SMARTLoss.__init__)  # type: ignore[attr-defined]
