@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from .backends import log_ratio
 from .backends.base import Backend, DivergenceSpec, Step
 from .losses import chunks, sharded
-from .noise import draw_seed
 from .training import compiling
 
 
@@ -79,8 +78,7 @@ def perturb(
     """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
     if _has_nodes(backend):
         return backend.perturb_fresh(embed, generator, noise_var, mask, keep_noise, unit)
-    seed = draw_seed(embed.device, generator)
-    perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise, unit)
+    perturbed, noise = backend.perturb_fresh(embed.detach(), generator, noise_var, mask, keep_noise, unit)
     return _shift(embed, perturbed, mask), noise
 
 
@@ -151,7 +149,7 @@ def divergence(
     Of ``logits / temperature``, times ``temperature**2``. ``exact``: by formulas that do not cancel, also where the
     backend would compute as smart-pytorch does.
     """
-    if backend.reference and not exact:
+    if backend.loss is not None and not exact:
         return backend.loss(input, target, kind, reduction, alpha, mask, temperature)
     square = temperature * temperature
     if reduction == "none":
@@ -176,7 +174,7 @@ def divergence(
 def _differentiable_divergence(
     backend: Backend, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None
 ) -> Tensor:
-    if backend.nodes == "eager" and not torch.compiler.is_compiling():
+    if backend.divergence is not None and not torch.compiler.is_compiling():
         return backend.divergence(input, target, spec, mask)
     loss: Tensor = _Divergence.apply(input, target, mask, backend, spec)
     return loss

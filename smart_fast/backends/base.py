@@ -30,6 +30,7 @@ PARTS = 6
 
 
 Nodes = Literal["always", "eager", "never"]
+PlainDivergence = Callable[[Any, Any, str, str, float], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,9 @@ class Backend(Protocol):
     """
 
     name: str
-    #: When `perturb_fresh` and `ascend` (and, in eager mode, `divergence`) are differentiable by themselves: always
-    #: (PyTorch operations), in eager mode (nodes in C++), or never, so that `smart_fast.autograd` wraps them.
+    #: When `perturb_fresh` and `ascend` are differentiable by themselves: always (PyTorch operations), in eager mode
+    #: (nodes in C++), or never, so that `smart_fast.autograd` wraps them.
     nodes: Nodes
-    #: Whether `loss` is there: whole losses by smart-pytorch's own operations, bit for bit.
-    reference: bool
     #: The divergences that it knows.
     kinds: frozenset[str]
 
@@ -105,7 +104,7 @@ class Backend(Protocol):
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`perturb` by noise, or a seed, drawn from ``generator``. Called where there are ``nodes`` only."""
+        """`perturb` by noise, or a seed, drawn from ``generator``."""
         ...
 
     def ascend(
@@ -118,22 +117,25 @@ class Backend(Protocol):
         """
         ...
 
-    def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        """The loss of `divergence_forward`, differentiable. Called where ``nodes`` are those of eager mode only."""
+    @property
+    def divergence(self) -> Callable[[Tensor, Tensor, DivergenceSpec, Tensor | None], Tensor] | None:
+        """``(input, target, spec, mask)``: the loss of `divergence_forward`, differentiable in eager mode; None:
+        `smart_fast.autograd` makes it of the two passes below."""
         ...
 
-    def loss(
-        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
-        temperature: float,
-    ) -> Tensor:  # fmt: skip
-        """The reduced divergence, by smart-pytorch's operations. Called if ``reference`` only."""
+    @property
+    def loss(self) -> Callable[[Tensor, Tensor, str, str, Any, Tensor | None, float], Tensor] | None:
+        """``(input, target, kind, reduction, alpha, mask, temperature)``: whole losses by smart-pytorch's own
+        operations, bit for bit; None: this backend has its own formulas."""
         ...
 
-    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
-        """The reduced divergence of two ordinary tensors of one shape at the least cost, if there is such a way and
-        nothing about them needs more."""
+    @property
+    def plain_divergence(self) -> PlainDivergence | None:
+        """``(input, target, kind, reduction, alpha)``: the reduced divergence of two ordinary tensors of one shape at
+        the least cost, or None where something about them needs more. None: there is no such way."""
         ...
 
+    @property
     def gradient_functions(self) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
         """`torch.autograd.graph.get_gradient_edge` and `torch.autograd.grad` without what Python adds, if in C++."""
         ...

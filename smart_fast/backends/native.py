@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..noise import draw_seed
 from . import steps
 from .base import DivergenceSpec, Nodes, Step, new_output
 
@@ -23,8 +24,8 @@ class Native:
 
     name = "native"
     nodes: Nodes = "eager"
-    reference = False
     kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
+    loss = None
 
     def __init__(self, extension: Any) -> None:
         self.extension = extension
@@ -56,7 +57,9 @@ class Native:
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """By a seed that the operator draws as `smart_fast.noise` would."""
+        """By a seed that, in eager mode, the operator draws as `smart_fast.noise` would."""
+        if torch.compiler.is_compiling():
+            return self.perturb(embed, draw_seed(embed.device, generator), float(noise_var), mask, keep_noise, unit)
         perturbed, noise = self.extension.perturb(embed, generator, float(noise_var), mask, keep_noise, unit)
         return perturbed, noise
 
@@ -83,17 +86,12 @@ class Native:
         loss: Tensor = _operators.native_divergence.default(input, target, mask, *spec)
         return loss
 
-    def loss(
-        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
-        temperature: float,
-    ) -> Tensor:  # fmt: skip
-        raise TypeError("the compiled operators compute divergences by their own formulas: divergence does")
-
     def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
         """Of ordinary CPU tensors: without this way host time is a quarter more (``python -m bench overhead``)."""
         loss: Tensor | None = self.extension.divergence(input, target, kind, reduction, alpha)
         return loss
 
+    @property
     def gradient_functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         return self.extension.edge, self.extension.gradients
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..losses import divergences
 from ..noise import draw_normal
 from . import log_ratio, updates
-from .base import DIVERGENCES, DivergenceSpec, Nodes, Step
+from .base import DIVERGENCES, Nodes, Step
 
 
 def perturb(
@@ -115,8 +115,9 @@ class PyTorch:
 
     name = "torch"
     nodes: Nodes = "always"
-    reference = True
     kinds = frozenset(DIVERGENCES)
+    plain_divergence = None
+    gradient_functions = None
 
     def unavailable(self) -> str | None:
         return None
@@ -134,7 +135,9 @@ class PyTorch:
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        raise TypeError("PyTorch's noise comes from a generator, not from a seed: perturb_fresh draws it")
+        """By the noise of a generator that starts at the seed, which is read on the host."""
+        generator = torch.Generator(embed.device).manual_seed(int(seed))
+        return perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
 
     def ascend(
         self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
@@ -142,15 +145,8 @@ class PyTorch:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return ascend(embed, grad, noise, step, mask, unit)
 
-    def loss(
-        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
-        temperature: float,
-    ) -> Tensor:  # fmt: skip
-        return divergence(input, target, kind, reduction, alpha, mask, temperature)
-
-    def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        raise TypeError("smart_fast.autograd wraps divergence_forward and divergence_backward")
-
+    loss = staticmethod(divergence)
+    divergence = None
     divergence_forward = staticmethod(log_ratio.divergence_forward)
     divergence_backward = staticmethod(log_ratio.divergence_backward)
     divergence_measure = staticmethod(log_ratio.divergence_measure)
@@ -162,12 +158,6 @@ class PyTorch:
         q = logits.softmax(-1, dtype=dtype).scatter(-1, largest, 0.0)
         q = q.scatter(-1, largest, -q.sum(-1, keepdim=True))
         return q if wide else q.to(logits.dtype)
-
-    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
-        return None
-
-    def gradient_functions(self) -> None:
-        return None
 
     def empty_cache(self) -> int:
         return 0

@@ -239,7 +239,7 @@ def plain_divergence(backend: str) -> Callable[..., Tensor | None] | None:
 def short_way_to_gradients() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """`torch.autograd.graph.get_gradient_edge` and `torch.autograd.grad` without what Python adds, if C++ is there."""
     found = state.found.get("native")
-    return None if found is None or isinstance(found, str) else found.gradient_functions()
+    return None if found is None or isinstance(found, str) else found.gradient_functions
 
 
 _said: dict[Any, Any] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..noise import draw_seed
 from . import steps
 from . import triton_launch as ops
 from .base import DivergenceSpec, Nodes, Step
@@ -52,8 +53,8 @@ class Triton:
 
     name = "triton"
     nodes: Nodes = "never"
-    reference = False
     kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
+    divergence = loss = plain_divergence = gradient_functions = None
 
     def unavailable(self) -> str | None:
         if ops.INTERPRETED:
@@ -86,28 +87,13 @@ class Triton:
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        raise TypeError("the Triton kernels have no autograd nodes: smart_fast.autograd.perturb wraps them")
+        return self.perturb(embed, draw_seed(embed.device, generator), float(noise_var), mask, keep_noise, unit)
 
     def ascend(
         self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return steps.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
-
-    def divergence(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        raise TypeError("the Triton kernels have no autograd nodes: smart_fast.autograd.divergence wraps them")
-
-    def loss(
-        self, input: Tensor, target: Tensor, kind: str, reduction: str, alpha: Any, mask: Tensor | None,
-        temperature: float,
-    ) -> Tensor:  # fmt: skip
-        raise TypeError("the Triton kernels compute divergences by their own formulas")
-
-    def plain_divergence(self, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
-        return None
-
-    def gradient_functions(self) -> None:
-        return None
 
     def empty_cache(self) -> int:
         return 0
