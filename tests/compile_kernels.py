@@ -79,9 +79,27 @@ def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
             _record_ascent(dtype, width, masked, every, wrap)
             _record_divergence(dtype, width, masked, every, full, wrap)
 
+    yield from _distinct(recorded, lambda kernel, arguments: (kernel.fn.__name__, repr(_specialize(kernel, arguments))))
+
+
+def one_of_each() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A (kernel, arguments) of each kernel: bf16, masked, the last divergence of the table."""
+    recorded: list[tuple[Any, dict[str, Any]]] = []
+
+    def wrap(kernel: Any) -> Recorder:
+        return Recorder(kernel, recorded)
+
+    for width in (768, 30522):
+        _record_fisher(torch.bfloat16, width, wrap)
+        _record_ascent(torch.bfloat16, width, True, False, wrap)
+        _record_divergence(torch.bfloat16, width, True, False, False, wrap)
+    yield from _distinct(recorded[::-1], lambda kernel, arguments: kernel.fn.__name__)
+
+
+def _distinct(recorded: list[tuple[Any, dict[str, Any]]], key_of: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
     seen = set()
     for kernel, arguments in recorded:
-        key = (kernel.fn.__name__, repr(_specialize(kernel, arguments)))
+        key = key_of(kernel, arguments)
         if key not in seen:
             seen.add(key)
             yield kernel, arguments
@@ -227,10 +245,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--part", default="0/1", help="I/N: every N-th specialization, starting with the I-th")
-    parser.add_argument("--full", action="store_true", help="cross every width, dtype and option (many minutes)")
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument("--full", action="store_true", help="cross every width, dtype and option (many minutes)")
+    scope.add_argument("--brief", action="store_true", help="one of each kernel")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
-    for kernel, launch in itertools.islice(launches(arguments.full), part, None, parts):
+    chosen = one_of_each() if arguments.brief else launches(arguments.full)
+    for kernel, launch in itertools.islice(chosen, part, None, parts):
         print(json.dumps(compile_for(arguments.target, kernel, launch)), flush=True)
 
 

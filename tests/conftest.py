@@ -29,6 +29,7 @@ def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(trylast=True)  # after -m has chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # By far the longest first, or one of several workers has them left at the end.
     items.sort(key=lambda item: "compile_only" not in item.keywords)
@@ -87,7 +88,15 @@ def native() -> Native:
     return build_native()
 
 
-@pytest.fixture(params=[pytest.param(each, marks=[GPU] if "cuda" in each else []) for each in KERNELS])
+# What a test learns of one number of threads and one instruction set holds of the others as a rule.
+EXHAUSTIVE = ("native-2-threads", "native-avx2", "native-portable")
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [GPU] * ("cuda" in name) + [pytest.mark.exhaustive] * (name in EXHAUSTIVE)
+
+
+@pytest.fixture(params=[pytest.param(each, marks=marks(each)) for each in KERNELS])
 def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, torch.device]]:
     """A fused backend, made the default one, and the device to run it on."""
     from smart_fast.backends import set_default_backend

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 # The tensors of the tests are small: threads would only wait for each other.
@@ -25,6 +26,11 @@ def same_bits(a, b):
 
 def _equal_numbers(a, b):
     return torch.equal(torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b))
+
+
+def exhaustively(*values):
+    """Parameters for exhaustive runs alone: ``@pytest.mark.parametrize("width", [3, *exhaustively(1, 1000)])``."""
+    return [pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.exhaustive) for each in values]
 
 
 class Counting:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,26 +18,37 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 PARTS = 4
 
 
-@pytest.mark.compile_only
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_compiles_without_spills(target: str, part: int, tmp_path: Path) -> None:
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+KERNELS = {
+    "perturb_kernel", "measure_kernel", "ascend_kernel", "fisher_direction_kernel", "divergence_forward_kernel",
+    "divergence_backward_kernel", "divergence_backward_elementwise_kernel", "divergence_measure_kernel",
+    "divergence_finish_kernel", "divergence_merge_kernel", "divergence_collect_kernel",
+}  # fmt: skip
+
+
+def compiled(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SCRIPT.parent.parent)}
-    command = [sys.executable, str(SCRIPT), target, "--part", f"{part}/{PARTS}"]
+    command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(compiled) > 100
-    few = {
-        "divergence_merge_kernel",
-        "divergence_collect_kernel",
-        "fisher_direction_kernel",
-    }  # too few for every part to have one
-    assert {each["kernel"] for each in compiled} | few == {
-        "perturb_kernel", "measure_kernel", "ascend_kernel", "divergence_forward_kernel",
-        "divergence_backward_kernel", "divergence_backward_elementwise_kernel", "divergence_measure_kernel",
-        "divergence_finish_kernel",
-    } | few  # fmt: skip
-    spilled = [each for each in compiled if each["stack"]]
-    assert not spilled, spilled
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(target: str, tmp_path: Path) -> None:
+    found = compiled(tmp_path, target, "--brief")
+    assert {each["kernel"] for each in found} == KERNELS
+    assert not [each for each in found if each["stack"]]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.compile_only
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_specialization_compiles_without_spills(target: str, part: int, tmp_path: Path) -> None:
+    found = compiled(tmp_path, target, "--part", f"{part}/{PARTS}")
+    assert len(found) > 100
+    few = {"divergence_merge_kernel", "divergence_collect_kernel", "fisher_direction_kernel"}  # not in every part
+    assert {each["kernel"] for each in found} | few == KERNELS
+    assert not [each for each in found if each["stack"]]

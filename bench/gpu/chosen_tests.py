@@ -107,7 +107,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def main() -> int:
     # Triton compiles what these tests alone launch: shared out, though two workers may compile the same.
-    workers = [] if dry_run() else ["-n", "8"]
+    # "-m gpu" asks for the exhaustive ones as well.
+    workers = [] if dry_run() else ["-n", "8", "-m", "gpu"]
     folder = pathlib.Path(os.environ[FILE]).parent if FILE in os.environ else pathlib.Path()
     files = [f"tests/{each}.py" for each in (DRY_FILES if dry_run() else FILES)]
     command = [
