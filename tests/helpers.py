@@ -30,7 +30,9 @@ def _equal_numbers(a, b):
 
 def exhaustively(*values):
     """Parameters for exhaustive runs alone: ``@pytest.mark.parametrize("width", [3, *exhaustively(1, 1000)])``."""
-    return [pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.exhaustive) for each in values]
+    return [
+        pytest.param(*(each if isinstance(each, tuple) else (each,)), marks=pytest.mark.exhaustive) for each in values
+    ]
 
 
 class Counting:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from smart_fast import SMARTLoss, js_loss, kl_loss, sentence_norm, sym_kl_loss
 from smart_fast.backends import select
 from smart_fast.norms import inf_norm, l1_norm, l2_norm
+from tests.helpers import exhaustively
 
 SETTINGS = {"step_size": 10.0, "noise_var": 0.1}  # so that the ascent matters
 
@@ -74,7 +75,9 @@ def check(call, inputs, compiler="aot_eager", graphs=1, tolerance=1e-5, **option
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-@pytest.mark.parametrize(("model", "num_steps"), [("classifier", 0), ("classifier", 1), ("classifier", 3), ("lm", 2)])
+@pytest.mark.parametrize(
+    ("model", "num_steps"), [("lm", 2), *exhaustively(("classifier", 0), ("classifier", 1), ("classifier", 3))]
+)
 def test_one_graph(model, num_steps, requires_grad, backend):
     """Compiled alone, with an embedding and a state from outside."""
     make, shape = MODELS[model]
@@ -100,14 +103,14 @@ def test_one_graph(model, num_steps, requires_grad, backend):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("num_steps", [0, 2])
+@pytest.mark.parametrize("num_steps", [2, *exhaustively(0)])
 def test_inductor(num_steps, backend):
     net, embed = classifier(), torch.randn(5, 8, requires_grad=True)
     smart = SMARTLoss(net, kl_loss, sym_kl_loss, num_steps=num_steps, backend=backend, **SETTINGS)
     check(lambda: smart(embed, net(embed)), [embed, *net.parameters()], "inductor")
 
 
-@pytest.mark.parametrize("norm", [inf_norm, l1_norm, sentence_norm(l1_norm), lambda x: x.abs().amax()])
+@pytest.mark.parametrize("norm", [l1_norm, *exhaustively(inf_norm, sentence_norm(l1_norm), lambda x: x.abs().amax())])
 def test_paper_and_relative(norm, backend):
     net, embed = classifier(), torch.randn(5, 8, requires_grad=True)
     smart = SMARTLoss(
@@ -116,6 +119,7 @@ def test_paper_and_relative(norm, backend):
     check(lambda: smart(embed, net(embed)), [embed, *net.parameters()])
 
 
+@pytest.mark.exhaustive
 def test_a_whole_step_compiles_with_inductor():
     net, table, ids = Head(), nn.Embedding(11, 8), torch.randint(3, (2, 7))
     smart = SMARTLoss(net, kl_loss, sym_kl_loss, backend="auto", **SETTINGS)
@@ -128,6 +132,7 @@ def test_a_whole_step_compiles_with_inductor():
     check(step, [table.weight, *net.parameters()], "inductor")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("num_steps", "requires_grad"), [(1, True), (2, False)])
 def test_under_autocast(num_steps, requires_grad, backend):
     """The ascent casts weights for itself: those of autocast's cache belong to a graph that it would use up."""
@@ -141,6 +146,7 @@ def test_under_autocast(num_steps, requires_grad, backend):
     check(call, [*net.parameters()] + [embed] * requires_grad, tolerance=1e-2)
 
 
+@pytest.mark.exhaustive
 def test_batches_of_any_size(backend):
     net = classifier()
     smart = SMARTLoss(net, kl_loss, backend=backend, **SETTINGS)
@@ -155,6 +161,7 @@ def test_batches_of_any_size(backend):
     assert seen[0] == seen[-1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["noise_var", "step_size", "epsilon", "num_steps"])
 def test_settings_may_change_between_calls(name, backend):
     net, embed = classifier(), torch.randn(5, 8, requires_grad=True)
@@ -179,6 +186,7 @@ def normalized():
     return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("make", "options"),
     [

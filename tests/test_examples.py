@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from smart_fast.backends import select
-from tests.helpers import ROOT, run_python
+from tests.helpers import ROOT, exhaustively, run_python
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("backend", ["auto", *exhaustively("torch")])
 def test_causal_lm(backend: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     if backend == "auto" and select("auto", torch.ones(2, 2)).name == "torch":
@@ -35,6 +35,7 @@ def test_causal_lm(backend: str, tmp_path: Path) -> None:
     torch.testing.assert_close(values[:, 1], values[:1, 1].expand(3), rtol=0.5, atol=0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without torch.distributed or gloo"
 )
@@ -68,7 +69,7 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", ["pytorch_loop", *exhaustively(*(each for each in METRICS if each != "pytorch_loop"))])
 def test_training(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

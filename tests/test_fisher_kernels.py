@@ -8,6 +8,7 @@ from torch import Tensor
 
 from smart_fast import SMARTLoss, kl_loss
 from smart_fast.ascent import fisher
+from tests.helpers import exhaustively
 
 # A fallback to PyTorch would make these tests compare PyTorch with itself.
 pytestmark = pytest.mark.filterwarnings("error::smart_fast.BackendFallbackWarning")
@@ -130,8 +131,8 @@ def test_huge_logits(width: int, backend, device, poison: None) -> None:
         check(direct(logits * scale, backend), logits * scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [3, 100, 700, 9000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *exhaustively(torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize("width", [3, 100, *exhaustively(700, 9000)])
 def test_shapes_and_strides(width: int, dtype: torch.dtype, backend, device, poison: None) -> None:
     base = random(4, 3, 2, width).to(device, dtype)
     for view in (
@@ -150,6 +151,7 @@ def test_shapes_and_strides(width: int, dtype: torch.dtype, backend, device, poi
         check(direct(view, backend), view, 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_many_rows(backend, device, poison: None) -> None:
     """More rows than a chunk or a block has; every one is its own."""
     for width in (2, 3, 10, 130):

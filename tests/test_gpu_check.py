@@ -230,6 +230,7 @@ print("listed", len(launches.listed(FULL)))
 """
 
 
+@pytest.mark.exhaustive
 def test_a_launch_finds_what_was_compiled_for_meta_tensors(tmp_path):
     done = python("-c", SAME_KEYS, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -288,6 +289,7 @@ def test_of_a_test_function_the_last_parameters_are_chosen():
     assert chosen == [alone, other, last, elsewhere]
 
 
+@pytest.mark.exhaustive
 def test_about_120_tests_are_chosen():
     files = [f"tests/{each}.py" for each in chosen_tests.FILES]
     command = ["-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-p", "bench.gpu.chosen_tests", *files]

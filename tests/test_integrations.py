@@ -296,6 +296,7 @@ def test_a_weight_of_zero_is_trainer(name: str, tmp_path: Path) -> None:
     assert torch.equal(found[0][2], found[1][2])
 
 
+@pytest.mark.exhaustive
 def test_padding_and_ignored_labels_do_not_count(tmp_path: Path) -> None:
     """What stands in padding, and how much there is of it, changes nothing; nor do tokens that are not labeled."""
     model = bert("BertForTokenClassification", num_labels=KINDS)
@@ -442,6 +443,7 @@ def test_new_models_of_model_init(tmp_path: Path) -> None:
         assert logged(trainer, "smart_loss")[0] > 0
 
 
+@pytest.mark.exhaustive
 def test_compiled_models(tmp_path: Path) -> None:
     head = HEADS["classes"]
     model, inputs = head.model(), batch(head)
@@ -552,6 +554,7 @@ def test_tasks_without_labels_that_fit_the_logits(tmp_path: Path) -> None:
     assert logged(trainer, "smart_loss") == pytest.approx([smoothness.item()], rel=1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["transformers", "lightning"])
 def test_a_missing_package_is_named(name: str, tmp_path: Path) -> None:
     code = f"""

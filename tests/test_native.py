@@ -194,6 +194,7 @@ def test_no_gradient_no_memory(native):
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_kernels_under_address_and_undefined_behavior_sanitizer(tmp_path):
     csrc = native_build.sources()
     if reason := native_build.missing():

@@ -65,6 +65,7 @@ def test_builds_once_and_says_so(probe, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.exhaustive
 @needs_tools
 def test_a_stale_lock_and_an_interrupted_build(probe, tmp_path):
     directory = native_build.build_directory()
@@ -76,6 +77,7 @@ def test_a_stale_lock_and_an_interrupted_build(probe, tmp_path):
     assert "probe 42" in done.stdout, done.stderr
 
 
+@pytest.mark.exhaustive
 @needs_tools
 def test_two_processes_at_once(probe, tmp_path):
     """One compiles, the other waits for it."""
@@ -115,6 +117,7 @@ assert torch.equal(found, smart_fast.kl_loss(*pair))
 """
 
 
+@pytest.mark.exhaustive
 def test_no_compiler(tmp_path):
     environment = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = run_python(FALLBACK, cwd=tmp_path, env=environment)
@@ -139,6 +142,7 @@ def test_a_failed_build_falls_back(probe, tmp_path):
     assert done.stderr.count("compiling") == 1
 
 
+@pytest.mark.exhaustive
 @needs_tools
 def test_a_broken_library_falls_back(probe, tmp_path):
     undefined = 'extern "C" int nowhere();\n' + PROBE.replace('"probe", 42', '"probe", nowhere()')
@@ -172,6 +176,7 @@ def test_a_cache_that_cannot_be_written(probe, tmp_path, monkeypatch):
         native_build.build()
 
 
+@pytest.mark.exhaustive
 def test_auto_never_builds(tmp_path):
     code = """
 import torch, smart_fast
@@ -187,6 +192,7 @@ smart_fast.SMARTLoss(net, smart_fast.kl_loss)(torch.ones(2, 3), net(torch.ones(2
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.exhaustive
 @needs_tools
 def test_compiled_at_installation(tmp_path):
     """SMART_FAST_BUILD_EXT=1 puts the extension into the wheel, and that is what is used."""

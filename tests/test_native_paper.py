@@ -348,6 +348,7 @@ def test_smart_loss(num_steps, update, scale, kind, scope, built):
         assert (value.double() - exactly).norm() < 1e-4 * largest
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("norm_fn", [inf_norm, l2_norm, l1_norm, sentence_norm(l2_norm), sentence_norm(l1_norm)])
 def test_compiled(norm_fn, built):
     """One graph, the noise and the loss of eager mode."""

@@ -1,4 +1,4 @@
-"""What the layout promises: imports without circles, arrows that point one way, and nobody in another's private names."""
+"""What the layout promises: imports without circles, arrows that point one way, no use of another's private names."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def test_no_circle_of_imports() -> None:
     ("room", "knows_nothing_of"),
     [
         ("ascent", ("smart", "prepared", "methods", "integrations", "diagnostics")),
-        ("backends", ("smart", "prepared", "options", "ascent", "methods", "integrations", "autograd", "losses.logits")),
+        (
+            "backends",
+            ("smart", "prepared", "options", "ascent", "methods", "integrations", "autograd", "losses.logits"),
+        ),
         ("losses.divergences", ("backends", "autograd", "ascent", "smart")),
         ("autograd", ("smart", "options", "ascent", "methods", "losses.logits", "losses.linear")),
     ],

@@ -164,6 +164,7 @@ def test_a_table_changes_the_launch(kernel, use, long_rows):
     assert tiles_of(kernel, shape, BF16) == default  # entries speak of one size of elements
 
 
+@pytest.mark.exhaustive
 @every_kernel
 @pytest.mark.parametrize(("width", "dtype"), [(1, FP32), (3, BF16), (1100, FP32), (1100, BF16)])
 def test_results_are_right_whatever_the_choice(kernel, width, dtype, long_rows):
@@ -220,6 +221,7 @@ def test_a_symbolic_size_is_looked_up_by_guards(use):
         assert recorder.tiles["perturb_kernel"][1] == block
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_with_a_table(use, dynamic):
     use(content(entry("divergence_forward", Choice(4, 1, 2)), entry("divergence_backward", Choice(8, 1))))
@@ -347,6 +349,7 @@ def swept(kernel, clock, shape=(5, 33), dtype=FP32):
     return tune.Sweep(tune_targets.Target(kernel, shape, dtype), DEVICE, 0.01, clock).entry()
 
 
+@pytest.mark.exhaustive
 @every_kernel
 def test_the_fastest_is_chosen_and_launches(kernel, use, tmp_path, long_rows, few):
     rows = 1 if kernel == "perturb_stream" else 2 if kernel == "divergence_split" else 4
@@ -367,6 +370,7 @@ def test_the_fastest_is_chosen_and_launches(kernel, use, tmp_path, long_rows, fe
     assert [line[0] for line in tune.rows(table)] == ["kernel", kernel]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("clock", "wins"),
     [
@@ -414,6 +418,7 @@ def spills(out, wrap):
     return out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("reason", "result"),
     [
@@ -442,6 +447,7 @@ def test_flawed_in_a_variant(monkeypatch):
     assert found["measured"]["dropped"] == {"wrong in a variant": 1}
 
 
+@pytest.mark.exhaustive
 def test_a_default_that_fails_is_reported(monkeypatch, tmp_path):
     spoiled(monkeypatch, "perturb", lambda args: True, fails)
     todo = [tune_targets.Target("perturb", (5, 33), FP32), tune_targets.Target("measure", (5, 33), FP32)]
@@ -450,6 +456,7 @@ def test_a_default_that_fails_is_reported(monkeypatch, tmp_path):
     assert [each["kernel"] for each in table["entries"]] == ["measure"]
 
 
+@pytest.mark.exhaustive
 def test_loads_ahead_and_programs_are_tried(long_rows, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda kernel, width: [])
     clock = Clock(lambda choice: 0.9 - 0.1 * choice.stages - 0.01 * choice.programs)
@@ -461,6 +468,7 @@ def test_loads_ahead_and_programs_are_tried(long_rows, monkeypatch):
     assert found["measured"]["more_rows"] == {"shape": [4, 1300], "default_seconds": 1.0, "seconds": 0.5}
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda kernel, width: [Choice(32, 1)])
     path, todo = tmp_path / "found.json", [tune_targets.Target("perturb", (5, 33), d) for d in (FP32, BF16)]
