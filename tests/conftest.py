@@ -42,15 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulation.Emulated:
-    """The CUDA kernels on this CPU."""
+def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> cuda_emulation.Emulated:
+    """The CUDA kernels on this CPU; in exhaustive runs under the sanitizer of undefined behavior."""
     from tests import cuda_emulation
 
     if shutil.which("g++") is None:
         pytest.skip("no g++ on PATH")
     base = tmp_path_factory.getbasetemp()
     directory = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cuda_emulation"
-    return cuda_emulation.Emulated(cuda_emulation.shared_library(directory))
+    thorough = "not exhaustive" not in request.config.option.markexpr
+    return cuda_emulation.Emulated(cuda_emulation.shared_library(directory, thorough))
 
 
 @pytest.fixture

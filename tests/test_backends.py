@@ -152,6 +152,7 @@ print("loss", smart_fast.kl_loss(*pair).item())
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("value", "says"),
     [("native", "BackendFallbackWarning"), ("jax", "ValueError environment variable SMART_FAST_BACKEND"), ("", "loss")],

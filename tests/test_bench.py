@@ -101,6 +101,7 @@ every_kind = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.exhaustive
 @every_kind
 @pytest.mark.parametrize("backend", ["triton", "native"])
 def test_fused_backends_pass_the_checks(case, backend):
@@ -113,6 +114,7 @@ def test_fused_backends_pass_the_checks(case, backend):
     assert not [found for found in findings if found.wrong]
 
 
+@pytest.mark.exhaustive
 @every_kind
 def test_right_results_are_timed(case):
     rows = run_small(("smart-fast torch", lambda run: run), case=case)
@@ -351,6 +353,7 @@ def cli(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.exhaustive
 def test_command_line_lists_the_cases():
     done = cli("--list", "--quick", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -378,6 +381,7 @@ def test_command_line_errors_are_clear(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_command_line_takes_several_groups():
     done = cli("lm", "overhead", "--list", "--quick", "--device", "cpu")
     assert done.returncode == 0, done.stderr

@@ -85,6 +85,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(liger, "_kernel", lambda name: (STAND_INS[name], None))
 
 
+@pytest.mark.exhaustive
 @every_case
 def test_named_but_not_run_without_a_gpu(kind, linear):
     rows = run_liger(kind, linear)
@@ -92,6 +93,7 @@ def test_named_but_not_run_without_a_gpu(kind, linear):
     assert all("need a GPU" in row.skipped for row in rows.values() if row.skipped)
 
 
+@pytest.mark.exhaustive
 @every_case
 def test_checked_against_what_they_compute(kind, linear, stand_ins):
     rows = run_liger(kind, linear)
@@ -107,6 +109,7 @@ def test_checked_against_what_they_compute(kind, linear, stand_ins):
         assert rival.speed == 1.0
 
 
+@pytest.mark.exhaustive
 @every_case
 def test_wrong_results_get_no_time(kind, linear, stand_ins):
     def doubled(run):

@@ -305,6 +305,7 @@ def test_energy_gets_into_the_rows(monkeypatch):
     assert all(0 < each.energy <= 1 for each in rows)
 
 
+@pytest.mark.exhaustive
 def test_energy_option(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(energy, "MIN_SECONDS", 0.01)
     monkeypatch.setattr(cases, "TABLE", (SMALL,))

@@ -62,6 +62,7 @@ def rows_of(case, module, change=lambda run: run):
     return rows
 
 
+@pytest.mark.exhaustive
 @every_case
 def test_mtdnn_is_checked_and_timed(case, names):
     rows = rows_of(case, mtdnn)
@@ -74,6 +75,7 @@ def test_mtdnn_is_checked_and_timed(case, names):
         assert ("what it computes" in row.checked) == (row.role == "other")
 
 
+@pytest.mark.exhaustive
 @every_case
 def test_wrong_results_of_mtdnn_get_no_time(case, names):
     def doubled(run):
@@ -102,6 +104,7 @@ def test_mtdnn_gives_up_gradients_that_are_not_finite():
         mtdnn._moved(noise, noise / 0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("kind", ["kl", "sym_kl", "js"])
 def test_torch_chunked_loss(kind, dtype):

@@ -174,6 +174,7 @@ def printed(text):
     return lines
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("inject", INJECTED, ids=lambda inject: inject.__name__)
 def test_a_wrong_kernel_gets_no_speed(inject, run_bench, native, monkeypatch):
     inject(monkeypatch, native)
@@ -215,6 +216,7 @@ def test_a_wrong_kernel_gets_no_speed(inject, run_bench, native, monkeypatch):
             assert cells[header.index(NATIVE)] == cells[header.index("x smart-pytorch")] == ""
 
 
+@pytest.mark.exhaustive
 def test_right_kernels_get_a_speed(run_bench):
     """The other side of the tests above: nothing is wrong with the small table itself."""
     status, text, path = run_bench(TABLE, "all")

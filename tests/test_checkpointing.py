@@ -318,6 +318,7 @@ def test_peak_memory():
     assert found["smart-fast, checkpointed"] <= 1.35
 
 
+@pytest.mark.exhaustive
 def test_flops():
     """8 F and 9 F of 3 F, and a little: attention is a product of activations, whose gradients cost the ascent 2 F."""
     found = shares(Step.flops, (1e9, "GFLOP"))

@@ -53,6 +53,7 @@ def lazily(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the emulation refuses what a device refuses ---------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("launch", "error"),
     [
@@ -99,6 +100,7 @@ def test_misaligned_vectors(emulated: Emulated) -> None:
         assert emulated.library.probe(out[offset:].data_ptr(), 1, 1, 1, 32, 64, 0, 1) == error
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
 @pytest.mark.parametrize(
     "call", ["cudaGetDevice(&id)", "cuda::current_device(device)", "launch(nullptr)", "cuda::perturb({}, nullptr)"]
@@ -196,6 +198,7 @@ def test_nothing_is_launched_for_no_elements(name: str, emulated: Emulated) -> N
 WIDTHS = (4094, 6144, 8192, 8193, 9001, 12288, 12289, 16384, 24576, 32000, 32768, 49152, 65536, 128256, 151936)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("device", [A100, L40, H100, B200], ids=["A100", "L40", "H100", "B200"])
 @pytest.mark.parametrize("rows", [64, 8192])
 @pytest.mark.usefixtures("lazily")
@@ -229,6 +232,7 @@ def test_devices_are_asked_once(emulated: Emulated) -> None:
 # ---- more than 2**31 elements ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("width", [30522, 32768])
 @pytest.mark.usefixtures("lazily")
 def test_more_than_two_to_the_31_elements(width: int, emulated: Emulated) -> None:

@@ -109,6 +109,7 @@ def test_the_clean_graph_is_kept(checkpointed):
     assert embed.grad.isfinite().all()
 
 
+@pytest.mark.exhaustive
 def test_compiled_step():
     net, embed = model(), torch.randn(4, 6, requires_grad=True)
     smart = SMARTLoss(net, kl_loss, sym_kl_loss, ascent="fisher", backend="torch", **PAPER)

@@ -34,6 +34,7 @@ UPDATES = ["smart-pytorch", "sift"]
 SEED = 2**40 + 12345
 
 
+@pytest.mark.exhaustive
 @pytest.mark.compile_only
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 @pytest.mark.parametrize("target", compile_cuda.TARGETS)
@@ -152,6 +153,7 @@ def test_ascend(kind: str, update: str, scope: str, masked: bool, emulated: cuda
         two_steps(emulated, embed, grad, kind, scope, update, mask)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [768, 1001, 8192, 8193])
 def test_ascend_on_wide_rows(width: int, dtype: torch.dtype, emulated: cuda_emulation.Emulated) -> None:
@@ -172,6 +174,7 @@ def test_ascend_on_views_and_mixed_dtypes(emulated: cuda_emulation.Emulated) -> 
     two_steps(emulated, torch.randn(3, 40).bfloat16(), torch.randn(3, 40), "l2", "row", "smart-pytorch")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("width", [10, 9000])
 @pytest.mark.parametrize("scope", ["row", "group"])
 @pytest.mark.parametrize("update", UPDATES)
@@ -232,6 +235,7 @@ def cases(contract: list) -> list:
     ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("test", "arguments"), cases(PAPER))
 def test_balls_and_units(
     test: Callable[..., None], arguments: dict[str, object], emulated: cuda_emulation.Emulated
@@ -306,6 +310,7 @@ def test_divergences(shape: tuple[int, ...], kind: str, elementwise: bool, emula
     check_divergence(emulated, kind, torch.where(mask.unsqueeze(-1), x, math.nan), t, elementwise, mask)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("elementwise", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,6 +324,7 @@ def test_divergences_of_halves(
     check_divergence(emulated, kind, x, t.to(dtype), elementwise)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "device",
     [
@@ -341,6 +347,7 @@ def test_long_rows(kind: str, device: tuple[int, int, int, int], emulated: cuda_
     emulated.set_device(*cuda_emulation.DEVICE)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2, 20.0])
 @pytest.mark.parametrize("width", [50, 1000, 9001])
 @pytest.mark.parametrize("kind", KINDS)
@@ -362,6 +369,7 @@ def test_exact_zeros(kind: str, width: int, elementwise: bool, emulated: cuda_em
     assert all(not each.any() for each in both_passes(emulated, kind, x, t, elementwise, None, grad))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("width", [40, 400, 8400])
 @pytest.mark.parametrize("kind", KINDS)
 def test_infinite_logits(kind: str, width: int, emulated: cuda_emulation.Emulated) -> None:
@@ -387,6 +395,7 @@ def test_infinite_logits(kind: str, width: int, emulated: cuda_emulation.Emulate
     assert both_passes(emulated, kind, dead, dead, False)[0].isnan()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("elementwise", [False, True])
 def test_divergences_of_views(elementwise: bool, emulated: cuda_emulation.Emulated) -> None:
     for left, right in zip(views(torch.randn(4, 5, 6, 24)), views(torch.randn(4, 5, 6, 24)), strict=True):
@@ -436,6 +445,7 @@ CONTRACT = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("test", "arguments"), cases(CONTRACT))
 def test_contract_of_the_divergences(
     test: Callable[..., None], arguments: dict[str, object], emulated: cuda_emulation.Emulated
@@ -465,6 +475,7 @@ FISHER = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("test", "arguments"), cases(FISHER))
 def test_fisher_direction(
     test: Callable[..., None], arguments: dict[str, object], emulated: cuda_emulation.Emulated,

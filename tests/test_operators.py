@@ -9,6 +9,7 @@ import torch
 
 from smart_fast import SMARTLoss, js_loss, jsd_loss, kl_loss, sym_kl_loss
 from smart_fast.backends.base import STATISTICS
+from tests.helpers import exhaustively
 
 STEP = ("inf", 1e-5, 1e-3, "smart-pytorch")
 NAMES = [
@@ -75,7 +76,7 @@ def test_opcheck(name: str, backend: ModuleType, device: torch.device) -> None:
         torch.library.opcheck(operator, arguments, test_utils=utilities)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("reduction", ["sum", *exhaustively("none")])
 @pytest.mark.parametrize("loss_fn", [kl_loss, sym_kl_loss, js_loss, jsd_loss])
 def test_losses_compile_whole(loss_fn, reduction: str, backend: ModuleType, device: torch.device) -> None:
     """One graph, forward and backward, with the operators in it."""

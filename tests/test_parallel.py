@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.helpers import checks_of, run_workers
+from tests.helpers import checks_of, exhaustively, run_workers
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
@@ -28,7 +28,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("check", checks_of(WORKER))
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, *exhaustively(4)])
 def test_sharded_vocabulary(world: int, check: str, directory: Path) -> None:
     for rank, found in enumerate(results(world, directory)):
         assert not found[check], f"process {rank} of {world}:\n{found[check]}"

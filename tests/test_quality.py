@@ -42,6 +42,7 @@ def ratio(model, embed, **settings):
     return statistics.mean(ascent_ratio(smart, embed) for _ in range(8))
 
 
+@pytest.mark.exhaustive
 def test_ascent_ratios(trained, capsys):
     model, embed = trained
     found = {
@@ -80,6 +81,7 @@ def test_same_seed_same_model():
     assert (first.clean, first.fgsm, first.pgd) == (second.clean, second.fgsm, second.pgd)
 
 
+@pytest.mark.exhaustive
 def test_processes_find_what_one_process_finds():
     """In the order of tasks and seeds, whichever ends first."""
     tasks = [dataclasses.replace(task, epochs=1) for task in quality.TASKS[:2]]

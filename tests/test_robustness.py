@@ -116,6 +116,7 @@ def measure(seed: int) -> tuple[Figures, Figures]:
     return plain, smart
 
 
+@pytest.mark.exhaustive
 def test_smart_resists_attacks() -> None:
     plain, smart = measure(seed=0)
     assert smart.clean >= plain.clean - 0.01

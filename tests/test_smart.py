@@ -517,6 +517,7 @@ def test_two_smart_losses_inside_each_other_keep_their_backends(monkeypatch):
     assert asked == ["torch", "native"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_torch_compile_with_its_default_settings(requires_grad):
     net, embed = nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, 3)), embedding(requires_grad=requires_grad)

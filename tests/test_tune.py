@@ -569,6 +569,7 @@ for kernel, choice, call in (
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.compile_only
 def test_other_choices_compile_without_spills(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
