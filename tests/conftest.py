@@ -29,10 +29,18 @@ def _same_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
+LONGEST = (
+    "test_every_stage_leaves_lines", "test_every_kernel_compiles", "test_distributed", "test_devices_are_asked_once",
+    "test_kernels_under_address_and_undefined_behavior_sanitizer",
+)  # fmt: skip
+
+
 @pytest.hookimpl(trylast=True)  # after -m has chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # By far the longest first, or one of several workers has them left at the end.
-    items.sort(key=lambda item: "compile_only" not in item.keywords)
+    items.sort(
+        key=lambda item: "compile_only" not in item.keywords and getattr(item, "originalname", None) not in LONGEST
+    )
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

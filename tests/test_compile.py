@@ -74,7 +74,7 @@ def check(call, inputs, compiler="aot_eager", graphs=1, tolerance=1e-5, **option
     return found
 
 
-@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("requires_grad", [True, *exhaustively(False)])
 @pytest.mark.parametrize(
     ("model", "num_steps"), [("lm", 2), *exhaustively(("classifier", 0), ("classifier", 1), ("classifier", 3))]
 )
@@ -110,7 +110,8 @@ def test_inductor(num_steps, backend):
     check(lambda: smart(embed, net(embed)), [embed, *net.parameters()], "inductor")
 
 
-@pytest.mark.parametrize("norm", [l1_norm, *exhaustively(inf_norm, sentence_norm(l1_norm), lambda x: x.abs().amax())])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("norm", [inf_norm, l1_norm, sentence_norm(l1_norm), lambda x: x.abs().amax()])
 def test_paper_and_relative(norm, backend):
     net, embed = classifier(), torch.randn(5, 8, requires_grad=True)
     smart = SMARTLoss(
@@ -249,6 +250,7 @@ def test_without_gradients(mode):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_eval_fn_may_break_the_graph_where_that_is_allowed():
     class Breaks(nn.Module):
         def __init__(self):

@@ -178,6 +178,7 @@ def test_misaligned_outputs_are_found(
         operations(emulated, x, t, None)[name]()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_misaligned_inputs_are_read_another_way(name: str, emulated: Emulated) -> None:
     for dtype, width in itertools.product((torch.float32, torch.bfloat16), (512, 515)):

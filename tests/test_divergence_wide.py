@@ -17,9 +17,11 @@ from tests import oracle
 from tests.helpers import exhaustively
 
 KINDS = DIVERGENCES
+# Where the kind is not what is tested: one with a sum over the row, one with two.
+FEW_KINDS = ["sym_kl", "jsd", *exhaustively(*(each for each in KINDS if each not in ("sym_kl", "jsd")))]
 OUTPUTS = ("terms", "rows", "sum")
-WIDTHS = (1, 2, 7, 1000, 32000)
-WIDER = (50257, 128256, 151936, 262144)
+WIDTHS = (1, 2, 7, 1000)
+WIDER = (32000, 50257, 128256, 151936, 262144)
 
 Result = tuple[Tensor, Tensor, Tensor]
 Scales = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -107,9 +109,9 @@ def test_widths(kind: str, width: int, backend: ModuleType, device: torch.device
             check(got, expected(spec, x, t, g), 2e-6)
 
 
-@pytest.mark.parametrize("apart", [1e-5, 20.0, *exhaustively(1.0)])
+@pytest.mark.parametrize("apart", [20.0, *exhaustively(1e-5, 1.0)])
 @pytest.mark.parametrize("width", [33, *exhaustively(9000)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_both_paths_are_exact(
     kind: str, width: int, apart: float, backend: ModuleType, device: torch.device, path: None, poison: None
 ) -> None:
@@ -124,7 +126,7 @@ def test_both_paths_are_exact(
 
 
 @pytest.mark.parametrize(("scale", "relative"), [(0.5, True), *exhaustively((0.5, False), (1.0, True))])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_scaled_and_relative(
     kind: str, scale: float, relative: bool, backend: ModuleType, device: torch.device, path: None, poison: None
 ) -> None:
@@ -245,7 +247,7 @@ def merge(parts: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("apart", [0.2, *exhaustively(1e-5, 3.0)])
 @pytest.mark.parametrize("relative", [False, *exhaustively(True)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_slices_of_the_vocabulary(
     kind: str, relative: bool, apart: float, backend: ModuleType, device: torch.device, path: None, poison: None
 ) -> None:

@@ -15,7 +15,8 @@ from smart_fast.backends import select
 from tests.helpers import ROOT, exhaustively, run_python
 
 
-@pytest.mark.parametrize("backend", ["auto", *exhaustively("torch")])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_causal_lm(backend: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     if backend == "auto" and select("auto", torch.ones(2, 2)).name == "torch":

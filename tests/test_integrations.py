@@ -23,7 +23,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 
 from smart_fast import SMARTLoss, inf_norm, js_loss, kl_loss, sentence_norm, sym_kl_loss
 from smart_fast.integrations.transformers import SMARTArguments, SMARTTrainer
-from tests.helpers import run_python, same_bits
+from tests.helpers import exhaustively, run_python, same_bits
 
 transformers.logging.set_verbosity_error()
 
@@ -260,6 +260,7 @@ def test_a_norm_of_ones_own(tmp_path: Path) -> None:
     assert logged(trainer, "smart_loss") == pytest.approx([smoothness], rel=1e-3)
 
 
+@pytest.mark.exhaustive
 @ALL_HEADS
 def test_evaluation_is_that_of_trainer(head: Head, tmp_path: Path) -> None:
     model, inputs = head.model(), batch(head)
@@ -282,7 +283,7 @@ def test_evaluation_is_that_of_trainer(head: Head, tmp_path: Path) -> None:
     assert torch.equal(found[0][2], found[1][2])
 
 
-@pytest.mark.parametrize("name", ["classes", "tokens", "next tokens"])
+@pytest.mark.parametrize("name", ["classes", *exhaustively("tokens", "next tokens")])
 def test_a_weight_of_zero_is_trainer(name: str, tmp_path: Path) -> None:
     head, found = HEADS[name], []
     model, inputs = head.model(), batch(head, 8)

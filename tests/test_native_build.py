@@ -131,6 +131,7 @@ def test_no_compiler(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 @needs_tools
 def test_a_failed_build_falls_back(probe, tmp_path):
     (probe / "bindings.cpp").write_text("this is not C++;\n")

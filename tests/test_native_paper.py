@@ -13,6 +13,7 @@ from smart_fast import build as native_build
 from smart_fast.backends import build_native
 from smart_fast.backends.base import Step
 from tests import oracle
+from tests.helpers import exhaustively
 
 NORMS = {"inf": inf_norm, "l2": l2_norm, "l1": l1_norm}
 UPDATES = ["paper", "smart-pytorch", "sift"]
@@ -30,7 +31,7 @@ def built():
     return build_native()
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable", "2-threads"])
+@pytest.fixture(params=["auto", *exhaustively("avx2", "portable", "2-threads")])
 def native(request, built):
     """The backend by every instruction set and by several threads, with outputs that start as NaN."""
     threads = request.param == "2-threads"

@@ -105,6 +105,9 @@ def defined(tree: ast.AST) -> set[str]:
     return {each for each in found if private(each)}
 
 
+DEFINED = {name: defined(tree) for name, tree in MODULES.items()}
+
+
 def reaches(name: str, tree: ast.AST) -> list[str]:
     """Private names of other modules of this package that a module imports or reads."""
     taken = [
@@ -113,8 +116,7 @@ def reaches(name: str, tree: ast.AST) -> list[str]:
         for each in sorted(names)
         if private(each)
     ]
-    own = defined(tree)
-    others = set().union(*(defined(other) for module, other in MODULES.items() if module != name)) - own
+    others = set().union(*(names for module, names in DEFINED.items() if module != name)) - defined(tree)
     read = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in others]
     return taken + [ast.unparse(node) for node in read if not ast.unparse(node).startswith(("torch.", "super()."))]
 
