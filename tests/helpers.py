@@ -1,7 +1,7 @@
 """What several test files share."""
 
 import ast
-import collections
+import fcntl
 import json
 import os
 import subprocess
@@ -64,12 +64,24 @@ def checks_of(worker):
     return [each.name for each in functions if any(getattr(d, "id", "") == "check" for d in each.decorator_list)]
 
 
+def once(tmp_path_factory, name, make):
+    """What ``make(directory)`` gives, in JSON's types: called once, whichever of pytest's workers comes first."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file = directory / "made.json"
+        if not file.is_file():
+            work = directory / "work"
+            work.mkdir()
+            file.write_text(json.dumps(make(work)))
+        return json.loads(file.read_text())
+
+
 def run_workers(worker, world, directory):
     """Run the checks of ``worker`` in ``world`` processes; for each process a dict of tracebacks (empty: passed)."""
-    directory = directory / f"world-{world}"
-    directory.mkdir()
     done = run_python([str(worker), str(world), str(directory)], cwd=ROOT)
     files = [directory / f"{rank}.json" for rank in range(world)]
-    # A process that left nothing failed in every check, whoever asks: the caller keeps the answer.
-    nothing = collections.defaultdict(lambda: f"left no results\n{done.stdout}{done.stderr}")
+    nothing = dict.fromkeys(checks_of(worker), f"left no results\n{done.stdout}{done.stderr}")
     return [json.loads(file.read_text()) if file.is_file() else nothing for file in files]

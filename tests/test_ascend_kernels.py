@@ -98,7 +98,7 @@ def test_updates(
 
 
 @pytest.mark.parametrize("relative", [False, *exhaustively(True)])
-@pytest.mark.parametrize("width", [3, 768, *exhaustively(1, 1000, 5000, 9001)])
+@pytest.mark.parametrize("width", [768, *exhaustively(1, 3, 1000, 5000, 9001)])
 @pytest.mark.parametrize("kind", NORMS)
 def test_projections(
     kind: str, width: int, relative: bool, backend: ModuleType, device: torch.device, poison: None
@@ -338,7 +338,7 @@ def check_perturbed(name: str, kind: str, scope: str, update: str, scale: str, d
 
 
 @pytest.mark.parametrize("scale", ["relative", *exhaustively("absolute")])
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", ["group", *exhaustively("row")])
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("kind", NORMS)
 def test_perturbed_embeddings(

@@ -168,6 +168,7 @@ def test_the_environment_variable(tmp_path, value, says):
     assert "loss" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("how", ["here", "with a mistake in the environment"])
 def test_the_report(how, tmp_path, capsys):
     if how == "here":

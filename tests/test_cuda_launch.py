@@ -158,6 +158,7 @@ NO_VECTORS = {"measure slices"} | {n for n in NAMES if n.endswith("finish") or n
 NO_VECTORS |= {n for n in NAMES if n.endswith("sum") or n.endswith("rows")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_VECTORS])
 def test_misaligned_outputs_are_found(

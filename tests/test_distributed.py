@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.helpers import checks_of, run_workers
+from tests.helpers import checks_of, once, run_workers
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return run_workers(WORKER, 2, tmp_path_factory.mktemp("distributed"))
+    return once(tmp_path_factory, "distributed", lambda directory: run_workers(WORKER, 2, directory))
 
 
 @pytest.mark.parametrize("check", checks_of(WORKER))

@@ -21,6 +21,8 @@ LOSSES = {
     "jsd": smart_fast.jsd_loss,
 }
 KINDS = sorted(LOSSES)
+# Where the kind is not what is tested: one with a sum over the row, one with two.
+FEW_KINDS = ["sym_kl", "jsd", *exhaustively(*(each for each in KINDS if each not in ("sym_kl", "jsd")))]
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 NAMES = ("loss", "gradient to input", "gradient to target")
 
@@ -93,7 +95,7 @@ def test_float64_agreement(kind: str, width: int, reduction: str, device: torch.
 
 @pytest.mark.parametrize("apart", [1e-3, *exhaustively(1e-5, 1.0)])
 @pytest.mark.parametrize("width", [30522, *exhaustively(128256)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_vocabulary(kind: str, width: int, apart: float, device: torch.device, poison: None) -> None:
     x, t = pair((2, width), apart, device)
     got = loss_and_grads(kind, x, t, "batchmean")
@@ -135,7 +137,7 @@ def test_reference_cancels_where_we_do_not(device: torch.device) -> None:
     assert oracle.relative_error(ours, exact) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 5), (2, 3, 5), (2, 3, 2, 5), (2, 1, 3, 2, 5)])
 def test_dimensions(kind: str, shape: tuple[int, ...], device: torch.device, poison: None) -> None:
     x, t = pair(shape, 0.5, device)
@@ -179,7 +181,7 @@ def test_upstream_gradients(kind: str, device: torch.device, poison: None) -> No
 
 
 @pytest.mark.parametrize("reduction", ["mean", *exhaustively("none", "sum", "batchmean")])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_mask(kind: str, reduction: str, device: torch.device, poison: None) -> None:
     """Masked rows count for nothing, whatever they hold."""
     x, t = pair((4, 6, 33), 1.0, device)
@@ -197,7 +199,7 @@ def test_mask(kind: str, reduction: str, device: torch.device, poison: None) -> 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("dtypes", ["bf16 bf16", "fp16 fp16", "bf16 fp32", "fp32 fp16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_half_precision(kind: str, dtypes: str, reduction: str, device: torch.device, poison: None) -> None:
     """Arithmetic is fp32: the only error is the rounding of what is written."""
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -21,6 +21,7 @@ for package in ("smart_pytorch", "transformers", "rich"):
 from bench import gpu_check, readme  # noqa: E402
 from bench.gpu import chosen_tests, lines, prepare, rivals, section, stages, summary  # noqa: E402
 from bench.gpu.stages import STAGES, SWEEP, Stage  # noqa: E402
+from tests.helpers import once  # noqa: E402
 
 A_MINUTE = 120  # processor seconds of the dry run: a minute of two cores
 
@@ -44,10 +45,16 @@ def python(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def rehearsed(native, tmp_path_factory):
     """``(what the command printed, the folder, its processor seconds)``."""
-    folder, before = tmp_path_factory.mktemp("dry-run"), processor_seconds()
-    done = python("bench/gpu_check.py", "--dry-run", "--commit", "abc", OUT=str(folder))
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
-    return done.stdout, folder, processor_seconds() - before
+
+    def rehearse(folder: Path) -> tuple[str, str, float, str]:
+        before = processor_seconds()
+        done = python("bench/gpu_check.py", "--dry-run", "--commit", "abc", OUT=str(folder))
+        wrong = "" if done.returncode == 0 else done.stdout[-5000:] + done.stderr
+        return done.stdout, str(folder), processor_seconds() - before, wrong
+
+    printed, folder, seconds, wrong = once(tmp_path_factory, "dry-run", rehearse)
+    assert not wrong, wrong
+    return printed, Path(folder), seconds
 
 
 def test_every_stage_leaves_lines(rehearsed):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from tests.helpers import checks_of, exhaustively, run_workers
+from tests.helpers import checks_of, exhaustively, once, run_workers
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 
@@ -17,18 +16,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@functools.cache
-def results(world: int, directory: Path) -> list[dict[str, str]]:
-    return run_workers(WORKER, world, directory)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parallel")
-
-
 @pytest.mark.parametrize("check", checks_of(WORKER))
 @pytest.mark.parametrize("world", [2, *exhaustively(4)])
-def test_sharded_vocabulary(world: int, check: str, directory: Path) -> None:
-    for rank, found in enumerate(results(world, directory)):
+def test_sharded_vocabulary(world: int, check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    results = once(tmp_path_factory, f"parallel-{world}", lambda directory: run_workers(WORKER, world, directory))
+    for rank, found in enumerate(results):
         assert not found[check], f"process {rank} of {world}:\n{found[check]}"
