@@ -79,9 +79,10 @@ def once(tmp_path_factory, name, make):
         return json.loads(file.read_text())
 
 
-def run_workers(worker, world, directory):
-    """Run the checks of ``worker`` in ``world`` processes; for each process a dict of tracebacks (empty: passed)."""
-    done = run_python([str(worker), str(world), str(directory)], cwd=ROOT)
+def run_workers(worker, world, directory, checks=()):
+    """Run the checks of ``worker`` (these alone, if any are named) in ``world`` processes; for each process a dict of
+    tracebacks (empty: passed)."""
+    done = run_python([str(worker), str(world), str(directory), *checks], cwd=ROOT)
     files = [directory / f"{rank}.json" for rank in range(world)]
     nothing = dict.fromkeys(checks_of(worker), f"left no results\n{done.stdout}{done.stderr}")
     return [json.loads(file.read_text()) if file.is_file() else nothing for file in files]

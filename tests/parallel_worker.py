@@ -1,7 +1,7 @@
 """Checks of sharded vocabularies, in as many processes as asked for; `test_parallel.py` runs it.
 
-``python parallel_worker.py WORLD DIRECTORY``: forks WORLD processes, runs every check in all of them, and leaves
-DIRECTORY/RANK.json, a dict of the checks' tracebacks (empty: passed).
+``python parallel_worker.py WORLD DIRECTORY [CHECK ...]``: forks WORLD processes, runs every check (or these) in all of
+them, and leaves DIRECTORY/RANK.json, a dict of the checks' tracebacks (empty: passed).
 """
 
 from __future__ import annotations
@@ -326,6 +326,7 @@ def work(checks, rank: int, world: int, directory: Path) -> None:
 def launch(checks) -> None:
     torch.set_num_threads(1)
     world, directory = int(sys.argv[1]), Path(sys.argv[2])
+    checks = {name: checks[name] for name in sys.argv[3:] or checks}
     children = []
     for rank in range(world):
         child = os.fork()

@@ -103,6 +103,7 @@ def test_one_graph(model, num_steps, requires_grad, backend):
     assert counter.frame_count == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("num_steps", [2, *exhaustively(0)])
 def test_inductor(num_steps, backend):
     net, embed = classifier(), torch.randn(5, 8, requires_grad=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.helpers import checks_of, once, run_workers
+from tests.helpers import checks_of, exhaustively, once, run_workers
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return once(tmp_path_factory, "distributed", lambda directory: run_workers(WORKER, 2, directory))
+ONE_OF_EACH = ["the_regularizer_matters", "ddp_inside", "ddp_around", "fsdp_inside", "fsdp_around", "state_dict_keys"]
+REST = [each for each in checks_of(WORKER) if each not in ONE_OF_EACH]
 
 
-@pytest.mark.parametrize("check", checks_of(WORKER))
-def test_distributed(check: str, results: list[dict[str, str]]) -> None:
-    for rank, found in enumerate(results):
+@pytest.mark.parametrize("check", [*ONE_OF_EACH, *exhaustively(*REST)])
+def test_distributed(check: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    name, checks = ("distributed", ONE_OF_EACH) if check in ONE_OF_EACH else ("distributed-rest", REST)
+    for rank, found in enumerate(once(tmp_path_factory, name, lambda made: run_workers(WORKER, 2, made, checks))):
         assert not found[check], f"process {rank} of 2:\n{found[check]}"

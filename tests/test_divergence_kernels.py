@@ -118,7 +118,7 @@ def test_narrowest_and_widest(kind: str, width: int, device: torch.device, poiso
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("apart", [1e-6, 1e-2, *exhaustively(1e-5, 1e-4)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_nearly_equal(kind: str, apart: float, reduction: str, device: torch.device, poison: None) -> None:
     x, t = pair((4, 1000), apart, device)
     got = loss_and_grads(kind, x, t, reduction, 0.5)

@@ -217,6 +217,7 @@ def test_row_gradients(kind: str, width: int, backend: ModuleType, device: torch
         check(compute(backend, spec, left, t, g), expected(spec, left, t, g), 2e-6)
 
 
+@pytest.mark.exhaustive
 def test_loss_alone(backend: ModuleType, device: torch.device, path: None, poison: None) -> None:
     x, t = pair((3, 90), 0.5, device)
     for output in OUTPUTS:
@@ -292,6 +293,7 @@ def test_slices_of_the_vocabulary(
     check((loss, d_input[..., real], d_target[..., real]), want, 2e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("width", [3, *exhaustively(2, 9000)])
 def test_nothing_is_read_of_masked_rows(
     width: int, backend: ModuleType, device: torch.device, path: None, poison: None

@@ -117,6 +117,7 @@ def test_added_in_fp32(dtype: torch.dtype, backend: ModuleType, device: torch.de
     assert ((got.cpu().double() - exact).abs() <= ulp * exact.abs() + 1e-7).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("width", [1, 7, 768, 1500])
 def test_units_scale_the_noise_of_rows(width: int, backend: ModuleType, device: torch.device, poison: None) -> None:
     embed, seed = torch.randn(4, 2, 3, width, device=device).permute(1, 2, 0, 3), torch.tensor([5], device=device)
