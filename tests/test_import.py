@@ -29,6 +29,7 @@ print(smart_fast.available_backends()["triton"])
     assert "triton is not installed" in said
 
 
+@pytest.mark.exhaustive
 def test_a_broken_triton_is_a_reason_and_no_crash(tmp_path):
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libcuda is not there')")
@@ -54,6 +55,7 @@ assert torch.equal(torch.get_rng_state(), generator)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_kernels_are_found_and_the_name_stays_free(tmp_path):
     """The repository's kernels/ are smart_fast.kernels; ``import kernels`` is the package of Hugging Face."""
     (tmp_path / "kernels").mkdir()

@@ -318,6 +318,7 @@ def test_padding_and_ignored_labels_do_not_count(tmp_path: Path) -> None:
     assert first == pytest.approx(second, rel=1e-4)  # rows without labels do not dilute the mean
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["classes", "next tokens"])
 def test_accumulated_batches_are_one_batch(name: str, tmp_path: Path) -> None:
     """Of causal language models, whose loss counts tokens; of others if Trainer is told that theirs does not."""
@@ -336,6 +337,7 @@ def test_accumulated_batches_are_one_batch(name: str, tmp_path: Path) -> None:
     assert found[1][1:] == (pytest.approx(found[0][1], rel=1e-4), pytest.approx(found[0][2], rel=1e-5))
 
 
+@pytest.mark.exhaustive
 def test_the_log_holds_a_mean_since_the_last(tmp_path: Path) -> None:
     head = HEADS["tokens"]
     model, inputs = head.model(), batch(head, 8)
@@ -372,6 +374,7 @@ def test_losses_of_ones_own(tmp_path: Path) -> None:
         assert logged(trainer, "loss") == pytest.approx([expected + 3 * smoothness], rel=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_checkpointing_and_autocast(tmp_path: Path) -> None:
     head = HEADS["next tokens"]
     model, inputs = head.model(), batch(head)
@@ -436,6 +439,7 @@ def test_settings_may_change_between_steps(tmp_path: Path) -> None:
     assert second > 5 * first > 0
 
 
+@pytest.mark.exhaustive
 def test_new_models_of_model_init(tmp_path: Path) -> None:
     head = HEADS["classes"]
     trainer = SMARTTrainer(args=arguments(tmp_path), model_init=head.model, train_dataset=rows_of(batch(head)))

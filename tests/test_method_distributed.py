@@ -21,6 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return once(tmp_path_factory, "method", lambda directory: run_workers(WORKER, 2, directory))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("check", checks_of(WORKER))
 def test_distributed(check: str, results: list[dict[str, str]]) -> None:
     for rank, found in enumerate(results):

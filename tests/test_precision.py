@@ -74,6 +74,7 @@ def test_pure_half_models(dtype, loss_scale, backend):
 # Scaled ascents
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("update", ["smart-pytorch", "sift"])
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_a_power_of_two_changes_nothing_where_nothing_underflows(update, num_steps, backend):

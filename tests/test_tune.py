@@ -385,6 +385,7 @@ def test_noise_is_no_gain(clock, wins):
     assert (found["choice"] is not None) == found["measured"]["faster"] == wins
 
 
+@pytest.mark.exhaustive
 def test_the_winner_of_a_sweep_must_win_again():
     times = itertools.chain(
         itertools.repeat(0.1, len(tune_candidates.candidates("perturb", 33))), itertools.repeat(1.0)
@@ -438,6 +439,7 @@ def test_a_flawed_candidate_is_never_chosen(reason, result, monkeypatch):
     assert str(bad) not in clock.seen
 
 
+@pytest.mark.exhaustive
 def test_flawed_in_a_variant(monkeypatch):
     bad, good = tune_candidates.candidates("perturb", 33)[:2]
     flawed = lambda args: tuning.overriding.get("perturb") == bad and args[-1] is not None  # noqa: E731
