@@ -1,5 +1,7 @@
 """``import smart_fast`` works on a bare machine, and does nothing but import."""
 
+import pytest
+
 import smart_fast
 from tests.helpers import ROOT, run_python
 
