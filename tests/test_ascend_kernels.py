@@ -113,7 +113,7 @@ def test_projections(
 
 
 @pytest.mark.parametrize("scope", ["row", *exhaustively("group")])
-@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("kind", ["l2", *exhaustively("inf", "l1")])
 def test_gradients_of_any_magnitude(
     kind: str, scope: str, backend: ModuleType, device: torch.device, poison: None
 ) -> None:
@@ -172,6 +172,7 @@ def test_strides(backend: ModuleType, device: torch.device, poison: None) -> Non
         run(backend, view, grad, step_of("l1", "row", "paper"), "l1", "row", unit=units(view.shape, device))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scope", ["row", *exhaustively("group")])
 @pytest.mark.parametrize("update", ["paper", *exhaustively("smart-pytorch", "sift")])
 def test_non_finite_gradients_do_not_poison(

@@ -312,6 +312,7 @@ def shares(measure, unit):
     return {name: value / found["plain"] for name, value in found.items()}
 
 
+@pytest.mark.exhaustive
 def test_peak_memory():
     found = shares(Step.peak, (2**20, "MiB"))
     assert found["smart-pytorch"] >= 1.9

@@ -370,7 +370,7 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("update", ["smart-pytorch", "sift", "paper"])
+@pytest.mark.parametrize("update", ["paper", *exhaustively("smart-pytorch", "sift")])
 @pytest.mark.parametrize(
     "norm",
     [None, sentence_norm(l2_norm), sentence_norm(l1_norm), lambda x: x.abs().amax()],

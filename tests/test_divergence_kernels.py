@@ -95,7 +95,7 @@ def test_float64_agreement(kind: str, width: int, reduction: str, device: torch.
 
 @pytest.mark.parametrize("apart", [1e-3, *exhaustively(1e-5, 1.0)])
 @pytest.mark.parametrize("width", [30522, *exhaustively(128256)])
-@pytest.mark.parametrize("kind", FEW_KINDS)
+@pytest.mark.parametrize("kind", ["jsd", *exhaustively("kl", "sym_kl", "js")])
 def test_vocabulary(kind: str, width: int, apart: float, device: torch.device, poison: None) -> None:
     x, t = pair((2, width), apart, device)
     got = loss_and_grads(kind, x, t, "batchmean")
@@ -137,7 +137,7 @@ def test_reference_cancels_where_we_do_not(device: torch.device) -> None:
     assert oracle.relative_error(ours, exact) < 1e-5
 
 
-@pytest.mark.parametrize("kind", FEW_KINDS)
+@pytest.mark.parametrize("kind", ["jsd", *exhaustively("kl", "sym_kl", "js")])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 5), (2, 3, 5), (2, 3, 2, 5), (2, 1, 3, 2, 5)])
 def test_dimensions(kind: str, shape: tuple[int, ...], device: torch.device, poison: None) -> None:
     x, t = pair(shape, 0.5, device)

@@ -15,6 +15,7 @@ from smart_fast.kernels.philox import normal_tile
 from smart_fast import autograd
 from smart_fast.backends import triton_launch
 from tests import oracle
+from tests.helpers import exhaustively
 
 
 def noise_like(backend: ModuleType, embed: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -76,7 +77,7 @@ def test_seeds_and_rows_are_independent(backend: ModuleType, device: torch.devic
     assert np.abs(columns - np.eye(8)).max() < 4.5 / np.sqrt(65536)
 
 
-@pytest.mark.parametrize("width", [768, 30, 7, 1])
+@pytest.mark.parametrize("width", [30, *exhaustively(768, 7, 1)])
 def test_pure_function_of_the_index(width: int, backend: ModuleType, device: torch.device, poison: None) -> None:
     """The same values under another shape, stride, mask or kernel."""
     rows = 24
