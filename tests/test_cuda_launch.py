@@ -20,6 +20,7 @@ from smart_fast import inf_norm, l1_norm, l2_norm
 from smart_fast.backends.base import DivergenceSpec, Step
 from tests import cuda_emulation, oracle
 from tests.cuda_emulation import A100, B200, DEVICE, H100, L40, CudaError, Emulated
+from tests.helpers import exhaustively
 
 INVALID_VALUE, INVALID_CONFIGURATION, MISALIGNED, INVALID_CLUSTER = 1, 9, 716, 912
 STATIC = 416  # bytes of cuda::Shared
@@ -196,13 +197,19 @@ def test_nothing_is_launched_for_no_elements(name: str, emulated: Emulated) -> N
         assert each is None or each.numel() == 0 or (each.numel() == 1 and float(each) == 0)
 
 
+DEVICES = [
+    pytest.param(H100, id="H100"),
+    *(
+        pytest.param(device, id=name, marks=pytest.mark.exhaustive)
+        for name, device in {"A100": A100, "L40": L40, "B200": B200}.items()
+    ),
+]
 #: Around every change of layout: registers, shared memory (one to three and more chunks of 512 threads), clusters.
 WIDTHS = (4094, 6144, 8192, 8193, 9001, 12288, 12289, 16384, 24576, 32000, 32768, 49152, 65536, 128256, 151936)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("device", [A100, L40, H100, B200], ids=["A100", "L40", "H100", "B200"])
-@pytest.mark.parametrize("rows", [64, 8192])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [64, *exhaustively(8192)])
 @pytest.mark.usefixtures("lazily")
 def test_shared_memory_of_long_rows(rows: int, device: tuple[int, int, int, int], emulated: Emulated) -> None:
     """Static and dynamic shared memory together, by width, dtype and alignment; and the result of the last row."""

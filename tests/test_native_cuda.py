@@ -25,6 +25,7 @@ from tests import compile_cuda, cuda_emulation, oracle
 from tests import test_divergence_wide as wide
 from tests import test_fisher_kernels as fishers
 from tests import test_native_paper as paper
+from tests.helpers import exhaustively
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -347,10 +348,9 @@ def test_long_rows(kind: str, device: tuple[int, int, int, int], emulated: cuda_
     emulated.set_device(*cuda_emulation.DEVICE)
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("apart", [1e-6, 1e-4, 1e-2, 20.0])
-@pytest.mark.parametrize("width", [50, 1000, 9001])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("apart", [1e-4, *exhaustively(1e-6, 1e-2, 20.0)])
+@pytest.mark.parametrize("width", [9001, *exhaustively(50, 1000)])
+@pytest.mark.parametrize("kind", ["jsd", *exhaustively("kl", "sym_kl", "js")])
 def test_near_and_far(kind: str, width: int, apart: float, emulated: cuda_emulation.Emulated) -> None:
     for elementwise in (False, True):
         check_divergence(emulated, kind, *pair(3, width, apart=apart), elementwise)
