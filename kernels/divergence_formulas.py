@@ -28,6 +28,9 @@ sides of jsd whole):
     js      dx = alpha / 2 (p - q)      dt = -dx
     jsd     dx = -(1 - beta) p (v + KL(p || m))            dt = -beta q (u + KL(q || m))
 
+One difference remains: far apart, v and KL(p || m) (u and KL(q || m)) of jsd are both near the logarithm of the weight
+of p (of q), and the gradient of such a row, nearly zero, is exact to the last digit of that, not to its own.
+
 A divergence is one branch on KIND in each of: `row_terms`, `elementwise_terms`, `loss_of_sums`, `row_gradients`,
 `upstream_terms` and `elementwise_gradients`. A KIND without one does not compile.
 

@@ -11,6 +11,7 @@ import smart_fast
 from smart_fast import BackendFallbackWarning, SMARTLoss, available_backends, kl_loss, set_default_backend
 from smart_fast.__main__ import main
 from smart_fast.backends import backend_of_caller, calling, default_backend
+from smart_fast.backends.pytorch import PYTORCH
 from tests.helpers import run_python
 
 PAIR = (torch.randn(3, 5), torch.randn(3, 5))
@@ -217,3 +218,14 @@ def test_every_rule_names_a_backend_and_a_reason() -> None:
 
     rules = [rule for rules in auto.RULES.values() for rule in rules]
     assert all(rule.backend in NAMES and rule.why for rule in rules)
+
+
+def test_noise_of_pytorch_from_a_seed() -> None:
+    """As the contract has it: the seed decides, masked rows stay, and the noise is what was added."""
+    embed, mask = torch.ones(3, 4), torch.tensor([True, False, True])
+    seed = torch.tensor([5])
+    perturbed, noise = PYTORCH.perturb(embed, seed, 0.5, mask, True, None)
+    expected = 0.5 * torch.randn(3, 4, generator=torch.Generator().manual_seed(5)) * mask.unsqueeze(-1)
+    torch.testing.assert_close(noise, expected, rtol=0, atol=0)
+    torch.testing.assert_close(perturbed, embed + expected, rtol=0, atol=0)
+    assert not torch.equal(PYTORCH.perturb(embed, seed + 1, 0.5, mask, True, None)[1], noise)

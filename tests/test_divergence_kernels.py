@@ -70,7 +70,8 @@ def check(
     got: tuple[Tensor, ...], want: tuple[Tensor, ...], tolerance: float,
     scales: tuple[Tensor | None, ...] = (None, None, None),
 ) -> None:  # fmt: skip
-    for name, value, reference, scale in zip(NAMES, got, want, scales, strict=True):
+    count = len(got)
+    for name, value, reference, scale in zip(NAMES[:count], got, want, scales[:count], strict=True):
         error = oracle.relative_error(value, reference, scale)
         assert error <= tolerance, f"{name}: relative error {error:.1e} > {tolerance:.0e}"
 
@@ -223,10 +224,13 @@ def test_far_apart(kind: str, apart: float, device: torch.device, poison: None) 
     x, t = pair((4, 50), apart, device)
     got = loss_and_grads(kind, x, t)
     want = expected(kind, x, t, "sum", 1.0, None)
-    alpha = next(iter(parameter(kind, 1.0).values()), 1.0)
-    scales = oracle.gradient_scales(kind, x.cpu(), t.cpu(), alpha, torch.ones(()))
+    if kind == "jsd":
+        # Of one class alone, v + KL(p || m) is a difference of equal numbers below log(1 / beta), as fp32 has them.
+        check(got[:1], want[:1], 2e-6)
+        assert all((value.cpu() - exact).abs().max() < 2e-7 for value, exact in zip(got[1:], want[1:], strict=True))
+        return
     # A KL of several hundred next to a log-ratio of the same size: fp32 keeps five digits of their difference.
-    check(got, want, 2e-6 if apart < 100 else 1e-5, (None, *scales))
+    check(got, want, 2e-6 if apart < 100 else 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

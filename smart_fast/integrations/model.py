@@ -278,7 +278,8 @@ def input_embeddings(model: nn.Module) -> nn.Module:
         )
     find: Any = getattr(model, "get_input_embeddings", lambda: None)
     embeddings = None
-    with contextlib.suppress(NotImplementedError):  # what transformers raises
+    # transformers raises it for models without embeddings of tokens; the error below says so of any model.
+    with contextlib.suppress(NotImplementedError):
         embeddings = find()
     if not isinstance(embeddings, nn.Module):
         raise ValueError(f"{name} has no input embeddings (get_input_embeddings() gives {embeddings!r})")

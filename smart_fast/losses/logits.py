@@ -123,7 +123,8 @@ def jsd_loss(
     The generalized Jensen-Shannon divergence of GKD (Agarwal et al., "On-Policy Distillation of Language Models", ICLR
     2024), with ``input`` the student and ``target`` the teacher. Bounded by log(2), and finite where only one side
     leaves a class out. Never negative, whatever the dtypes of the two sides (they may differ). fp32 inside, float64 for
-    float64 logits: scalars have that dtype, the terms of ``"none"`` the promoted dtype of the logits.
+    float64 logits: scalars have that dtype, the terms of ``"none"`` the promoted dtype of the logits. Where the sides
+    have nearly nothing in common the gradients, which are then nearly zero, are exact to about 1e-7, not to their size.
 
     Shapes, ``mask``, ``temperature``, ``backend``, ``process_group`` and errors as in `kl_loss`. ``beta`` is a number
     between 0 and 1 and no tensor. The loss vanishes at both ends; divided by beta or by 1 - beta its limits are
