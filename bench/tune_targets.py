@@ -27,7 +27,7 @@ FIRST = {
     "perturb_stream": COUNTS,
     "divergence_split": (151936, 128256, 32000),
     "perturb": (768, 1024),
-    "measure": (768, 1024),
+    "ascend_norm": (768, 1024),
     "divergence_backward_elementwise": (32000, 3),
     "fisher_direction": (128256, 3),
 }
@@ -73,7 +73,7 @@ class Job:
         self.target, self.device = target, device
         self.call, *self.variants = _CALLS[target.kernel]
         # Tensors of the target's shape that must move; the forward passes and most others: two.
-        tensors = {"ascend": 3, "measure": 1, "divergence_backward": 4, "divergence_backward_elementwise": 4}
+        tensors = {"ascend": 3, "ascend_norm": 1, "divergence_backward": 4, "divergence_backward_elementwise": 4}
         rows, width = target.shape
         self.bytes = tensors.get(target.kernel, 2) * rows * width * target.dtype.itemsize
 
@@ -107,10 +107,10 @@ def _perturb(masked: bool, units: bool) -> Call:
     return call
 
 
-def _measure(kind: str, update: str, units: bool) -> Call:
+def _norm(kind: str, update: str, units: bool) -> Call:
     def call(x, other, mask, unit, noise, stats, wrap=ops._plain):
         rest = (mask, unit) if units else (None, None)
-        return (ops.ascend_measure(other, noise, None, *rest, kind, *STEP, update, wrap=wrap),)
+        return (ops.ascend_norm(other, noise, None, *rest, kind, *STEP, update, wrap=wrap),)
 
     return call
 
@@ -157,7 +157,7 @@ _FORWARDS = (
 _CALLS: dict[str, tuple[Call, ...]] = {
     "perturb_stream": (_perturb(False, False),),
     "perturb": (_perturb(True, False), _perturb(True, True)),
-    "measure": (_measure("inf", "smart-pytorch", False), _measure("l2", "paper", True), _measure("l1", "sift", True)),
+    "ascend_norm": (_norm("inf", "smart-pytorch", False), _norm("l2", "paper", True), _norm("l1", "sift", True)),
     "ascend": (
         _ascend("inf", "smart-pytorch", False), _ascend("inf", "paper", True), _ascend("l2", "paper", True, True),
         _ascend("l1", "paper", True, True), _ascend("l2", "sift", True, True),

@@ -144,11 +144,11 @@ using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor
                                                      double, bool, bool, bool);
 
 auto call_forward(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view kind,
-                  string_view output, double alpha, double weight, double scale, bool relative, bool keep,
+                  string_view output, double alpha, double weight, double scale, bool from_difference, bool keep,
                   bool want_input, bool want_target) {
   static const auto handle = operator_handle<ForwardSignature>("smart_fast::native_divergence_forward");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return handle.call(input, target, mask, kind, output, alpha, weight, scale, relative, keep, want_input, want_target);
+  return handle.call(input, target, mask, kind, output, alpha, weight, scale, from_difference, keep, want_input, want_target);
 }
 
 // Row statistics are saved and probabilities recomputed, except where gradients beside the loss save a CPU a second
@@ -161,7 +161,7 @@ struct DivergenceNode final : Node {
   SavedVariable input, target, stats, mask;
   std::string kind, output;
   double alpha, weight, scale;
-  bool relative, want_input, want_target, has_stats, masked;
+  bool from_difference, want_input, want_target, has_stats, masked;
   Tensor dx, dt;  // beside the loss, until they are handed over
 
   variable_list apply(variable_list&& grads) override {
@@ -173,7 +173,7 @@ struct DivergenceNode final : Node {
     if (has_stats) {
       static const auto handle = operator_handle<BackwardSignature>("smart_fast::native_divergence_backward");
       const at::AutoDispatchBelowADInplaceOrView below;
-      gradients = handle.call(grads[0], x, t, stats.unpack(), rows, kind, output, alpha, weight, scale, relative,
+      gradients = handle.call(grads[0], x, t, stats.unpack(), rows, kind, output, alpha, weight, scale, from_difference,
                               want_input, want_target);
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
@@ -181,7 +181,7 @@ struct DivergenceNode final : Node {
         gradients = {std::move(dx), std::move(dt)};
         dx = dt = Tensor();
       } else {  // a second backward pass computes its own
-        const auto again = call_forward(x, t, rows, kind, output, alpha, weight, scale, relative, false, want_input,
+        const auto again = call_forward(x, t, rows, kind, output, alpha, weight, scale, from_difference, false, want_input,
                                         want_target);
         gradients = {std::get<2>(again), std::get<3>(again)};
       }
@@ -203,18 +203,18 @@ struct DivergenceNode final : Node {
 
 Tensor differentiable_divergence(const Tensor& input, const Tensor& target, const optional<Tensor>& mask,
                                  string_view kind, string_view output, double alpha, double weight, double scale,
-                                 bool relative) {
+                                 bool from_difference) {
   const auto node = new_node<DivergenceNode>(input, target);
   node->kind = kind;
   node->output = output;
   node->alpha = alpha;
   node->weight = weight;
   node->scale = scale;
-  node->relative = relative;
+  node->from_difference = from_difference;
   node->want_input = input.requires_grad();
   node->want_target = target.requires_grad();
   const bool now = gradients_beside_loss(input, target, output);
-  auto [loss, stats, dx, dt] = call_forward(input, target, mask, kind, output, alpha, weight, scale, relative, !now,
+  auto [loss, stats, dx, dt] = call_forward(input, target, mask, kind, output, alpha, weight, scale, from_difference, !now,
                                             now && node->want_input, now && node->want_target);
   node->input = SavedVariable(input, false);
   node->target = SavedVariable(target, false);
@@ -232,11 +232,11 @@ Tensor differentiable_divergence(const Tensor& input, const Tensor& target, cons
 }
 
 Tensor divergence(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view kind,
-                  string_view output, double alpha, double weight, double scale, bool relative) {
+                  string_view output, double alpha, double weight, double scale, bool from_difference) {
   if (wanted(input) || wanted(target))
-    return differentiable_divergence(input, target, mask, kind, output, alpha, weight, scale, relative);
+    return differentiable_divergence(input, target, mask, kind, output, alpha, weight, scale, from_difference);
   return std::get<0>(
-      call_forward(input, target, mask, kind, output, alpha, weight, scale, relative, false, false, false));
+      call_forward(input, target, mask, kind, output, alpha, weight, scale, from_difference, false, false, false));
 }
 
 }  // namespace

@@ -150,7 +150,7 @@ std::vector<float> group_norms(const Tensor& partial, int64_t group, Norm norm, 
   return norms;
 }
 
-Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& norm,
+Tensor ascend_norm(const Tensor& grad, const Tensor& noise, const optional<Tensor>& norm,
                       const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind, double noise_var,
                       double step_size, string_view update) {
   const View view({grad});
@@ -230,7 +230,7 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
 
 // What forward and backward passes have in common; `holder` keeps the mask alive.
 cpu::Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, Tensor& holder, double scale,
-                                     bool relative) {
+                                     bool from_difference) {
   cpu::Divergence args = {};
   args.shape = view.shape;
   args.x = view.rows[0];
@@ -238,7 +238,7 @@ cpu::Divergence divergence_arguments(const View& view, const optional<Tensor>& m
   args.mask = mask_bytes(mask, view.shape.rows, holder);
   args.alpha = args.weight = 1;
   args.scale = float(scale);
-  args.relative = relative;
+  args.from_difference = from_difference;
   return args;
 }
 
@@ -259,12 +259,12 @@ Tensor gradient_like(const Tensor& tensor, bool wanted, void*& data) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& input, const Tensor& target,
                                                               const optional<Tensor>& mask, string_view kind,
                                                               string_view output, double alpha, double weight,
-                                                              double scale, bool relative, bool keep, bool want_input,
+                                                              double scale, bool from_difference, bool keep, bool want_input,
                                                               bool want_target) {
   const View view({input, target});
   const Output shape = output_of(output);
   Tensor holder;
-  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
+  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, from_difference);
   args.kind = kind_of(kind);
   args.alpha = float(alpha);
   args.weight = float(weight);
@@ -301,11 +301,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
 std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                                                const Tensor& stats, const optional<Tensor>& mask, string_view kind,
                                                string_view output, double alpha, double weight, double scale,
-                                               bool relative, bool want_input, bool want_target) {
+                                               bool from_difference, bool want_input, bool want_target) {
   const Output shape = output_of(output);
   const View view = shape == Output::sum ? View({input, target}) : View({input, target, upstream_of(grad, input, shape)}, 2);
   Tensor holder;
-  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
+  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, from_difference);
   args.kind = kind_of(kind);
   args.alpha = float(alpha);
   check_statistics(stats, view.shape.rows);
@@ -320,22 +320,22 @@ std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor&
 }
 
 // Takes the whole specification, as every operator of the divergences does; what it gives depends on the logits alone.
-Tensor divergence_measure(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view, string_view,
-                          double, double, double scale, bool relative) {
+Tensor divergence_parts(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view, string_view,
+                          double, double, double scale, bool from_difference) {
   const View view({input, target});
   Tensor holder;
-  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
+  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, from_difference);
   Tensor measured = new_output({view.shape.rows, parts}, at::kFloat);
   args.stats = measured.mutable_data_ptr<float>();
-  run_divergence(cpu::kernels().divergence_measure, args);
+  run_divergence(cpu::kernels().divergence_parts, args);
   return measured;
 }
 
 Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor& stats, const optional<Tensor>& mask,
-                         string_view kind, string_view, double alpha, double, double scale, bool relative) {
+                         string_view kind, string_view, double alpha, double, double scale, bool from_difference) {
   const View view({input, target});
   Tensor holder;
-  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, relative);
+  cpu::Divergence args = divergence_arguments(view, mask, holder, scale, from_difference);
   args.kind = kind_of(kind);
   args.alpha = float(alpha);
   check_statistics(stats, view.shape.rows);
@@ -396,34 +396,34 @@ TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
   // Draws its own seed. The second result is what ascend takes as noise: its values, or on a GPU the seed.
   library.def("native_perturb_fresh(Tensor embed, Generator? generator, float noise_var, Tensor? mask, bool keep_noise,"
               " Tensor? unit=None) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
-  library.def("native_ascend_measure(Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, Tensor? unit, str kind,"
+  library.def("native_ascend_norm(Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, Tensor? unit, str kind,"
               " float noise_var, float step_size, str update) -> Tensor", tags);
   library.def("native_ascend(Tensor embed, Tensor grad, Tensor noise, Tensor? norm, Tensor? moved_norm, Tensor? mask,"
               " Tensor? unit, str kind, str scope, float noise_var, float step_size, str update, float epsilon,"
               " bool keep_noise) -> (Tensor, Tensor)", tags);
   library.def("native_divergence(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
-              " float weight, float scale, bool relative) -> Tensor", tags);
+              " float weight, float scale, bool from_difference) -> Tensor", tags);
   library.def("native_divergence_forward(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
-              " float weight, float scale, bool relative, bool keep, bool want_input, bool want_target)"
+              " float weight, float scale, bool from_difference, bool keep, bool want_input, bool want_target)"
               " -> (Tensor, Tensor, Tensor, Tensor)", tags);
   library.def("native_divergence_backward(Tensor grad, Tensor input, Tensor target, Tensor stats, Tensor? mask,"
-              " str kind, str output, float alpha, float weight, float scale, bool relative, bool want_input,"
+              " str kind, str output, float alpha, float weight, float scale, bool from_difference, bool want_input,"
               " bool want_target) -> (Tensor, Tensor)", tags);
-  library.def("native_divergence_measure(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
-              " float weight, float scale, bool relative) -> Tensor", tags);
+  library.def("native_divergence_parts(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
+              " float weight, float scale, bool from_difference) -> Tensor", tags);
   library.def("native_divergence_finish(Tensor input, Tensor target, Tensor stats, Tensor? mask, str kind, str output,"
-              " float alpha, float weight, float scale, bool relative) -> Tensor", tags);
+              " float alpha, float weight, float scale, bool from_difference) -> Tensor", tags);
   library.def("native_fisher_direction(Tensor logits, bool wide) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(smart_fast, CPU, library) {
   library.impl("native_perturb", &smart_fast::perturb);
   library.impl("native_perturb_fresh", &smart_fast::perturb_fresh);
-  library.impl("native_ascend_measure", &smart_fast::ascend_measure);
+  library.impl("native_ascend_norm", &smart_fast::ascend_norm);
   library.impl("native_ascend", &smart_fast::ascend);
   library.impl("native_divergence_forward", &smart_fast::divergence_forward);
   library.impl("native_divergence_backward", &smart_fast::divergence_backward);
-  library.impl("native_divergence_measure", &smart_fast::divergence_measure);
+  library.impl("native_divergence_parts", &smart_fast::divergence_parts);
   library.impl("native_divergence_finish", &smart_fast::divergence_finish);
   library.impl("native_fisher_direction", &smart_fast::fisher_direction);
 }

@@ -7,7 +7,7 @@ a row (1 if there are none):
     sift           m = g                                    noise <- noise + step_size * u * m / (norm(m) + epsilon * u)
     paper          m = noise / u + step_size * g / norm(g)  noise <- u * (the point nearest to m with norm <= epsilon)
 
-Token norms need one kernel. A norm over more than a row needs `measure_kernel` first, which leaves either one partial
+Token norms need one kernel. A norm over more than a row needs `norm_kernel` first, which leaves either one partial
 norm per row or, for a norm that only Python can compute, m itself; for paper twice, of g and of m. Floor: read embed,
 read g, write the result; the initial noise is regenerated from its seed.
 
@@ -208,11 +208,11 @@ def _shrink(
 
 
 @triton.jit
-def measure_kernel(
+def norm_kernel(
     grad_ptr, noise_ptr, seed_ptr, norm_ptr, mask_ptr, unit_ptr, out_ptr,
     rows, width, size1, size2, grad_stride0, grad_stride1, grad_stride2, noise_var, step_size,
     UPDATE: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr, FROM_SEED: tl.constexpr, MASKED: tl.constexpr,
-    RELATIVE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    IN_UNITS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes one partial norm of m per row (``out``: fp32 ``[rows]``), or m itself (fp32 ``[rows, width]``).
@@ -225,7 +225,7 @@ def measure_kernel(
     real = row < rows
     if MASKED:
         real = tl.load(mask_ptr + row, mask=real, other=0) != 0
-    unit = load_unit(unit_ptr, row, rows, RELATIVE, ROWS)
+    unit = load_unit(unit_ptr, row, rows, IN_UNITS, ROWS)
     base = row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)
     seed = tl.load(seed_ptr)
     finite = _finite_rows(grad_ptr, base, real, width, ROWS, BLOCK, BLOCKS, STAGES)
@@ -261,13 +261,13 @@ def ascend_kernel(
     embed_stride0, embed_stride1, embed_stride2, grad_stride0, grad_stride1, grad_stride2,
     group, noise_var, step_size, epsilon,
     UPDATE: tl.constexpr, NORM: tl.constexpr, SCOPE: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    FROM_SEED: tl.constexpr, KEEP_NOISE: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr,
+    FROM_SEED: tl.constexpr, KEEP_NOISE: tl.constexpr, MASKED: tl.constexpr, IN_UNITS: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` = embed + the updated noise, and that noise itself (fp32) when KEEP_NOISE.
 
     SCOPE says where norms come from: "row", computed here; "group", the partial norms of ``group`` consecutive rows (at
-    most GROUP_BLOCK of them), left by `measure_kernel`; "given", one value per row in ``norm`` and, for paper, one in
+    most GROUP_BLOCK of them), left by `norm_kernel`; "given", one value per row in ``norm`` and, for paper, one in
     ``shrink`` (see `_shrink`). paper knows no "group". Rows whose mask byte is zero get no noise.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -275,7 +275,7 @@ def ascend_kernel(
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
-    unit = load_unit(unit_ptr, row, rows, RELATIVE, ROWS)
+    unit = load_unit(unit_ptr, row, rows, IN_UNITS, ROWS)
     embed_base = row_offset(row, size1, size2, embed_stride0, embed_stride1, embed_stride2)
     grad_base = row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)
     seed = tl.load(seed_ptr)

@@ -18,7 +18,7 @@ from .divergence_formulas import (
     load_sums,
     log_ratio_shift,
     loss_of_sums,
-    measure_blocks,
+    parts_of_blocks,
     row_gradients,
     store_statistics,
     store_sums,
@@ -33,7 +33,7 @@ def divergence_forward_kernel(
     x_ptr, t_ptr, mask_ptr, out_ptr, stats_ptr,
     rows, width, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     alpha, weight, scale,
-    KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
     KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` as OUTPUT says; KEEP also writes the row statistics, fp32 ``[rows, STATS]``.
@@ -54,7 +54,7 @@ def divergence_forward_kernel(
     if BLOCKS == 1:
         col = tl.arange(0, BLOCK)
         inside = real[:, None] & (col < width)[None, :]
-        x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
+        x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
         max_d = tl.max(tl.abs(d), axis=1)
         max_x = finite_max(tl.max(x, axis=1))
         max_t = finite_max(tl.max(t, axis=1))
@@ -72,8 +72,22 @@ def divergence_forward_kernel(
         r = d - shift[:, None]
         first, second = store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
     else:
-        max_x, sum_x, max_t, sum_t, max_d, expm1 = measure_blocks(
-            x_ptr, t_ptr, x_base, t_base, real, 0, width, scale, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES
+        max_x, sum_x, max_t, sum_t, max_d, expm1 = parts_of_blocks(
+            x_ptr,
+            t_ptr,
+            x_base,
+            t_base,
+            real,
+            0,
+            width,
+            scale,
+            MASKED,
+            FROM_DIFFERENCE,
+            SCALED,
+            ROWS,
+            BLOCK,
+            BLOCKS,
+            STAGES,
         )
         max_x = finite_max(max_x)
         max_t = finite_max(max_t)
@@ -82,7 +96,8 @@ def divergence_forward_kernel(
         inv_t = 1.0 / sum_t
         first, second = finish_blocks(
             x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, 0, width, scale, alpha,
-            max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES,
+            max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK, BLOCKS,
+            STAGES,
         )  # fmt: skip
 
     loss = loss_of_sums(first, second, alpha, KIND)
@@ -110,7 +125,7 @@ def divergence_backward_kernel(
     rows, width, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     grad_stride0, grad_stride1, grad_stride2,
     alpha, factor, scale,
-    KIND: tl.constexpr, WANT_X: tl.constexpr, WANT_T: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr,
+    KIND: tl.constexpr, WANT_X: tl.constexpr, WANT_T: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr,
     SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one loss a row: ``dx``, ``dt`` (contiguous ``[rows, width]``), one program per tile, any order.
@@ -130,7 +145,7 @@ def divergence_backward_kernel(
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
     g_base = row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)
-    x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, as_fp32(scale), RELATIVE, SCALED)
+    x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, as_fp32(scale), FROM_DIFFERENCE, SCALED)
     p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
     g = as_fp32(factor) * tl.load(grad_ptr + g_base, mask=real, other=0.0).to(tl.float32)
     first, second = load_sums(stats_ptr, row, real)
@@ -161,7 +176,7 @@ def divergence_backward_elementwise_kernel(
     rows, width, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     grad_stride0, grad_stride1, grad_stride2, grad_stride_col,
     alpha, scale,
-    KIND: tl.constexpr, WANT_X: tl.constexpr, WANT_T: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr,
+    KIND: tl.constexpr, WANT_X: tl.constexpr, WANT_T: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr,
     SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the terms under any upstream ``grad`` (any strides, stride 0 included). Read twice: for the sums of
@@ -184,7 +199,7 @@ def divergence_backward_elementwise_kernel(
         for block in tl.range(BLOCKS, num_stages=STAGES):
             col = block * BLOCK + tl.arange(0, BLOCK)
             inside = real[:, None] & (col < width)[None, :]
-            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
+            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
             h = _load_grad(grad_ptr, g_base, grad_stride_col, col, inside, first, scale)
             p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
             more_one, more_two = upstream_terms(p, q, r, h, first, alpha, KIND)
@@ -195,7 +210,7 @@ def divergence_backward_elementwise_kernel(
         col = block * BLOCK + tl.arange(0, BLOCK)
         inside = real[:, None] & (col < width)[None, :]
         everywhere = valid[:, None] & (col < width)[None, :]
-        x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
+        x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
         h = _load_grad(grad_ptr, g_base, grad_stride_col, col, inside, first, scale)
         p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
         dx, dt = elementwise_gradients(p, q, r, h, first, one, two, alpha, KIND)

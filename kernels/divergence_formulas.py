@@ -37,7 +37,7 @@ A divergence is one branch on KIND in each of: `row_terms`, `elementwise_terms`,
 Logits of minus infinity on both sides (masked classes) contribute nothing. A row that is minus infinity throughout is
 NaN, as its softmax. Arithmetic is fp32 for every dtype.
 
-Logits may be scaled (by 1 / temperature) as they are read, and d may be given in place of x (RELATIVE).
+Logits may be scaled (by 1 / temperature) as they are read, and d may be given in place of x (FROM_DIFFERENCE).
 """
 
 import triton
@@ -111,14 +111,14 @@ def _log_cosh_half(r):
 
 
 @triton.jit
-def load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE: tl.constexpr, SCALED: tl.constexpr):
+def load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr):
     """``(x, t, d = x - t)`` of a tile. Outside, and where both are minus infinity: minus infinity, and d zero.
 
-    RELATIVE: ``x_ptr`` holds d, and t alone tells which classes there are. Scaled last: d keeps its precision.
+    FROM_DIFFERENCE: ``x_ptr`` holds d, and t alone tells which classes there are. Scaled last: d keeps its precision.
     """
     x = tl.load(x_ptr + x_base[:, None] + col[None, :], mask=inside, other=float("-inf")).to(tl.float32)
     t = tl.load(t_ptr + t_base[:, None] + col[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-    if RELATIVE:
+    if FROM_DIFFERENCE:
         d = tl.where(t == NEG_INF, 0.0, x)
         x = t + d
     else:
@@ -356,9 +356,9 @@ def store_terms(
 
 
 @triton.jit
-def measure_blocks(
+def parts_of_blocks(
     x_ptr, t_ptr, x_base, t_base, real, first, width, scale,
-    MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of BLOCKS blocks of columns from ``first`` on, in the order of PART_*, read once."""
@@ -372,7 +372,7 @@ def measure_blocks(
         for block in tl.range(BLOCKS, num_stages=STAGES):
             col = first + block * BLOCK + tl.arange(0, BLOCK)
             inside = real[:, None] & (col < width)[None, :]
-            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
+            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
             max_d = tl.maximum(max_d, tl.max(tl.abs(d), axis=1))
             new_x = tl.maximum(max_x, tl.max(x, axis=1))
             new_t = tl.maximum(max_t, tl.max(t, axis=1))
@@ -392,7 +392,7 @@ def measure_blocks(
 def finish_blocks(
     x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, scale, alpha,
     max_x, inv_x, max_t, inv_t, shift,
-    KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The two row sums over BLOCKS blocks of columns from ``first`` on, from the row's statistics. With OUTPUT "terms"
@@ -403,7 +403,7 @@ def finish_blocks(
         for block in tl.range(BLOCKS, num_stages=STAGES):
             col = first + block * BLOCK + tl.arange(0, BLOCK)
             inside = real[:, None] & (col < width)[None, :]
-            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, RELATIVE, SCALED)
+            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
             p = tl.exp(x - max_x[:, None]) * inv_x[:, None]
             q = tl.exp(t - max_t[:, None]) * inv_t[:, None]
             r = d - shift[:, None]

@@ -1,4 +1,4 @@
-"""The divergence of rows that several programs share, in three steps: measure, finish, collect.
+"""The divergence of rows that several programs share, in three steps: parts, finish, collect.
 
 Where rows are few and wide, and where each device holds a slice of the vocabulary. Every program measures its own
 columns; partial statistics merge as log-sum-exps do; with the merged ones every program finishes its columns; the
@@ -21,7 +21,7 @@ from .divergence_formulas import (
     load_statistics,
     log_ratio_shift,
     loss_of_sums,
-    measure_blocks,
+    parts_of_blocks,
     store_statistics,
     store_sums,
 )
@@ -58,11 +58,11 @@ def _merge_partials(partials_ptr, row, real, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def divergence_measure_kernel(
+def divergence_parts_kernel(
     x_ptr, t_ptr, mask_ptr, partials_ptr,
     rows, width, splits, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     scale,
-    MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes the partial statistics, fp32 ``[rows, splits, PARTS]``. Masked rows: those of one class, not read."""
@@ -76,9 +76,9 @@ def divergence_measure_kernel(
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
     first = split.to(tl.int32) * (BLOCK * BLOCKS)
-    max_x, sum_x, max_t, sum_t, max_d, expm1 = measure_blocks(
-        x_ptr, t_ptr, x_base, t_base, real, first, width, as_fp32(scale), MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS,
-        STAGES,
+    max_x, sum_x, max_t, sum_t, max_d, expm1 = parts_of_blocks(
+        x_ptr, t_ptr, x_base, t_base, real, first, width, as_fp32(scale), MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK,
+        BLOCKS, STAGES,
     )  # fmt: skip
     if MASKED:
         max_x = tl.where(real, max_x, 0.0)
@@ -102,7 +102,7 @@ def divergence_finish_kernel(
     x_ptr, t_ptr, mask_ptr, partials_ptr, stats_ptr, out_ptr, sums_ptr,
     rows, width, splits, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     alpha, scale,
-    KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, RELATIVE: tl.constexpr, SCALED: tl.constexpr,
+    KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
     MERGE: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def divergence_finish_kernel(
     first = split.to(tl.int32) * (BLOCK * BLOCKS)
     one, two = finish_blocks(
         x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, as_fp32(scale), as_fp32(alpha),
-        max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, RELATIVE, SCALED, ROWS, BLOCK, BLOCKS, STAGES,
+        max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
     sums = sums_ptr + (row * splits + split) * 2
     tl.store(sums, one, mask=valid)

@@ -20,9 +20,9 @@ def row_offset(row, size1, size2, stride0, stride1, stride2):
 
 
 @triton.jit
-def load_unit(unit_ptr, row, rows, RELATIVE: tl.constexpr, ROWS: tl.constexpr):
+def load_unit(unit_ptr, row, rows, IN_UNITS: tl.constexpr, ROWS: tl.constexpr):
     """The fp32 unit of each row; one where there are none, which multiplies nothing once compiled."""
-    if RELATIVE:
+    if IN_UNITS:
         return tl.load(unit_ptr + row, mask=row < rows, other=0.0)
     else:
         return tl.full([ROWS], 1.0, tl.float32)

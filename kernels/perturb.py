@@ -23,7 +23,7 @@ def perturb_kernel(
     stride2,
     noise_var,
     MASKED: tl.constexpr,
-    RELATIVE: tl.constexpr,
+    IN_UNITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -42,7 +42,7 @@ def perturb_kernel(
     base = row_offset(row, size1, size2, stride0, stride1, stride2)
     embed = tl.load(embed_ptr + base[:, None] + col[None, :], mask=inside).to(tl.float32)
     noise = normal_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED)
-    noise = noise * (as_fp32(noise_var) * load_unit(unit_ptr, row, rows, RELATIVE, ROWS))[:, None]
+    noise = noise * (as_fp32(noise_var) * load_unit(unit_ptr, row, rows, IN_UNITS, ROWS))[:, None]
     if MASKED:
         real = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0
         noise = tl.where(real[:, None], noise, 0.0)

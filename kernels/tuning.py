@@ -25,10 +25,10 @@ FOLDER = Path(__file__).parent / "tuned"
 VARIABLE = "SMART_FAST_TUNED"
 SCHEMA = 1
 #: What an entry speaks of. perturb_stream is `perturb` on contiguous memory, whose width is the number of elements;
-#: divergence_split stands for the kernels that share rows, measure and finish, which must agree on a tile.
+#: divergence_split stands for the kernels that share rows, parts and finish, which must agree on a tile.
 KERNELS = (
-    "perturb", "perturb_stream", "measure", "ascend", "divergence_forward", "divergence_split", "divergence_backward",
-    "divergence_backward_elementwise", "fisher_direction",
+    "perturb", "perturb_stream", "ascend_norm", "ascend", "divergence_forward", "divergence_split",
+    "divergence_backward", "divergence_backward_elementwise", "fisher_direction",
 )  # fmt: skip
 MIN_BLOCK = 4  # a counter of the noise makes four numbers
 MAX_TILE = 1 << 15  # elements

@@ -120,8 +120,8 @@ def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wr
         ("smart-pytorch", "sift") if every else ("sift",), ("inf", "l2", "l1") if every else ("l2",), (seed, kept)
     ):
         step = (1e-5, 1e-3, update)
-        ops.ascend_measure(x, noise, None, mask, None, kind, *step, wrap=wrap)
-        ops.ascend_measure(x, noise, None, mask, None, "opaque", *step, wrap=wrap)
+        ops.ascend_norm(x, noise, None, mask, None, kind, *step, wrap=wrap)
+        ops.ascend_norm(x, noise, None, mask, None, "opaque", *step, wrap=wrap)
         for keep in (False, True) if every else (True,):
             ops.ascend(strided, x, noise, None, None, mask, None, kind, "row", *step, 1e-6, keep, wrap=wrap)
             ops.ascend(strided, x, noise, norm, None, mask, None, kind, "group", *step, 1e-6, keep, wrap=wrap)
@@ -133,12 +133,12 @@ def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wr
         if every:
             shrink = None if kind == "inf" else norm
             ops.ascend(strided, x, noise, norm, shrink, mask, unit, kind, "given", *step, 1e-6, True, wrap=wrap)
-        ops.ascend_measure(x, noise, None, mask, None, "l2" if kind == "l1" else kind, *step, wrap=wrap)
-        ops.ascend_measure(x, noise, norm, mask, unit, "opaque" if kind == "l1" else kind, *step, wrap=wrap)
+        ops.ascend_norm(x, noise, None, mask, None, "l2" if kind == "l1" else kind, *step, wrap=wrap)
+        ops.ascend_norm(x, noise, norm, mask, unit, "opaque" if kind == "l1" else kind, *step, wrap=wrap)
     if every:
         for update in ("smart-pytorch", "sift"):
             step = (1e-5, 1e-3, update)
-            ops.ascend_measure(x, seed, None, mask, unit, "l2", *step, wrap=wrap)
+            ops.ascend_norm(x, seed, None, mask, unit, "l2", *step, wrap=wrap)
             ops.ascend(strided, x, kept, None, None, mask, unit, "l2", "row", *step, 1e-6, True, wrap=wrap)
 
 
@@ -175,7 +175,7 @@ def _record_divergence(dtype: torch.dtype, width: int, masked: bool, every: bool
         for want in ((True, True), (True, False), (False, True)) if crossed else ((True, True),):
             ops.divergence_backward(grads[output], x, strided, stats, mask, *spec, *want, wrap=wrap)
         if output == "rows":
-            ops.divergence_measure(x, strided, mask, *spec, wrap=wrap)
+            ops.divergence_parts(x, strided, mask, *spec, wrap=wrap)
             ops.divergence_finish(x, strided, stats, mask, *spec, wrap=wrap)
 
 

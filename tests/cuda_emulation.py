@@ -71,7 +71,7 @@ _Ascend = _structure(
 )  # fmt: skip
 _Divergence = _structure(
     "Divergence", shape=_Shape, x=_Rows, t=_Rows, mask=_Pointer, kind=_Int, alpha=_Float, weight=_Float, scale=_Float,
-    relative=ctypes.c_bool, loss=_Pointer, partial=_Pointer, losses=_Pointer, parts=_Pointer, terms=_Pointer,
+    from_difference=ctypes.c_bool, loss=_Pointer, partial=_Pointer, losses=_Pointer, parts=_Pointer, terms=_Pointer,
     terms_dtype=_Int, stats=_Pointer, dx=_Pointer, dt=_Pointer, upstream=_Pointer, upstream_dtype=_Int, grad=_Rows,
 )  # fmt: skip
 _Fisher = _structure("Fisher", shape=_Shape, logits=_Rows, out=_Pointer, out_dtype=_Int)
@@ -206,7 +206,7 @@ class Emulated:
         del alive
         return out, seed
 
-    def ascend_measure(
+    def ascend_norm(
         self, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
         noise_var: float, step_size: float, update: str,
     ) -> Tensor:  # fmt: skip
@@ -279,7 +279,7 @@ class Emulated:
             return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
 
         return steps.ascend(
-            self.ascend_measure, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit,
+            self.ascend_norm, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit,
             folds_groups=True,
         )  # fmt: skip
 
@@ -290,7 +290,7 @@ class Emulated:
         mask = None if mask is None else mask.contiguous()
         args = _Divergence(
             shape=shape, x=rows[0], t=rows[1], mask=_pointer(mask), kind=KINDS[spec.kind], alpha=spec.alpha,
-            weight=spec.weight, scale=spec.scale, relative=spec.relative,
+            weight=spec.weight, scale=spec.scale, from_difference=spec.from_difference,
         )  # fmt: skip
         if grad is not None:
             args.grad = rows[2]
@@ -347,7 +347,7 @@ class Emulated:
         check_guards(dx, dt)
         return dx, dt
 
-    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    def divergence_parts(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
         alive, args = self._divergence(input, target, spec, mask)
         parts = new_output((args.shape.rows, PARTS), torch.float32)
         args.parts = _pointer(parts)

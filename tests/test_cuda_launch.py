@@ -137,7 +137,7 @@ def operations(emulated: Emulated, x: Tensor, t: Tensor, mask: Tensor | None) ->
         "perturb, noise kept": lambda: emulated.perturb(x, seed, 0.5, mask, True),
         "fisher": lambda: emulated.fisher_direction(x, False),
         "fisher, wide": lambda: emulated.fisher_direction(x, True),
-        "measure slices": lambda: emulated.divergence_measure(x, t, DivergenceSpec("kl", "rows"), mask),
+        "parts of slices": lambda: emulated.divergence_parts(x, t, DivergenceSpec("kl", "rows"), mask),
     }
     for norm, update in itertools.product((inf_norm, l2_norm, l1_norm), ("smart-pytorch", "paper")):
         step = Step(norm, 0.1, 0.5, 0.01, update)
@@ -155,7 +155,7 @@ def operations(emulated: Emulated, x: Tensor, t: Tensor, mask: Tensor | None) ->
 
 NAMES = list(operations(None, torch.zeros(1, 1), torch.zeros(1, 1), None))  # type: ignore[arg-type]
 #: Where csrc/cuda writes one number a row, or one element at a time: nothing there need be aligned.
-NO_VECTORS = {"measure slices"} | {n for n in NAMES if n.endswith("finish") or n.endswith("terms backward")}
+NO_VECTORS = {"parts of slices"} | {n for n in NAMES if n.endswith("finish") or n.endswith("terms backward")}
 NO_VECTORS |= {n for n in NAMES if n.endswith("sum") or n.endswith("rows")}
 
 
@@ -283,7 +283,7 @@ def test_more_than_two_to_the_31_elements(width: int, emulated: Emulated) -> Non
             arguments = grad, x, t, stats, spec._replace(output=output), mask, True, True
             for value, reference in zip(emulated.divergence_backward(*arguments), want, strict=True):
                 assert oracle.relative_error(last(value), reference) < ONE_ULP[torch.bfloat16]
-    parts = emulated.divergence_measure(x, t, DivergenceSpec("kl", "rows"), mask)
+    parts = emulated.divergence_parts(x, t, DivergenceSpec("kl", "rows"), mask)
     assert abs(float(parts[-1, 2]) - float(last_t.max())) <= 1
     direction = emulated.fisher_direction(x, True)
     want = last_x.softmax(-1)

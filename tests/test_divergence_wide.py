@@ -70,7 +70,7 @@ def compute(
 def expected(spec: DivergenceSpec, input: Tensor, target: Tensor, grad: Tensor, mask: Tensor | None = None) -> Result:
     alpha = 1.0 if spec.kind == "kl" else spec.alpha
     t = target.cpu().double()
-    x = input.cpu().double() + (t if spec.relative else 0.0)
+    x = input.cpu().double() + (t if spec.from_difference else 0.0)
     x, t, g = x * spec.scale, t * spec.scale, grad.cpu().double() * spec.scale
     keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
     if spec.output == "terms":
@@ -150,14 +150,14 @@ def test_relative_bfloat16(kind: str, backend: ModuleType, device: torch.device,
     d, t = pair((4, 500), 1e-4, device, relative=True)
     d, t = d.bfloat16(), (4 * t).bfloat16()
     one = torch.ones((), device=device)
-    spec = DivergenceSpec(kind, "rows", 0.6, relative=True)
+    spec = DivergenceSpec(kind, "rows", 0.6, from_difference=True)
     want = expected(spec, d, t, one.expand(4))
     got = compute(backend, spec, d, t, one.expand(4))
     assert got[1].dtype == got[2].dtype == torch.bfloat16
     assert oracle.relative_error(got[0], want[0]) < 2e-6
     assert oracle.relative_error(got[1], want[1]) < 2**-7
     assert oracle.relative_error(got[2], want[2]) < 2**-7
-    drowned, _ = backend.divergence_forward((t + d), t, spec._replace(relative=False), None, False, False)
+    drowned, _ = backend.divergence_forward((t + d), t, spec._replace(from_difference=False), None, False, False)
     assert oracle.relative_error(drowned, want[0]) > 0.5
     loss, _ = backend.divergence_forward(d, t.float(), spec._replace(output="terms"), None, False, False)
     assert loss.dtype == torch.float32
@@ -267,7 +267,7 @@ def test_slices_of_the_vocabulary(
     want = expected(spec, x[..., real], t[..., real], g, mask)
 
     slices = [slice(0, 100), slice(100, 200), slice(200, 203), slice(203, 300)]
-    parts = [backend.divergence_measure(x[..., each], t[..., each], spec, mask) for each in slices]
+    parts = [backend.divergence_parts(x[..., each], t[..., each], spec, mask) for each in slices]
     flat = mask.flatten()
     assert all(part.shape == (6, PARTS) and part[~flat].isfinite().all() for part in parts)
     assert (parts[1][flat][:, [0, 2]] == -math.inf).all()

@@ -79,7 +79,7 @@ def test_slices_make_a_whole(kind: str, apart: float) -> None:
     assert stats is not None
     slices = slice(0, 20), slice(20, 21), slice(21, 50)
     parts = [(x[..., each], t[..., each]) for each in slices]
-    merged = log_ratio.merge(torch.stack([log_ratio.divergence_measure(*part, spec, None) for part in parts]))
+    merged = log_ratio.merge(torch.stack([log_ratio.divergence_parts(*part, spec, None) for part in parts]))
     torch.testing.assert_close(merged[:, :5], stats[:, :5], rtol=1e-12, atol=1e-13)
     finished = [log_ratio.divergence_finish(*part, merged, spec, None) for part in parts]
     assert all(each.shape == (12, 2) for each in finished)
@@ -102,7 +102,7 @@ def test_slices_make_a_whole(kind: str, apart: float) -> None:
 @pytest.mark.parametrize("relative", [False, True])
 @every_kind
 def test_extremes(kind: str, relative: bool, output: str) -> None:
-    spec = DivergenceSpec(kind, output, divergence(kind).alpha, relative=relative)
+    spec = DivergenceSpec(kind, output, divergence(kind).alpha, from_difference=relative)
 
     def run(x: list[float], t: list[float]) -> tuple[Tensor, Tensor, Tensor]:
         first, second = torch.tensor([x]), torch.tensor([t])

@@ -241,7 +241,7 @@ def refused_names():
         "output": ("divergence_forward", (x, t, None, *unknown_output, *numbers, True, False, False), outputs),
         "update": ("ascend", (x, t, seed, *nothing, "l2", "row", *step, "nonsense", 0.1, True), updates),
         "norm": ("ascend", (x, t, seed, *nothing, "nonsense", "row", *step, "sift", 0.1, True), "inf, l2, l1, opaque"),
-        "measured update": ("ascend_measure", (x, seed, None, None, None, "l2", *step, "nonsense"), updates),
+        "measured update": ("ascend_norm", (x, seed, None, None, None, "l2", *step, "nonsense"), updates),
     }  # fmt: skip
 
 

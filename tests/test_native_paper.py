@@ -379,7 +379,7 @@ def test_operators_keep_their_promises(scope, built):
     norm = torch.rand(6) + 0.1 if scope == "group" else None
     common = 0.1, 0.2, "paper"
     torch.library.opcheck(
-        operators.native_ascend_measure, (grad, embed, norm, None, unit, "l2", *common), test_utils=tests
+        operators.native_ascend_norm, (grad, embed, norm, None, unit, "l2", *common), test_utils=tests
     )
     torch.library.opcheck(
         operators.native_ascend, (embed, grad, embed, norm, norm, None, unit, "l2", scope, *common, 0.3, True),

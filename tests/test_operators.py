@@ -13,7 +13,7 @@ from tests.helpers import exhaustively
 
 STEP = ("inf", 1e-5, 1e-3, "smart-pytorch")
 NAMES = [
-    "perturb", "ascend_measure", "ascend", "divergence_forward", "divergence_backward", "divergence_measure",
+    "perturb", "ascend_norm", "ascend", "divergence_forward", "divergence_backward", "divergence_parts",
     "divergence_finish", "fisher_direction",
 ]  # fmt: skip
 
@@ -27,7 +27,7 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
     one = torch.ones((), device=device)
     found = {
         "perturb": [(x, seed, 0.1, None, None), (x.transpose(0, 1), seed, 0.1, mask.T, unit.view(3, 2, 1))],
-        "ascend_measure": [
+        "ascend_norm": [
             (x, seed, None, None, None, *STEP),
             (x, seed, None, mask, unit, "opaque", *STEP[1:]),
             (x, seed, norm, mask, unit, "l2", 1e-5, 1e-3, "paper"),
@@ -50,7 +50,7 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
             (x[..., 0], x, t, stats, None, "js", "rows", 1.0, 1.0, 1.0, False, True, True),
             (one, x, t, stats, mask, "jsd", "sum", 0.5, 1.0, 1.0, False, True, True),
         ],
-        "divergence_measure": [(x, t, mask, "kl", "rows", 1.0, 1.0, 1.0, False)],
+        "divergence_parts": [(x, t, mask, "kl", "rows", 1.0, 1.0, 1.0, False)],
         "divergence_finish": [(x, t, stats, mask, "js", "rows", 1.0, 1.0, 0.5, True)],
         "fisher_direction": [(x, True), (x.transpose(0, 1).bfloat16(), False), (x[..., :0], True)],
     }

@@ -20,8 +20,8 @@ PARTS = 4
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 KERNELS = {
-    "perturb_kernel", "measure_kernel", "ascend_kernel", "fisher_direction_kernel", "divergence_forward_kernel",
-    "divergence_backward_kernel", "divergence_backward_elementwise_kernel", "divergence_measure_kernel",
+    "perturb_kernel", "norm_kernel", "ascend_kernel", "fisher_direction_kernel", "divergence_forward_kernel",
+    "divergence_backward_kernel", "divergence_backward_elementwise_kernel", "divergence_parts_kernel",
     "divergence_finish_kernel", "divergence_merge_kernel", "divergence_collect_kernel",
 }  # fmt: skip
 

@@ -19,10 +19,10 @@ CALLS = {
     "divergence, backward of a row": "ops.divergence_backward(g, x, x, s, None, 'other', 'sum', *rest, True, True)",
     "divergence, backward of terms": "ops.divergence_backward(x, x, x, s, None, 'other', 'terms', *rest, True, True)",
     "divergence, finish": "ops.divergence_finish(x, x, s, None, 'other', 'rows', 1.0, 1.0, 1.0, False)",
-    "norm, measure": "ops.ascend_measure(x, seed, None, None, None, 'other', 1.0, 1.0, 'sift')",
+    "norm, measure": "ops.ascend_norm(x, seed, None, None, None, 'other', 1.0, 1.0, 'sift')",
     "norm, ascend": "ops.ascend(x, x, seed, None, None, None, None, 'other', 'row', *step, 'sift', 1.0, True)",
     "norm, projection": "ops.ascend(x, x, seed, x, x, None, None, 'other', 'given', *step, 'paper', 1.0, True)",
-    "update, measure": "ops.ascend_measure(x, seed, None, None, None, 'l2', 1.0, 1.0, 'other')",
+    "update, measure": "ops.ascend_norm(x, seed, None, None, None, 'l2', 1.0, 1.0, 'other')",
     "update, ascend": "ops.ascend(x, x, seed, x, None, None, None, 'l2', 'given', *step, 'other', 1.0, True)",
 }
 NAMES = {

@@ -105,9 +105,9 @@ def tiles_of(kernel, shape, dtype=FP32):
 
 
 KERNEL_OF = {
-    "perturb": "perturb_kernel", "perturb_stream": "perturb_kernel", "measure": "measure_kernel",
+    "perturb": "perturb_kernel", "perturb_stream": "perturb_kernel", "ascend_norm": "norm_kernel",
     "ascend": "ascend_kernel", "divergence_forward": "divergence_forward_kernel",
-    "divergence_split": "divergence_measure_kernel", "divergence_backward": "divergence_backward_kernel",
+    "divergence_split": "divergence_parts_kernel", "divergence_backward": "divergence_backward_kernel",
     "divergence_backward_elementwise": "divergence_backward_elementwise_kernel",
     "fisher_direction": "fisher_direction_kernel",
 }  # fmt: skip
@@ -184,7 +184,7 @@ def test_rows_shared_above_the_number_of_processors(use, long_rows):
     wide = (6, 1300)
     assert "divergence_forward_kernel" in tiles_of("divergence_split", wide)
     use(content(entry("divergence_split", Choice(256, 1, threshold=2, programs=3))))
-    assert tiles_of("divergence_split", wide)["divergence_measure_kernel"] == (1, 256, 4, 1, 1)
+    assert tiles_of("divergence_split", wide)["divergence_parts_kernel"] == (1, 256, 4, 1, 1)
     assert "divergence_forward_kernel" in tiles_of("divergence_split", (8, 1300))
 
 
@@ -199,7 +199,7 @@ def test_widths():
     found = [table.find("ascend", width, 4) for width in (4, 5, 8, 9, 16, 17)]
     assert [each and each.block for each in found] == [None, 8, 8, 16, 16, None]
     assert table.find("ascend", 10**12, 2) == Choice(32, 1)
-    assert table.find("measure", 5, 4) is None
+    assert table.find("ascend_norm", 5, 4) is None
 
 
 def test_blocks_are_cut_down_to_the_row():
@@ -245,8 +245,8 @@ def test_a_width_is_looked_for_once(use, monkeypatch):
     use(content(entry()))
     for _ in range(3):
         tiles_of("ascend", (4, 20))
-        tiles_of("measure", (4, 20))
-    assert searched == [("ascend", 20, 4), ("measure", 20, 4)]
+        tiles_of("ascend_norm", (4, 20))
+    assert searched == [("ascend", 20, 4), ("ascend_norm", 20, 4)]
 
 
 BROKEN = {
@@ -452,17 +452,17 @@ def test_flawed_in_a_variant(monkeypatch):
 @pytest.mark.exhaustive
 def test_a_default_that_fails_is_reported(monkeypatch, tmp_path):
     spoiled(monkeypatch, "perturb", lambda args: True, fails)
-    todo = [tune_targets.Target("perturb", (5, 33), FP32), tune_targets.Target("measure", (5, 33), FP32)]
+    todo = [tune_targets.Target("perturb", (5, 33), FP32), tune_targets.Target("ascend_norm", (5, 33), FP32)]
     table = tune.sweep(todo, DEVICE, tmp_path / "found.json", clock=Clock(always(1)))
     assert table["failed"] == {todo[0].name: "RuntimeError: out of resource"}
-    assert [each["kernel"] for each in table["entries"]] == ["measure"]
+    assert [each["kernel"] for each in table["entries"]] == ["ascend_norm"]
 
 
 @pytest.mark.exhaustive
 def test_loads_ahead_and_programs_are_tried(long_rows, monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda kernel, width: [])
     clock = Clock(lambda choice: 0.9 - 0.1 * choice.stages - 0.01 * choice.programs)
-    assert swept("measure", clock, (4, 1300))["choice"]["stages"] == 4
+    assert swept("ascend_norm", clock, (4, 1300))["choice"]["stages"] == 4
     clock = Clock(lambda choice: 0.5 if choice.programs == 8 else 1.0 if choice.threshold == 2 else 0.9)
     assert swept("divergence_split", clock, (2, 1300))["choice"]["programs"] == 8
     found = swept("divergence_split", Clock(lambda choice: 0.5 if choice.threshold == 2 else 1.0), (2, 1300))
@@ -561,7 +561,7 @@ for kernel, choice, call in (
     ("divergence_forward", Choice(2048, 8, 1, 3), lambda w: ck.ops.divergence_forward(x, x, None, *spec, True, wrap=w)),
     ("divergence_backward", Choice(2048, 8), lambda w: ck.ops.divergence_backward(
         torch.empty((), device="meta"), x, x, stats, None, *spec, True, True, wrap=w)),
-    ("measure", Choice(4096, 32, 1, 2), lambda w: ck.ops.ascend_measure(
+    ("ascend_norm", Choice(4096, 32, 1, 2), lambda w: ck.ops.ascend_norm(
         x, seed, None, None, None, "inf", 1e-5, 1e-3, "smart-pytorch", wrap=w)),
 ):
     recorded = []

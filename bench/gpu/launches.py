@@ -91,14 +91,14 @@ def _calls(shapes: Shapes, device: torch.device) -> Iterator[Callable[[], Any]]:
             yield lambda run=run: run(*inputs)
 
     def logits(
-        shape: tuple[int, int], dtype: torch.dtype, output: str, relative: bool, wants: Sequence[tuple[bool, bool]],
-        kinds: Sequence[str],
+        shape: tuple[int, int], dtype: torch.dtype, output: str, from_difference: bool,
+        wants: Sequence[tuple[bool, bool]], kinds: Sequence[str],
     ) -> Iterator[Callable[[], Any]]:  # fmt: skip
         x, t = empty(*shape, dtype=dtype), empty(*shape, dtype=dtype)
         stats = empty(shape[0], STATISTICS)
         grad = empty() if output == "sum" else empty().expand(shape[0])
         for kind in kinds:
-            spec = DivergenceSpec(kind, output, relative=relative)
+            spec = DivergenceSpec(kind, output, from_difference=from_difference)
             yield lambda spec=spec: backend.divergence_forward(x, t, spec, None, True, True)
             for want in wants:
                 yield lambda spec=spec, want=want: backend.divergence_backward(grad, x, t, stats, spec, None, *want)

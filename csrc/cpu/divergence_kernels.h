@@ -421,7 +421,7 @@ inline void write_parts(Tile& tile, const RowStatistics& row) {
 
 // Statistics of a slice of the vocabulary, for merging with those of the others.
 template <class Tile>
-inline void measure_slices(const cpu::Divergence& args, int64_t begin, int64_t end, float* memory) {
+inline void parts_of_slices(const cpu::Divergence& args, int64_t begin, int64_t end, float* memory) {
   const auto none = [](Tile& tile) { write_parts(tile, RowStatistics()); };
   for (int64_t chunk = begin; chunk < end; ++chunk)
     each_tile<Tile>(args, chunk, memory, none, add_up<Tile>, [](Tile& tile, RowStatistics& row) {
@@ -432,9 +432,9 @@ inline void measure_slices(const cpu::Divergence& args, int64_t begin, int64_t e
     });
 }
 
-inline void divergence_measure(const cpu::Divergence& args, int64_t begin, int64_t end, float* scratch) {
-  return args.shape.width <= NARROW ? measure_slices<Narrow>(args, begin, end, scratch)
-                                    : measure_slices<Wide>(args, begin, end, scratch);
+inline void divergence_parts(const cpu::Divergence& args, int64_t begin, int64_t end, float* scratch) {
+  return args.shape.width <= NARROW ? parts_of_slices<Narrow>(args, begin, end, scratch)
+                                    : parts_of_slices<Wide>(args, begin, end, scratch);
 }
 
 template <class Tile>

@@ -52,7 +52,7 @@ struct Divergence {
   float alpha;
   float weight;         // of `losses`
   float scale;          // of both logits
-  bool relative;        // x holds x - t
+  bool from_difference;        // x holds x - t
   double* partial;      // forward: the sum of every chunk, or null
   float* losses;        // forward: [rows], or null; finish: [rows, shares], those of a slice in the sums over the row
   void* terms;          // forward: elementwise terms, or null
@@ -79,7 +79,7 @@ struct Kernels {
   void (*measure)(const Ascend&, int64_t begin, int64_t end, float* scratch);
   void (*ascend)(const Ascend&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_forward)(const Divergence&, int64_t begin, int64_t end, float* scratch);
-  void (*divergence_measure)(const Divergence&, int64_t begin, int64_t end, float* scratch);
+  void (*divergence_parts)(const Divergence&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_finish)(const Divergence&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_backward)(const Divergence&, int64_t begin, int64_t end, float* scratch);
   void (*divergence_elements_backward)(const Divergence&, int64_t begin, int64_t end, float* scratch);

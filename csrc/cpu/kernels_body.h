@@ -12,7 +12,7 @@ namespace cpu {
 #define SMART_FAST_QUOTE(name) SMART_FAST_QUOTE_(name)
 
 const Kernels SMART_FAST_ISA = {
-    SMART_FAST_QUOTE(SMART_FAST_ISA), perturb, measure, ascend, divergence_forward, divergence_measure,
+    SMART_FAST_QUOTE(SMART_FAST_ISA), perturb, measure, ascend, divergence_forward, divergence_parts,
     divergence_finish, divergence_backward, divergence_elements_backward, fisher_direction,
 };
 

@@ -104,14 +104,14 @@ struct Wide {
   // Padding of minus infinity on both sides contributes nothing anywhere.
   Block load_block(int64_t block) {
     const int64_t first = block * BLOCK, count = part(block), vectors = this->vectors(block);
-    const float padding = given->relative ? 0.0f : -Simd::infinity;
+    const float padding = given->from_difference ? 0.0f : -Simd::infinity;
     const float* input = read_block(advance(x, given->x.dtype, first), given->x.dtype, count, block_x, padding);
     const float* target = read_block(advance(t, given->t.dtype, first), given->t.dtype, count, block_t, -Simd::infinity);
-    if (!given->relative && given->scale == 1.0f) return {input, target, nullptr, vectors};
+    if (!given->from_difference && given->scale == 1.0f) return {input, target, nullptr, vectors};
     scale_block(block_t, target, given->scale, vectors);
-    float* scaled = given->relative ? block_d : block_x;
+    float* scaled = given->from_difference ? block_d : block_x;
     scale_block(scaled, input, given->scale, vectors);
-    if (!given->relative) return {block_x, block_t, nullptr, vectors};
+    if (!given->from_difference) return {block_x, block_t, nullptr, vectors};
     complete(block_x, block_d, block_t, vectors);
     return {block_x, block_t, block_d, vectors};
   }
@@ -192,21 +192,21 @@ struct Narrow : Columns {
 
   bool open(int64_t row, int64_t last) {
     if (!begin(row, last)) return false;
-    float* const input = given->relative ? block_d : block_x;
+    float* const input = given->from_difference ? block_d : block_x;
     read(given->x, input);
     read(given->t, block_t);
     if (given->scale != 1.0f) {
       scale_block(input, input, given->scale, width);
       scale_block(block_t, block_t, given->scale, width);
     }
-    if (given->relative) complete(block_x, block_d, block_t, width);
+    if (given->from_difference) complete(block_x, block_d, block_t, width);
     if (given->grad.data != nullptr) read(given->grad, block_g);
     return true;
   }
 
   int64_t blocks() const { return 1; }
   int64_t vectors(int64_t) const { return width; }
-  Block load_block(int64_t) { return {block_x, block_t, given->relative ? block_d : nullptr, width}; }
+  Block load_block(int64_t) { return {block_x, block_t, given->from_difference ? block_d : nullptr, width}; }
   void prefetch(int64_t, int64_t) const {}
   const float* load_upstream(int64_t) { return block_g; }
   F first_upstream() const { return load(block_g); }

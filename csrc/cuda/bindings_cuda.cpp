@@ -167,7 +167,7 @@ const float* norms_of(const optional<Tensor>& norm, string_view scope, Ascend& a
   return holder.const_data_ptr<float>();
 }
 
-Tensor ascend_measure(const Tensor& grad, const Tensor& noise, const optional<Tensor>& norm,
+Tensor ascend_norm(const Tensor& grad, const Tensor& noise, const optional<Tensor>& norm,
                       const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind, double noise_var,
                       double step_size, string_view update) {
   const Launch launch(grad);
@@ -217,7 +217,7 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
   return {out, noise_out};
 }
 
-Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, double scale, bool relative,
+Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, double scale, bool from_difference,
                                 Tensor& holder, const Launch& launch) {
   for (const Tensor& tensor : view.tensors) launch.same_device(tensor);
   launch.same_device(mask);
@@ -228,14 +228,14 @@ Divergence divergence_arguments(const View& view, const optional<Tensor>& mask, 
   args.mask = mask_bytes(mask, view.shape.rows, holder);
   args.alpha = args.weight = 1;
   args.scale = float(scale);
-  args.relative = relative;
+  args.from_difference = from_difference;
   return args;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& input, const Tensor& target,
                                                               const optional<Tensor>& mask, string_view kind,
                                                               string_view output, double alpha, double weight,
-                                                              double scale, bool relative, bool keep, bool want_input,
+                                                              double scale, bool from_difference, bool keep, bool want_input,
                                                               bool want_target) {
   const Output form = output_of(output);
   TORCH_CHECK_VALUE(form != Output::terms || !(want_input || want_target),
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
   const Launch launch(input);
   const View view({input, target});
   Tensor holder, partial;
-  Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
+  Divergence args = divergence_arguments(view, mask, scale, from_difference, holder, launch);
   args.kind = kind_of(kind);
   args.alpha = float(alpha);
   args.weight = float(weight);
@@ -280,12 +280,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
 std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                                                const Tensor& stats, const optional<Tensor>& mask, string_view kind,
                                                string_view output, double alpha, double weight, double scale,
-                                               bool relative, bool want_input, bool want_target) {
+                                               bool from_difference, bool want_input, bool want_target) {
   const Output form = output_of(output);
   const Launch launch(input);
   const View view = form == Output::sum ? View({input, target}) : View({input, target, upstream_of(grad, input, form)}, 2);
   Tensor holder;
-  Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
+  Divergence args = divergence_arguments(view, mask, scale, from_difference, holder, launch);
   args.kind = kind_of(kind);
   args.alpha = float(alpha);
   args.weight = float(weight * scale);
@@ -311,12 +311,12 @@ std::tuple<Tensor, Tensor> divergence_backward(const Tensor& grad, const Tensor&
   return {dx, dt};
 }
 
-Tensor divergence_measure(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view, string_view,
-                          double, double, double scale, bool relative) {
+Tensor divergence_parts(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view, string_view,
+                          double, double, double scale, bool from_difference) {
   const Launch launch(input);
   const View view({input, target});
   Tensor holder;
-  Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
+  Divergence args = divergence_arguments(view, mask, scale, from_difference, holder, launch);
   const Tensor measured = launch.output({view.shape.rows, parts}, at::kFloat);
   args.parts = measured.mutable_data_ptr<float>();
   C10_CUDA_CHECK(cuda::divergence_forward(args, launch.stream()));
@@ -324,11 +324,11 @@ Tensor divergence_measure(const Tensor& input, const Tensor& target, const optio
 }
 
 Tensor divergence_finish(const Tensor& input, const Tensor& target, const Tensor& stats, const optional<Tensor>& mask,
-                         string_view kind, string_view, double alpha, double, double scale, bool relative) {
+                         string_view kind, string_view, double alpha, double, double scale, bool from_difference) {
   const Launch launch(input);
   const View view({input, target});
   Tensor holder;
-  Divergence args = divergence_arguments(view, mask, scale, relative, holder, launch);
+  Divergence args = divergence_arguments(view, mask, scale, from_difference, holder, launch);
   args.kind = kind_of(kind);
   args.alpha = float(alpha);
   launch.same_device(stats);
@@ -356,11 +356,11 @@ Tensor fisher_direction(const Tensor& logits, bool wide) {
 TORCH_LIBRARY_IMPL(smart_fast, CUDA, library) {
   library.impl("native_perturb", &smart_fast::on_cuda::perturb);
   library.impl("native_perturb_fresh", &smart_fast::on_cuda::perturb_fresh);
-  library.impl("native_ascend_measure", &smart_fast::on_cuda::ascend_measure);
+  library.impl("native_ascend_norm", &smart_fast::on_cuda::ascend_norm);
   library.impl("native_ascend", &smart_fast::on_cuda::ascend);
   library.impl("native_divergence_forward", &smart_fast::on_cuda::divergence_forward);
   library.impl("native_divergence_backward", &smart_fast::on_cuda::divergence_backward);
-  library.impl("native_divergence_measure", &smart_fast::on_cuda::divergence_measure);
+  library.impl("native_divergence_parts", &smart_fast::on_cuda::divergence_parts);
   library.impl("native_divergence_finish", &smart_fast::on_cuda::divergence_finish);
   library.impl("native_fisher_direction", &smart_fast::on_cuda::fisher_direction);
 }

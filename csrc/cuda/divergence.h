@@ -23,12 +23,12 @@ SMART_FAST_INLINE void unpack(const Divergence& args, const Chunk<T>& chunk_x, c
   for (int i = 0; i < Chunk<T>::size; ++i) {
     x[i] *= args.scale;
     t[i] *= args.scale;
-    if (args.relative && t[i] == -Scalar::infinity) x[i] = 0.0f;
+    if (args.from_difference && t[i] == -Scalar::infinity) x[i] = 0.0f;
   }
 }
-SMART_FAST_INLINE float x_of(const Divergence& args, float x, float t) { return args.relative ? t + x : x; }
+SMART_FAST_INLINE float x_of(const Divergence& args, float x, float t) { return args.from_difference ? t + x : x; }
 SMART_FAST_INLINE float d_of(const Divergence& args, float x, float t) {
-  return args.relative ? x : Formulas::difference(x, t);
+  return args.from_difference ? x : Formulas::difference(x, t);
 }
 
 // What is known of a row once it has been read.

@@ -60,12 +60,12 @@ struct Divergence {
   Kind kind;
   float alpha, weight;
   float scale;          // of both logits
-  bool relative;        // x holds x - t
+  bool from_difference;        // x holds x - t
   float* loss;          // forward: weight times the sum over the rows, or null
   float* partial;       // forward: `forward_partials` floats of scratch memory
   float* losses;        // forward: weight times the divergence of each row, or null; finish: [rows, shares], those of a
                         // slice in the sums over the row
-  float* parts;         // measure: [rows, parts], what `Part` says of a slice of the vocabulary
+  float* parts;         // of slices: [rows, parts], what `Part` says of a slice of the vocabulary
   void* terms;          // forward: elementwise terms, or null
   Dtype terms_dtype;
   float* stats;         // [rows, statistics], or null in a forward pass

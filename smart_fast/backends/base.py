@@ -51,7 +51,7 @@ class DivergenceSpec(NamedTuple):
 
     ``output``: "terms", elementwise ``[..., V]`` in the promoted dtype of the logits; "rows", fp32 ``[...]``, one loss
     a row; or "sum", an fp32 scalar. Rows and sums are multiplied by ``weight``, terms are not. Both logits are
-    multiplied by ``scale`` (one over a temperature), which gradients see by the chain rule. With ``relative``,
+    multiplied by ``scale`` (one over a temperature), which gradients see by the chain rule. With ``from_difference``,
     ``input`` holds the difference x - t of the unscaled logits instead of x, and a class whose t is minus infinity is
     masked on both sides; gradients are still those to the logits x and t. ``alpha`` is the parameter of the divergence,
     whatever its name.
@@ -62,7 +62,7 @@ class DivergenceSpec(NamedTuple):
     alpha: float = 1.0
     weight: float = 1.0
     scale: float = 1.0
-    relative: bool = False
+    from_difference: bool = False
 
 
 class Backend(Protocol):
@@ -168,7 +168,7 @@ class Backend(Protocol):
         """
         ...
 
-    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    def divergence_parts(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
         """Statistics of a slice of the vocabulary, fp32 ``[rows, PARTS]``: max x, sum exp(x - max x), max t,
         sum exp(t - max t), max abs(x - t), and sum exp(t - max t) expm1(x - t), meaningful while that is at most one.
 

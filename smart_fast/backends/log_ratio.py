@@ -48,7 +48,7 @@ def divergence_forward(
     losses, kept = [], []
     for x, t, keep in _blocks(input, target, mask):
         sides = _sides(x, t, spec, keep)
-        stats = merge(_measure(sides).unsqueeze(0))
+        stats = merge(_parts(sides).unsqueeze(0))
         ratio = _ratio(sides, stats)
         if spec.output == "terms":
             losses.append(_terms(ratio, spec, keep).to(_promoted(input, target)))
@@ -99,9 +99,9 @@ def divergence_backward(
     return dx, dt
 
 
-def divergence_measure(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-    """See `Backend.divergence_measure`."""
-    return torch.cat([_measure(_sides(x, t, spec, keep)) for x, t, keep in _blocks(input, target, mask)])
+def divergence_parts(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    """See `Backend.divergence_parts`."""
+    return torch.cat([_parts(_sides(x, t, spec, keep)) for x, t, keep in _blocks(input, target, mask)])
 
 
 def merge(measured: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _promoted(input: Tensor, target: Tensor) -> torch.dtype:
     return torch.promote_types(input.dtype, target.dtype)
 
 
-def _measure(sides: _Sides) -> Tensor:
+def _parts(sides: _Sides) -> Tensor:
     x, t, d = sides
     max_x, exp_x = _shifted_exp(x)
     max_t, exp_t = _shifted_exp(t)
@@ -192,7 +192,7 @@ def _sides(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | N
         first, t = (torch.where(mask.unsqueeze(-1), each, 0.0) for each in (first, t))
     if spec.scale != 1.0:
         first, t = first * spec.scale, t * spec.scale
-    if spec.relative:
+    if spec.from_difference:
         d = torch.where(t == -math.inf, 0.0, first)
         return _Sides(t + d, t, d)
     return _Sides(first, t, torch.where((first == t) & t.isinf(), 0.0, first - t))

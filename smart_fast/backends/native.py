@@ -68,7 +68,7 @@ class Native:
         unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return steps.ascend(
-            _operators.native_ascend_measure.default, self._move, self._noise_alone, embed, grad, noise, step, mask,
+            _operators.native_ascend_norm.default, self._move, self._noise_alone, embed, grad, noise, step, mask,
             keep_noise, unit, folds_groups=True,
         )  # fmt: skip
 
@@ -112,8 +112,8 @@ class Native:
         )
         return d_input if want_input else None, d_target if want_target else None
 
-    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
-        parts: Tensor = _operators.native_divergence_measure.default(input, target, mask, *spec)
+    def divergence_parts(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        parts: Tensor = _operators.native_divergence_parts.default(input, target, mask, *spec)
         return parts
 
     def divergence_finish(
@@ -148,9 +148,9 @@ def _fake_perturb_fresh(
 
 def _fake_divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
-    scale: float, relative: bool, keep: bool, want_input: bool, want_target: bool,
+    scale: float, from_difference: bool, keep: bool, want_input: bool, want_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    spec = DivergenceSpec(kind, output, alpha, weight, scale, relative)
+    spec = DivergenceSpec(kind, output, alpha, weight, scale, from_difference)
     loss, stats = steps.fake_divergence_forward(input, target, mask, *spec, keep)
     d_input = new_output(input.shape if want_input else (0,), input.dtype, input.device)
     return loss, stats, d_input, new_output(target.shape if want_target else (0,), target.dtype, target.device)
@@ -159,11 +159,11 @@ def _fake_divergence_forward(
 for _operator, _fake in (
     ("perturb", _fake_perturb),
     ("perturb_fresh", _fake_perturb_fresh),
-    ("ascend_measure", steps.fake_ascend_measure),
+    ("ascend_norm", steps.fake_ascend_norm),
     ("ascend", steps.fake_ascend),
     ("divergence_forward", _fake_divergence_forward),
     ("divergence_backward", steps.fake_divergence_backward),
-    ("divergence_measure", steps.fake_divergence_measure),
+    ("divergence_parts", steps.fake_divergence_parts),
     ("divergence_finish", steps.fake_divergence_finish),
     ("fisher_direction", steps.fake_fisher_direction),
 ):

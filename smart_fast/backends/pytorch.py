@@ -149,7 +149,7 @@ class PyTorch:
     divergence = None
     divergence_forward = staticmethod(log_ratio.divergence_forward)
     divergence_backward = staticmethod(log_ratio.divergence_backward)
-    divergence_measure = staticmethod(log_ratio.divergence_measure)
+    divergence_parts = staticmethod(log_ratio.divergence_parts)
     divergence_finish = staticmethod(log_ratio.divergence_finish)
 
     def fisher_direction(self, logits: Tensor, wide: bool) -> Tensor:

@@ -18,7 +18,7 @@ def ascend(
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
     unit: Tensor | None, folds_groups: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`Backend.ascend` by the operators ``ascend_measure``, ``ascend`` and ``perturb`` of a backend.
+    """`Backend.ascend` by the operators ``ascend_norm``, ``ascend`` and ``perturb`` of a backend.
 
     A token norm takes one kernel. A norm over more than a row is measured first, twice for paper; one that only Python
     can compute is called in between. A backend whose ``ascend`` ``folds_groups`` makes norms of groups from those of
@@ -92,7 +92,7 @@ def _in_pytorch(
 # ---- fake implementations: what the operators return, without computing it -------------------------------------------
 
 
-def fake_ascend_measure(
+def fake_ascend_norm(
     grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
     noise_var: float, step_size: float, update: str,
 ) -> Tensor:  # fmt: skip
@@ -111,7 +111,7 @@ def fake_ascend(
 
 def fake_divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
-    scale: float, relative: bool, keep: bool,
+    scale: float, from_difference: bool, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     stats = (input.numel() // input.shape[-1], STATISTICS) if keep else (0,)
     dtype = torch.promote_types(input.dtype, target.dtype) if output == "terms" else torch.float32
@@ -121,7 +121,7 @@ def fake_divergence_forward(
 
 def fake_divergence_backward(
     grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str,
-    alpha: float, weight: float, scale: float, relative: bool, want_input: bool, want_target: bool,
+    alpha: float, weight: float, scale: float, from_difference: bool, want_input: bool, want_target: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
         new_output(input.shape if want_input else (0,), input.dtype, input.device),
@@ -129,16 +129,16 @@ def fake_divergence_backward(
     )
 
 
-def fake_divergence_measure(
+def fake_divergence_parts(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
-    scale: float, relative: bool,
+    scale: float, from_difference: bool,
 ) -> Tensor:  # fmt: skip
     return new_output((input.numel() // input.shape[-1], PARTS), torch.float32, input.device)
 
 
 def fake_divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float,
-    weight: float, scale: float, relative: bool,
+    weight: float, scale: float, from_difference: bool,
 ) -> Tensor:  # fmt: skip
     return new_output((input.numel() // input.shape[-1], 2), torch.float32, input.device)
 

@@ -38,8 +38,8 @@ def _noise_alone(embed: Tensor, *args: Any) -> Tensor:
     return perturbed
 
 
-def _measure(grad: Tensor, *args: Any) -> Tensor:
-    measured: Tensor = _call(ops.ascend_measure, torch.ops.smart_fast.ascend_measure, grad, grad, *args)
+def _norm(grad: Tensor, *args: Any) -> Tensor:
+    measured: Tensor = _call(ops.ascend_norm, torch.ops.smart_fast.ascend_norm, grad, grad, *args)
     return measured
 
 
@@ -93,7 +93,7 @@ class Triton:
         self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        return steps.ascend(_measure, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
+        return steps.ascend(_norm, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
 
     def empty_cache(self) -> int:
         return 0
@@ -123,9 +123,9 @@ class Triton:
         )  # fmt: skip
         return dx if want_input else None, dt if want_target else None
 
-    def divergence_measure(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+    def divergence_parts(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
         partials: Tensor = _call(
-            ops.divergence_measure, torch.ops.smart_fast.divergence_measure, input, input, target, mask, *spec
+            ops.divergence_parts, torch.ops.smart_fast.divergence_parts, input, input, target, mask, *spec
         )
         return partials
 

@@ -17,7 +17,7 @@ from torch.library import custom_op, triton_op, wrap_triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..kernels import launch, tuning
-from ..kernels.ascend import NORMS, UPDATES, ascend_kernel, measure_kernel
+from ..kernels.ascend import NORMS, UPDATES, ascend_kernel, norm_kernel
 from ..kernels.divergence import (
     divergence_backward_elementwise_kernel,
     divergence_backward_kernel,
@@ -27,19 +27,19 @@ from ..kernels.divergence_formulas import KINDS
 from ..kernels.divergence_split import (
     divergence_collect_kernel,
     divergence_finish_kernel,
-    divergence_measure_kernel,
     divergence_merge_kernel,
+    divergence_parts_kernel,
 )
 from ..kernels.fisher import fisher_direction_kernel
 from ..kernels.perturb import perturb_kernel
 from .base import PARTS, STATISTICS, Rows, as_rows, new_output
 from .steps import (
     fake_ascend,
-    fake_ascend_measure,
+    fake_ascend_norm,
     fake_divergence_backward,
     fake_divergence_finish,
     fake_divergence_forward,
-    fake_divergence_measure,
+    fake_divergence_parts,
     fake_fisher_direction,
 )
 
@@ -116,7 +116,7 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def _flags(mask: Tensor | None, unit: Tensor | None, width: int) -> dict[str, bool]:
-    return {"MASKED": mask is not None, "RELATIVE": unit is not None, "ALIGNED": _aligned(width)}
+    return {"MASKED": mask is not None, "IN_UNITS": unit is not None, "ALIGNED": _aligned(width)}
 
 
 def _aligned(width: int) -> bool:
@@ -139,13 +139,13 @@ def perturb(
         tile = _tile("perturb", launch.flat_tile, width, embed)
     wrap(perturb_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
         rows.tensors[0], seed, _bytes(mask), unit, out, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
-        noise_var, MASKED=mask is not None, RELATIVE=unit is not None, ALIGNED=rows.count == 1 or _aligned(width),
+        noise_var, MASKED=mask is not None, IN_UNITS=unit is not None, ALIGNED=rows.count == 1 or _aligned(width),
         ROWS=tile.rows, BLOCK=tile.block, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
 
-def ascend_measure(
+def ascend_norm(
     grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
     noise_var: float, step_size: float, update: str, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
@@ -159,9 +159,9 @@ def ascend_measure(
     rows = as_rows(grad)
     shape = grad.shape if kind == "opaque" else (rows.count,)
     out = new_output(shape, torch.float32, grad.device)
-    tile = _tile("measure", launch.row_tile, width, grad)
+    tile = _tile("ascend_norm", launch.row_tile, width, grad)
     from_seed = noise.dtype == torch.int64
-    wrap(measure_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
+    wrap(norm_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], noise, noise if from_seed else rows.tensors[0], norm, _bytes(mask), unit, out, rows.count,
         width, rows.size1, rows.size2, *rows.strides[0], noise_var, step_size, UPDATE=update, NORM=kind,
         GIVEN=norm is not None, FROM_SEED=from_seed, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block,
@@ -176,7 +176,7 @@ def ascend(
     keep_noise: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `Backend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
-    `ascend_measure`, grouped by the first dimension; "given" one norm per row.
+    `ascend_norm`, grouped by the first dimension; "given" one norm per row.
 
     paper takes given norms of the gradient, and for its projection ``shrink`` per row: a factor for kind "l2", what
     absolute values lose for "l1", None for "inf".
@@ -210,13 +210,13 @@ def ascend(
     return out, noise_out
 
 
-def _loads(mask: Tensor | None, scale: float, relative: bool) -> dict[str, bool]:
-    return {"MASKED": mask is not None, "RELATIVE": relative, "SCALED": scale != 1.0}
+def _loads(mask: Tensor | None, scale: float, from_difference: bool) -> dict[str, bool]:
+    return {"MASKED": mask is not None, "FROM_DIFFERENCE": from_difference, "SCALED": scale != 1.0}
 
 
 def divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
-    scale: float, relative: bool, keep: bool, wrap: Wrap = _plain,
+    scale: float, from_difference: bool, keep: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `Backend.divergence_forward`."""
     _known("divergence", kind, KINDS)
@@ -237,13 +237,13 @@ def divergence_forward(
         wrap(divergence_forward_kernel)[(last,)](
             *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
             *rows.strides[1], alpha, weight, scale, KIND=kind, OUTPUT=form, KEEP=keep,
-            **_loads(mask, scale, relative), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages,
-            **_resources(tile, wrap),
+            **_loads(mask, scale, from_difference), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
+            STAGES=tile.stages, **_resources(tile, wrap),
         )  # fmt: skip
     else:
-        partials = _measure(rows, mask, tile, scale, relative, wrap)
+        partials = _parts(rows, mask, tile, scale, from_difference, wrap)
         terms = out if output == "terms" else None
-        sums = _finish(rows, mask, tile, partials, stats, terms, kind, alpha, scale, relative, keep, wrap)
+        sums = _finish(rows, mask, tile, partials, stats, terms, kind, alpha, scale, from_difference, keep, wrap)
         if keep or output != "terms":
             wrap(divergence_collect_kernel)[(last,)](
                 sums, out, stats, rows.count, splits, alpha, weight, KIND=kind, OUTPUT=form, KEEP=keep,
@@ -252,14 +252,16 @@ def divergence_forward(
     return out.sum() if form != output else out, stats
 
 
-def _measure(rows: Rows, mask: Tensor | None, tile: launch.Tile, scale: float, relative: bool, wrap: Wrap) -> Tensor:
+def _parts(
+    rows: Rows, mask: Tensor | None, tile: launch.Tile, scale: float, from_difference: bool, wrap: Wrap
+) -> Tensor:
     """Partial statistics, fp32 ``[rows, splits, PARTS]``."""
     width = rows.tensors[0].shape[-1]
     splits = launch.splits(tile, width)
     partials = new_output((rows.count, splits, PARTS), torch.float32, rows.tensors[0].device)
-    wrap(divergence_measure_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
+    wrap(divergence_parts_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
         *rows.tensors, _bytes(mask), partials, rows.count, width, splits, rows.size1, rows.size2, *rows.strides[0],
-        *rows.strides[1], scale, **_loads(mask, scale, relative), ROWS=tile.rows, BLOCK=tile.block,
+        *rows.strides[1], scale, **_loads(mask, scale, from_difference), ROWS=tile.rows, BLOCK=tile.block,
         BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return partials
@@ -267,7 +269,7 @@ def _measure(rows: Rows, mask: Tensor | None, tile: launch.Tile, scale: float, r
 
 def _finish(
     rows: Rows, mask: Tensor | None, tile: launch.Tile, partials: Tensor | None, stats: Tensor, terms: Tensor | None,
-    kind: str, alpha: float, scale: float, relative: bool, keep: bool, wrap: Wrap,
+    kind: str, alpha: float, scale: float, from_difference: bool, keep: bool, wrap: Wrap,
 ) -> Tensor:  # fmt: skip
     """Parts of the row sums, fp32 ``[rows, splits, 2]``, from partial statistics or, without them, from ``stats``."""
     width = rows.tensors[0].shape[-1]
@@ -276,24 +278,24 @@ def _finish(
     wrap(divergence_finish_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
         *rows.tensors, _bytes(mask), partials, stats, terms, sums, rows.count, width, splits, rows.size1,
         rows.size2, *rows.strides[0], *rows.strides[1], alpha, scale, KIND=kind,
-        OUTPUT="rows" if terms is None else "terms", **_loads(mask, scale, relative), MERGE=partials is not None,
+        OUTPUT="rows" if terms is None else "terms", **_loads(mask, scale, from_difference), MERGE=partials is not None,
         KEEP=keep, SPLITS=1 if partials is None else launch.next_power_of_two(splits),
         ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return sums
 
 
-def divergence_measure(
+def divergence_parts(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
-    scale: float, relative: bool, wrap: Wrap = _plain,
+    scale: float, from_difference: bool, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
-    """See `Backend.divergence_measure`."""
+    """See `Backend.divergence_parts`."""
     _known("divergence", kind, KINDS)
     width = input.shape[-1]
     rows = as_rows(input, target)
     tile = _split_tile(rows.count, width, input)
     splits = launch.splits(tile, width)
-    partials = _measure(rows, mask, tile, scale, relative, wrap)
+    partials = _parts(rows, mask, tile, scale, from_difference, wrap)
     if splits == 1:
         return partials.view(rows.count, PARTS)
     merged = new_output((rows.count, PARTS), torch.float32, input.device)
@@ -306,7 +308,7 @@ def divergence_measure(
 
 def divergence_finish(
     input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float,
-    weight: float, scale: float, relative: bool, wrap: Wrap = _plain,
+    weight: float, scale: float, from_difference: bool, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
     """See `Backend.divergence_finish`."""
     _known("divergence", kind, KINDS)
@@ -314,7 +316,7 @@ def divergence_finish(
     rows = as_rows(input, target)
     tile = _split_tile(rows.count, width, input)
     splits = launch.splits(tile, width)
-    sums = _finish(rows, mask, tile, None, stats.contiguous(), None, kind, alpha, scale, relative, False, wrap)
+    sums = _finish(rows, mask, tile, None, stats.contiguous(), None, kind, alpha, scale, from_difference, False, wrap)
     if splits == 1:
         return sums.view(rows.count, 2)
     out = new_output((rows.count, 2), torch.float32, input.device)
@@ -328,7 +330,7 @@ def divergence_finish(
 
 def divergence_backward(
     grad: Tensor, input: Tensor, target: Tensor, stats: Tensor, mask: Tensor | None, kind: str, output: str,
-    alpha: float, weight: float, scale: float, relative: bool, want_input: bool, want_target: bool,
+    alpha: float, weight: float, scale: float, from_difference: bool, want_input: bool, want_target: bool,
     wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `Backend.divergence_backward`."""
@@ -336,7 +338,7 @@ def divergence_backward(
     width, stats = input.shape[-1], stats.contiguous()
     dx = new_output(input.shape if want_input else (0,), input.dtype, input.device)
     dt = new_output(target.shape if want_target else (0,), target.dtype, target.device)
-    flags = {"KIND": kind, "WANT_X": want_input, "WANT_T": want_target, **_loads(mask, scale, relative)}
+    flags = {"KIND": kind, "WANT_X": want_input, "WANT_T": want_target, **_loads(mask, scale, from_difference)}
     if output == "terms":
         rows = as_rows(input, target, free=grad)  # often expanded: any strides will do
         tile = _tile("divergence_backward_elementwise", launch.row_tile, width, input)
@@ -393,10 +395,10 @@ def _register(function: Callable[..., Any], fake: Callable[..., Any]) -> None:
 
 
 _register(perturb, _fake_perturb)
-_register(ascend_measure, fake_ascend_measure)
+_register(ascend_norm, fake_ascend_norm)
 _register(ascend, fake_ascend)
 _register(divergence_forward, fake_divergence_forward)
 _register(divergence_backward, fake_divergence_backward)
-_register(divergence_measure, fake_divergence_measure)
+_register(divergence_parts, fake_divergence_parts)
 _register(divergence_finish, fake_divergence_finish)
 _register(fisher_direction, fake_fisher_direction)

@@ -136,7 +136,7 @@ def losses(
     loss = torch.zeros(count, dtype=plan.precision, device=input.device)
     kept = torch.empty((count, STATISTICS), dtype=plan.precision, device=input.device) if keep else None
     sums = None if now is None else _Sums(plan, input, weight, mask, now)
-    spec = DivergenceSpec(plan.kind, "rows", plan.alpha, scale=plan.scale, relative=True)
+    spec = DivergenceSpec(plan.kind, "rows", plan.alpha, scale=plan.scale, from_difference=True)
     for chunk in _chunks(plan, input, target, weight, bias, mask):
         sides = chunk.difference, chunk.logits
         stats: Tensor | None
@@ -174,7 +174,7 @@ class _Sums:
     def __init__(self, plan: Plan, input: Tensor, weight: Tensor, mask: Tensor | None, wanted: Wanted) -> None:
         self._plan, self._weight, self._wanted = plan, weight, wanted
         alpha, self._matrices = divergence(plan.kind).matrices(plan.alpha)
-        self._spec = DivergenceSpec(plan.kind, "rows", alpha, plan.gain, plan.scale, relative=True)
+        self._spec = DivergenceSpec(plan.kind, "rows", alpha, plan.gain, plan.scale, from_difference=True)
         self._started = False
         # The first chunk overwrites; only masked tokens, which no chunk may hold, need zeros.
         make = functools.partial(

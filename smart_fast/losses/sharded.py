@@ -41,7 +41,7 @@ def statistics(
     """Statistics of whole rows, in `Backend.divergence_forward`'s layout but for the two sums, and the width of
     the vocabulary (a number on the device). One all_gather; the local width rides along as one more row.
     """
-    measured = backend.divergence_measure(input, target, spec, mask)
+    measured = backend.divergence_parts(input, target, spec, mask)
     width = measured.new_full((1, PARTS), float(input.shape[-1]))
     gathered = gather(torch.cat((measured, width)), group)
     return log_ratio.merge(gathered[:, :-1]), gathered[:, -1, 0].sum()

@@ -175,7 +175,7 @@ void divergences(int64_t rows, int64_t width) {
           Tensor slice(rows * parts, Dtype::fp32);
           float* const kept = args.stats;
           args.stats = slice.floats();
-          cpu::kernels().divergence_measure(args, 0, chunks, scratch.memory);
+          cpu::kernels().divergence_parts(args, 0, chunks, scratch.memory);
           args.stats = kept;
           args.dx = args.dt = nullptr;
           args.terms = terms.data();
