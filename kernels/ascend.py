@@ -18,7 +18,7 @@ same, and does it once: the row stays in registers. With STAGES above one, block
 import triton
 import triton.language as tl
 
-from .indexing import as_fp32, load_unit, row_offset
+from .indexing import as_fp32, load_unit, row_offset, rows_there
 from .philox import normal_tile
 
 #: What the functions on UPDATE and NORM know. Any other name does not compile.
@@ -29,12 +29,12 @@ NORMS = ("inf", "l2", "l1")
 @triton.jit
 def _noise_tile(
     noise_ptr, seed, noise_var, unit, row, real, block, width, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The current noise of a tile: regenerated before the first step, read back afterwards. Zero where masked."""
     first = (row * width)[:, None]
     if FROM_SEED:
-        noise = normal_tile(seed, first, block, ROWS, BLOCK, ALIGNED) * (as_fp32(noise_var) * unit)[:, None]
+        noise = normal_tile(seed, first, block, ROWS, BLOCK, ALIGNED, BITS) * (as_fp32(noise_var) * unit)[:, None]
     else:
         col = block * BLOCK + tl.arange(0, BLOCK)
         noise = tl.load(noise_ptr + first + col[None, :], mask=real[:, None] & (col < width)[None, :], other=0.0)
@@ -53,11 +53,10 @@ def _finite_rows(
     grad_ptr, base, real, width, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr
 ):
     """1 for each row in which every gradient is finite, else 0."""
-    finite = tl.full([ROWS], 1, tl.int32)
-    for block in tl.range(BLOCKS, num_stages=STAGES):
-        grad = _raw_grad_tile(grad_ptr, base, real, block, width, BLOCK)
-        finite = tl.minimum(finite, tl.min((tl.abs(grad) < float("inf")).to(tl.int32), axis=1))
-    return finite
+    nothing = tl.zeros([ROWS], tl.float32)
+    for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
+        nothing += tl.sum(_raw_grad_tile(grad_ptr, base, real, block, width, BLOCK) * 0.0, axis=1)
+    return (nothing == 0.0).to(tl.int32)
 
 
 @triton.jit
@@ -87,15 +86,15 @@ def _grad_norm(
     """The norm of the gradient of each row, whatever its magnitude: l2 squares what the largest entry has divided."""
     norm = tl.zeros([ROWS], tl.float32)
     if NORM != "l2":
-        for block in tl.range(BLOCKS, num_stages=STAGES):
+        for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
             norm = _accumulate(norm, _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK), NORM)
         return norm
     else:
         peak = tl.zeros([ROWS], tl.float32)
-        for block in tl.range(BLOCKS, num_stages=STAGES):
+        for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
             peak = _accumulate(peak, _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK), "inf")
         peak = tl.minimum(tl.maximum(peak, 1e-37), 1e37)  # its reciprocal is a normal number
-        for block in tl.range(BLOCKS, num_stages=STAGES):
+        for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
             grad = _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK)
             norm = _accumulate(norm, grad * (1.0 / peak)[:, None], NORM)
         return peak * tl.sqrt(norm)
@@ -108,7 +107,10 @@ def _tile(
 ):  # fmt: skip
     """``(noise, m)`` of a tile, m zero where masked or outside. ``norm``: of the gradient, read by paper only."""
     grad = _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK)
-    noise = _noise_tile(noise_ptr, seed, noise_var, unit, row, real, block, width, FROM_SEED, ALIGNED, ROWS, BLOCK)
+    bits: tl.constexpr = grad_ptr.dtype.element_ty.primitive_bitwidth
+    noise = _noise_tile(
+        noise_ptr, seed, noise_var, unit, row, real, block, width, FROM_SEED, ALIGNED, ROWS, BLOCK, bits
+    )
     if UPDATE == "sift":
         measured = grad
     elif UPDATE == "paper":
@@ -176,7 +178,7 @@ def _shrink(
     radius = as_fp32(epsilon)
     if NORM == "l2":
         size = tl.zeros([ROWS], tl.float32)
-        for block in tl.range(BLOCKS, num_stages=STAGES):
+        for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
             _, measured = _tile(
                 grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
                 "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
@@ -237,7 +239,7 @@ def norm_kernel(
         norm = _grad_norm(grad_ptr, base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS, STAGES)
     else:
         norm = tl.zeros([ROWS], tl.float32)
-        for block in tl.range(BLOCKS, num_stages=STAGES):
+        for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
             _, measured = _tile(
                 grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, given, finite, row, real, block, width,
                 OF, FROM_SEED, ALIGNED, ROWS, BLOCK,
@@ -257,7 +259,7 @@ def norm_kernel(
 @triton.jit
 def ascend_kernel(
     embed_ptr, grad_ptr, noise_ptr, seed_ptr, norm_ptr, shrink_ptr, mask_ptr, unit_ptr, out_ptr, noise_out_ptr,
-    rows, width, size1, size2,
+    rows, width: tl.constexpr, size1, size2,
     embed_stride0, embed_stride1, embed_stride2, grad_stride0, grad_stride1, grad_stride2,
     group, noise_var, step_size, epsilon,
     UPDATE: tl.constexpr, NORM: tl.constexpr, SCOPE: tl.constexpr, GROUP_BLOCK: tl.constexpr,
@@ -271,7 +273,7 @@ def ascend_kernel(
     ``shrink`` (see `_shrink`). paper knows no "group". Rows whose mask byte is zero get no noise.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
+    valid = rows_there(row, rows, ROWS)
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
@@ -301,7 +303,7 @@ def ascend_kernel(
     elif UPDATE == "paper":
         norm = _grad_norm(grad_ptr, grad_base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS, STAGES)
     else:
-        for block in tl.range(BLOCKS, num_stages=STAGES):
+        for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
             if UPDATE == "sift":  # the noise can wait
                 measured = _grad_tile(grad_ptr, grad_base, real, finite, block, width, BLOCK)
             else:
@@ -323,7 +325,7 @@ def ascend_kernel(
                 width, NORM, FROM_SEED, ALIGNED, ROWS, BLOCK, BLOCKS, STAGES,
             )  # fmt: skip
 
-    for block in tl.range(BLOCKS, num_stages=STAGES):
+    for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
         col = block * BLOCK + tl.arange(0, BLOCK)
         everywhere = valid[:, None] & (col < width)[None, :]
         if BLOCKS > 1:

@@ -10,22 +10,23 @@ import triton.language as tl
 from .divergence_formulas import (
     any_of,
     elementwise_gradients,
-    expm1_sum,
+    exp,
     finish_blocks,
-    finite_max,
+    lane_sum,
     load_pair,
     load_statistics,
     load_sums,
-    log_ratio_shift,
+    log_ratio_of,
+    loss_of_moments,
     loss_of_sums,
     parts_of_blocks,
     row_gradients,
     store_statistics,
     store_sums,
-    store_terms,
+    two_sums,
     upstream_terms,
 )
-from .indexing import as_fp32, row_offset
+from .indexing import as_fp32, row_offset, rows_there
 
 
 @triton.jit
@@ -34,14 +35,15 @@ def divergence_forward_kernel(
     rows, width, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     alpha, weight, scale,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
-    KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    MOMENTS: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` as OUTPUT says; KEEP also writes the row statistics, fp32 ``[rows, STATS]``.
 
     Masked rows are not read; their loss is zero.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
+    valid = rows_there(row, rows, ROWS)
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
@@ -51,54 +53,32 @@ def divergence_forward_kernel(
     weight = as_fp32(weight)
     scale = as_fp32(scale)
 
-    if BLOCKS == 1:
-        col = tl.arange(0, BLOCK)
-        inside = real[:, None] & (col < width)[None, :]
-        x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
-        max_d = tl.max(tl.abs(d), axis=1)
-        max_x = finite_max(tl.max(x, axis=1))
-        max_t = finite_max(tl.max(t, axis=1))
-        p = tl.exp(x - max_x[:, None])
-        q = tl.exp(t - max_t[:, None])
-        sum_x = tl.sum(p, axis=1)
-        sum_t = tl.sum(q, axis=1)
-        shift = log_ratio_shift(max_x, sum_x, max_t, sum_t, expm1_sum(q, d), max_d)
-        if BLOCK == 4:  # one class: p = q = 1, and r must be zero to the last bit
-            shift = tl.where(width == 1, tl.sum(tl.where(inside, d, 0.0), axis=1), shift)
-        inv_x = 1.0 / sum_x
-        inv_t = 1.0 / sum_t
-        p = p * inv_x[:, None]
-        q = q * inv_t[:, None]
-        r = d - shift[:, None]
-        first, second = store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
-    else:
-        max_x, sum_x, max_t, sum_t, max_d, expm1 = parts_of_blocks(
-            x_ptr,
-            t_ptr,
-            x_base,
-            t_base,
-            real,
-            0,
-            width,
-            scale,
-            MASKED,
-            FROM_DIFFERENCE,
-            SCALED,
-            ROWS,
-            BLOCK,
-            BLOCKS,
-            STAGES,
-        )
-        max_x = finite_max(max_x)
-        max_t = finite_max(max_t)
-        shift = log_ratio_shift(max_x, sum_x, max_t, sum_t, expm1, max_d)
-        inv_x = 1.0 / sum_x
-        inv_t = 1.0 / sum_t
-        first, second = finish_blocks(
+    max_x, sum_x, max_t, sum_t, widest, shift, sum_u, sum_delta, sum_f, sum_product = parts_of_blocks(
+        x_ptr, t_ptr, x_base, t_base, real, 0, width, scale, MASKED, FROM_DIFFERENCE, SCALED, MOMENTS, ROWS, BLOCK,
+        BLOCKS, STAGES,
+    )  # fmt: skip
+    log_ratio = log_ratio_of(max_x, sum_x, max_t, sum_t, widest, sum_u)
+    if BLOCK == 4:  # one class: p = q = 1, and r must be zero to the last bit
+        log_ratio = tl.where(width == 1, sum_delta, log_ratio)
+    inv_x = 1.0 / sum_x
+    inv_t = 1.0 / sum_t
+    first = tl.zeros([ROWS], tl.float32)
+    second = tl.zeros([ROWS], tl.float32)
+    settled = first != first
+    if MOMENTS:
+        first, settled = loss_of_moments(sum_t, sum_delta, sum_f, sum_product, log_ratio, alpha, KIND)
+        settled = settled & (widest <= 1.0)
+        if BLOCK == 4:
+            first = tl.where(width == 1, 0.0, first)
+        if MASKED:
+            first = tl.where(real, first, 0.0)
+    if any_of(real & (settled == 0), MOMENTS):
+        walked, second = finish_blocks(
             x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, 0, width, scale, alpha,
-            max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK, BLOCKS,
-            STAGES,
+            max_x, inv_x, max_t, inv_t, shift, log_ratio, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK,
+            BLOCKS, STAGES,
         )  # fmt: skip
+        first = tl.where(settled, first, walked)
 
     loss = loss_of_sums(first, second, alpha, KIND)
     if OUTPUT == "sum":
@@ -106,17 +86,21 @@ def divergence_forward_kernel(
     elif OUTPUT == "rows":
         tl.store(out_ptr + row, weight * loss, mask=valid)
     if KEEP:
-        store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, MASKED)
+        store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, log_ratio, MASKED)
         store_sums(stats_ptr, row, valid, first, second)
 
 
 @triton.jit
-def _probabilities(x, t, d, stats_ptr, row, real):
+def _probabilities(
+    x_ptr, t_ptr, x_base, t_base, col, inside, stats_ptr, row, real, scale,
+    FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     """p, q and r of a tile from the saved statistics of its rows."""
-    max_x, inv_x, max_t, inv_t, shift = load_statistics(stats_ptr, row, real)
-    p = tl.exp(x - max_x[:, None]) * inv_x[:, None]
-    q = tl.exp(t - max_t[:, None]) * inv_t[:, None]
-    return p, q, d - shift[:, None]
+    max_x, inv_x, max_t, inv_t, shift, log_ratio = load_statistics(stats_ptr, row, real)
+    x, t, delta = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, shift, scale, FROM_DIFFERENCE, SCALED)
+    p = exp(x - max_x[:, None]) * inv_x[:, None]
+    q = exp(t - max_t[:, None]) * inv_t[:, None]
+    return p, q, delta - log_ratio[:, None]
 
 
 @triton.jit
@@ -137,7 +121,7 @@ def divergence_backward_kernel(
     blocks = tl.cdiv(width, BLOCK)
     row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
     col = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    valid = row < rows
+    valid = rows_there(row, rows, ROWS)
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
@@ -145,8 +129,9 @@ def divergence_backward_kernel(
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
     g_base = row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)
-    x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, as_fp32(scale), FROM_DIFFERENCE, SCALED)
-    p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
+    p, q, r = _probabilities(
+        x_ptr, t_ptr, x_base, t_base, col, inside, stats_ptr, row, real, as_fp32(scale), FROM_DIFFERENCE, SCALED
+    )
     g = as_fp32(factor) * tl.load(grad_ptr + g_base, mask=real, other=0.0).to(tl.float32)
     first, second = load_sums(stats_ptr, row, real)
     dx, dt = row_gradients(g, p, q, r, first, second, as_fp32(alpha), KIND)
@@ -182,7 +167,7 @@ def divergence_backward_elementwise_kernel(
     """Gradients of the terms under any upstream ``grad`` (any strides, stride 0 included). Read twice: for the sums of
     `upstream_terms`, then for `elementwise_gradients`. The upstream gradient is multiplied by ``scale``."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
+    valid = rows_there(row, rows, ROWS)
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
@@ -193,26 +178,29 @@ def divergence_backward_elementwise_kernel(
     scale = as_fp32(scale)
     first = tl.load(grad_ptr + g_base, mask=real, other=0.0).to(tl.float32) * scale
 
-    one = tl.zeros([ROWS], tl.float32)
-    two = tl.zeros([ROWS], tl.float32)
+    one = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    two = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     if any_of(real, MASKED and BLOCKS > 1):  # a branch where both readings are one costs registers
         for block in tl.range(BLOCKS, num_stages=STAGES):
             col = block * BLOCK + tl.arange(0, BLOCK)
             inside = real[:, None] & (col < width)[None, :]
-            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
             h = _load_grad(grad_ptr, g_base, grad_stride_col, col, inside, first, scale)
-            p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
+            p, q, r = _probabilities(
+                x_ptr, t_ptr, x_base, t_base, col, inside, stats_ptr, row, real, scale, FROM_DIFFERENCE, SCALED
+            )
             more_one, more_two = upstream_terms(p, q, r, h, first, alpha, KIND)
-            one += tl.sum(tl.where(inside, more_one, 0.0), axis=1)
-            two += tl.sum(tl.where(inside, more_two, 0.0), axis=1)
+            one += lane_sum(tl.where(inside, more_one, 0.0), ROWS, BLOCK)
+            two += lane_sum(tl.where(inside, more_two, 0.0), ROWS, BLOCK)
+    one, two = two_sums(one, two)
 
     for block in tl.range(BLOCKS, num_stages=STAGES):
         col = block * BLOCK + tl.arange(0, BLOCK)
         inside = real[:, None] & (col < width)[None, :]
         everywhere = valid[:, None] & (col < width)[None, :]
-        x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
         h = _load_grad(grad_ptr, g_base, grad_stride_col, col, inside, first, scale)
-        p, q, r = _probabilities(x, t, d, stats_ptr, row, real)
+        p, q, r = _probabilities(
+            x_ptr, t_ptr, x_base, t_base, col, inside, stats_ptr, row, real, scale, FROM_DIFFERENCE, SCALED
+        )
         dx, dt = elementwise_gradients(p, q, r, h, first, one, two, alpha, KIND)
         out = (row * width)[:, None] + col[None, :]
         if WANT_X:

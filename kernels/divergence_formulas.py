@@ -45,6 +45,8 @@ import triton.language as tl
 
 #: What the functions on KIND know.
 KINDS = ("kl", "sym_kl", "js", "jsd")
+#: Those of `loss_of_moments`: one reading makes the loss of near rows.
+WITH_MOMENTS = ("kl", "sym_kl")
 
 NEG_INF = tl.constexpr(float("-inf"))
 
@@ -53,23 +55,35 @@ STAT_MAX_T = tl.constexpr(0)
 STAT_INV_SUM_T = tl.constexpr(1)
 STAT_MAX_X = tl.constexpr(2)
 STAT_INV_SUM_X = tl.constexpr(3)
-STAT_D = tl.constexpr(4)
-STAT_FIRST = tl.constexpr(5)  # the two row sums: see `loss_of_sums`
-STAT_SECOND = tl.constexpr(6)
-STATS = tl.constexpr(7)
+STAT_SHIFT = tl.constexpr(4)
+STAT_LOG_RATIO = tl.constexpr(5)
+STAT_FIRST = tl.constexpr(6)  # the two row sums: see `loss_of_sums`
+STAT_SECOND = tl.constexpr(7)
+STATS = tl.constexpr(8)
 
 # Partial statistics of a slice of the columns, one fp32 each.
 PART_MAX_X = tl.constexpr(0)
 PART_SUM_X = tl.constexpr(1)
 PART_MAX_T = tl.constexpr(2)
 PART_SUM_T = tl.constexpr(3)
-PART_MAX_D = tl.constexpr(4)
-PART_EXPM1_SUM = tl.constexpr(5)  # sum exp(t - max_t) expm1(d), meaningful while max |d| <= 1
-PARTS = tl.constexpr(6)
+PART_MAX_D = tl.constexpr(4)  # of |d - shift|
+PART_SHIFT = tl.constexpr(5)
+PART_EXPM1_SUM = tl.constexpr(6)  # sum exp(t - max_t) expm1(d - shift), meaningful while max |d - shift| <= 1
+PARTS = tl.constexpr(7)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+#: What a maximum may be short of the true one: sums of exponentials stay far from overflow.
+REACH = tl.constexpr(60.0)
 
 
 @triton.jit
-def _f_near(r):
+def exp(x):
+    """exp(x) by the hardware's exp2: without the range checks of `tl.exp`, for which denormal results are flushed."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def f_near(r):
     """f(r) = expm1(r) - r for |r| <= 1: its Taylor series, relative error below 3e-8 before rounding."""
     s = 1.0 / 3628800
     s = s * r + 1.0 / 362880
@@ -106,49 +120,43 @@ def _log_cosh_half(r):
     series = s * series - 1.0 / 12
     series = s * (s * series + 0.5)
     a = tl.abs(r)
-    far = 0.5 * a - 0.6931471805599453 + tl.log(1.0 + tl.exp(-a))
+    far = 0.5 * a - 0.6931471805599453 + tl.log(1.0 + exp(-a))
     return tl.where(a < 1.0, series, far)
 
 
 @triton.jit
-def load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr):
-    """``(x, t, d = x - t)`` of a tile. Outside, and where both are minus infinity: minus infinity, and d zero.
+def load_pair(
+    x_ptr, t_ptr, x_base, t_base, col, inside, shift, scale, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr
+):
+    """``(x, t, delta)`` of a tile: delta = (x - t) - shift, with what rounding takes from x - t put back (Knuth's
+    two-difference). Outside, and where both are minus infinity: minus infinity, and delta zero.
 
-    FROM_DIFFERENCE: ``x_ptr`` holds d, and t alone tells which classes there are. Scaled last: d keeps its precision.
+    FROM_DIFFERENCE: ``x_ptr`` holds x - t, and t alone tells which classes there are. Scaled last: differences keep
+    their precision.
     """
     x = tl.load(x_ptr + x_base[:, None] + col[None, :], mask=inside, other=float("-inf")).to(tl.float32)
     t = tl.load(t_ptr + t_base[:, None] + col[None, :], mask=inside, other=float("-inf")).to(tl.float32)
     if FROM_DIFFERENCE:
-        d = tl.where(t == NEG_INF, 0.0, x)
-        x = t + d
+        delta = tl.where(t == NEG_INF, 0.0, x - shift[:, None])
+        x = t + x
     else:
-        d = tl.where((x == NEG_INF) & (t == NEG_INF), 0.0, x - t)
+        d = x - t
+        back = d - x
+        rest = (x - (d - back)) - (t + back)
+        delta = d - shift[:, None]
+        delta = tl.where(tl.abs(delta) < float("inf"), delta + rest, delta)
+        delta = tl.where((x == NEG_INF) & (t == NEG_INF), 0.0, delta)
     if SCALED:
         x = x * scale
         t = t * scale
-        d = d * scale
-    return x, t, d
+        delta = delta * scale
+    return x, t, delta
 
 
 @triton.jit
 def finite_max(m):
     """A maximum that is safe to subtract: rows of minus infinity keep their entries at exp(-inf) = 0."""
     return tl.where(m == NEG_INF, 0.0, m)
-
-
-@triton.jit
-def expm1_sum(e, d):
-    """sum e * expm1(d) over the columns, meaningful while |d| <= 1."""
-    d = tl.minimum(tl.maximum(d, -1.0), 1.0)
-    return tl.sum(e * (d + _f_near(d)), axis=1)
-
-
-@triton.jit
-def log_ratio_shift(max_x, sum_x, max_t, sum_t, expm1_sum, max_d):
-    """D = logsumexp(x) - logsumexp(t), from the expression that keeps its precision."""
-    far = (max_x - max_t) + tl.log(sum_x / sum_t)
-    z = expm1_sum / sum_t
-    return tl.where(max_d <= 1.0, _log1p(z), far)
 
 
 @triton.jit
@@ -162,7 +170,7 @@ def p_minus_q(p, q, r):
     """p - q, by q * expm1(r) where the two are close."""
     near = tl.abs(r) < 1.0
     s = tl.where(near, r, 0.0)
-    return tl.where(near, q * (s + _f_near(s)), p - q)
+    return tl.where(near, q * (s + f_near(s)), p - q)
 
 
 @triton.jit
@@ -171,7 +179,7 @@ def _log_mixture(r, beta):
     a = tl.abs(r)
     near = a < 1.0
     s = tl.where(near, -a, 0.0)
-    e = tl.where(near, s + _f_near(s), tl.exp(-a) - 1.0)
+    e = tl.where(near, s + f_near(s), exp(-a) - 1.0)
     less = r <= 0.0
     smaller = _log1p(tl.where(less, 1.0 - beta, beta) * e)
     return tl.where(less, smaller, smaller + r), tl.where(less, smaller - r, smaller)
@@ -183,8 +191,8 @@ def _mixture_terms(p, q, r, beta):
     p expm1(v) as m - p."""
     u, v = _log_mixture(r, beta)
     near_q, near_p = tl.abs(u) < 1.0, tl.abs(v) < 1.0
-    from_q = tl.where(near_q, q * _f_near(tl.where(near_q, u, 0.0)), (1.0 - beta) * (p - q) - times(q, u))
-    from_p = tl.where(near_p, p * _f_near(tl.where(near_p, v, 0.0)), beta * (q - p) - times(p, v))
+    from_q = tl.where(near_q, q * f_near(tl.where(near_q, u, 0.0)), (1.0 - beta) * (p - q) - times(q, u))
+    from_p = tl.where(near_p, p * f_near(tl.where(near_p, v, 0.0)), beta * (q - p) - times(p, v))
     return from_q, from_p
 
 
@@ -193,7 +201,7 @@ def row_terms(p, q, r, alpha, KIND: tl.constexpr):
     """The terms, none negative, of the two sums over a row that `loss_of_sums` and `row_gradients` take."""
     near = tl.abs(r) < 1.0
     s = tl.where(near, r, 0.0)
-    f = _f_near(s)
+    f = f_near(s)
     if KIND == "kl":
         first = tl.where(near, q * f, (p - q) - times(q, r))
         second = tl.zeros_like(r)
@@ -226,8 +234,8 @@ def elementwise_terms(p, q, r, alpha, KIND: tl.constexpr):
     elif KIND == "jsd":
         u, v = _log_mixture(r, alpha)
         near = tl.abs(r) < 1.0
-        to_q = tl.where(near, q * _f_near(tl.where(near, u, 0.0)), -times(q, u))
-        to_p = tl.where(near, p * _f_near(tl.where(near, v, 0.0)), -times(p, v))
+        to_q = tl.where(near, q * f_near(tl.where(near, u, 0.0)), -times(q, u))
+        to_p = tl.where(near, p * f_near(tl.where(near, v, 0.0)), -times(p, v))
         terms = alpha * to_q + (1.0 - alpha) * to_p
     else:
         tl.static_assert(False, "unknown divergence")
@@ -323,6 +331,31 @@ def elementwise_gradients(p, q, r, h, first, one, two, alpha, KIND: tl.constexpr
 
 
 @triton.jit
+def loss_of_moments(sum_t, sum_delta, sum_f, sum_product, log_ratio, alpha, KIND: tl.constexpr):
+    """``(loss, settled)`` of near rows from the sums of `parts_of_blocks`, where it has moments.
+
+    With means over q, D' the log-ratio of `log_ratio_of`, and u = expm1(delta) = delta + f(delta):
+
+        KL(q || p) = E[f] - f(D')        KL(q || p) + KL(p || q) = (E[u delta] - E[u] E[delta]) / (1 + E[u])
+
+    Each subtracts what the shift is short of D, squared: settled rows are those in which that is small enough.
+    """
+    inverse = 1.0 / sum_t
+    mean_f = sum_f * inverse
+    mean_delta = sum_delta * inverse
+    mean_u = mean_delta + mean_f
+    forward = mean_f - f_near(log_ratio)
+    if KIND == "kl":
+        loss = forward
+    elif KIND == "sym_kl":
+        both = (sum_product * inverse - mean_u * mean_delta) / (1.0 + mean_u)
+        loss = both + (alpha - 1.0) * forward
+    else:
+        tl.static_assert(False, "a divergence without moments")
+    return loss, mean_u * mean_u <= mean_f
+
+
+@triton.jit
 def any_of(real, MASKED: tl.constexpr):
     """Whether a program has anything to read."""
     if MASKED:
@@ -332,12 +365,23 @@ def any_of(real, MASKED: tl.constexpr):
 
 
 @triton.jit
+def lane_sum(values, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of four neighbors, which one thread holds: a loop adds them up without a word between threads."""
+    return tl.sum(tl.reshape(values, [ROWS, BLOCK // 4, 4]), axis=2)
+
+
+@triton.jit
+def _lane_max(values, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    return tl.max(tl.reshape(values, [ROWS, BLOCK // 4, 4]), axis=2)
+
+
+@triton.jit
 def store_terms(
     out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND: tl.constexpr, OUTPUT: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The two sums over a tile's columns, per row. OUTPUT "terms" writes the terms instead, zeros in masked rows: their
-    gradients need no sum that could be had here, and it is zero."""
+    """A tile's share of the two sums over each row, `lane_sum`s. OUTPUT "terms" writes the terms instead, zeros in masked
+    rows: their gradients need no sum that could be had here, and it is zero."""
     inside = real[:, None] & (col < width)[None, :]
     if OUTPUT == "terms":
         terms = tl.where(inside, elementwise_terms(p, q, r, alpha, KIND), 0.0)
@@ -346,75 +390,229 @@ def store_terms(
         else:
             everywhere = inside
         tl.store(out_ptr + (row * width)[:, None] + col[None, :], terms.to(out_ptr.dtype.element_ty), mask=everywhere)
-        one = tl.zeros([row.shape[0]], tl.float32)
+        one = tl.zeros([ROWS, BLOCK // 4], tl.float32)
         two = one
     else:
         first, second = row_terms(p, q, r, alpha, KIND)
-        one = tl.sum(tl.where(inside, first, 0.0), axis=1)
-        two = tl.sum(tl.where(inside, second, 0.0), axis=1)
+        one = lane_sum(tl.where(inside, first, 0.0), ROWS, BLOCK)
+        two = lane_sum(tl.where(inside, second, 0.0), ROWS, BLOCK)
     return one, two
+
+
+@triton.jit
+def _four_sums(a, b, c, d):
+    """The sums over the columns of four tiles, by one exchange between threads."""
+    sums = tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=1)
+    left, right = tl.split(sums)
+    a, b = tl.split(left)
+    c, d = tl.split(right)
+    return a, b, c, d
+
+
+@triton.jit
+def two_sums(a, b):
+    return tl.split(tl.sum(tl.join(a, b), axis=1))
+
+
+@triton.jit
+def _two_maxima(a, b):
+    return tl.split(tl.max(tl.join(a, b), axis=1))
+
+
+@triton.jit
+def first_look(
+    x_ptr, t_ptr, x_base, t_base, real, first, width, scale, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``(max_x, max_t, shift)`` of the first block of a row: references for the sums over all of it.
+
+    The shift (unscaled) is the mean of x - t under the softmax of t, near D where the block is like the row.
+    """
+    col = first + tl.arange(0, BLOCK)
+    inside = real[:, None] & (col < width)[None, :]
+    zero = tl.zeros([ROWS], tl.float32)
+    x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, zero, scale, FROM_DIFFERENCE, False)
+    max_x, max_t = _two_maxima(x, t)
+    max_t = finite_max(max_t)
+    e = exp((t - max_t[:, None]) * scale)
+    sum_t, sum_d = two_sums(e, e * d)
+    shift = sum_d / sum_t
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    if SCALED:
+        max_x = max_x * scale
+        max_t = max_t * scale
+    return finite_max(max_x), max_t, shift
+
+
+@triton.jit
+def _near_sums(
+    x_ptr, t_ptr, x_base, t_base, real, first, width, shift, scale, base,
+    FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """With e = exp(t - base), u = expm1(delta) and f = u - delta: the sums of e, e delta, e f and e u delta (zero without
+    MOMENTS), and the largest |delta| and t."""
+    sum_e = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    sum_delta = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    sum_f = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    sum_product = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    widest = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    top = tl.full([ROWS, BLOCK // 4], float("-inf"), tl.float32)
+    for block in tl.range(BLOCKS, num_stages=STAGES):
+        col = first + block * BLOCK + tl.arange(0, BLOCK)
+        inside = real[:, None] & (col < width)[None, :]
+        x, t, delta = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, shift, scale, FROM_DIFFERENCE, SCALED)
+        e = exp(t - base[:, None])
+        f = f_near(delta)
+        weighted = e * delta
+        sum_e += lane_sum(e, ROWS, BLOCK)
+        sum_delta += lane_sum(weighted, ROWS, BLOCK)
+        sum_f += lane_sum(e * f, ROWS, BLOCK)
+        if MOMENTS:
+            sum_product += lane_sum(weighted * (delta + f), ROWS, BLOCK)
+        widest = tl.maximum(widest, _lane_max(tl.abs(delta), ROWS, BLOCK))
+        top = tl.maximum(top, _lane_max(t, ROWS, BLOCK))
+    sum_e, sum_delta, sum_f, sum_product = _four_sums(sum_e, sum_delta, sum_f, sum_product)
+    widest, top = _two_maxima(widest, top)
+    return sum_e, sum_delta, sum_f, sum_product, widest, top
+
+
+@triton.jit
+def _far_sums(
+    x_ptr, t_ptr, x_base, t_base, real, first, width, scale, base_x, base_t,
+    FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The sums of exp(x - base_x) and exp(t - base_t), and the largest x and t."""
+    sum_x = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    sum_t = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    top_x = tl.full([ROWS, BLOCK // 4], float("-inf"), tl.float32)
+    top_t = tl.full([ROWS, BLOCK // 4], float("-inf"), tl.float32)
+    zero = tl.zeros([ROWS], tl.float32)
+    for block in tl.range(BLOCKS, num_stages=STAGES):
+        col = first + block * BLOCK + tl.arange(0, BLOCK)
+        inside = real[:, None] & (col < width)[None, :]
+        x, t, _ = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, zero, scale, FROM_DIFFERENCE, SCALED)
+        sum_x += lane_sum(exp(x - base_x[:, None]), ROWS, BLOCK)
+        sum_t += lane_sum(exp(t - base_t[:, None]), ROWS, BLOCK)
+        top_x = tl.maximum(top_x, _lane_max(x, ROWS, BLOCK))
+        top_t = tl.maximum(top_t, _lane_max(t, ROWS, BLOCK))
+    sum_x, sum_t = two_sums(sum_x, sum_t)
+    top_x, top_t = _two_maxima(top_x, top_t)
+    return sum_x, sum_t, top_x, top_t
+
+
+@triton.jit
+def _any_row(flags):
+    return tl.max(flags.to(tl.int32), axis=0) != 0
+
+
+@triton.jit
+def _astray(base, top):
+    """Whether exponentials relative to ``base`` overflow, or vanish, where the largest exponent is ``top``."""
+    return (tl.abs(finite_max(top) - base) > REACH) & (base != finite_max(top))
 
 
 @triton.jit
 def parts_of_blocks(
     x_ptr, t_ptr, x_base, t_base, real, first, width, scale,
-    MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
+    MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, MOMENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partial statistics of BLOCKS blocks of columns from ``first`` on, in the order of PART_*, read once."""
-    max_x = tl.full([ROWS], float("-inf"), tl.float32)
-    max_t = tl.full([ROWS], float("-inf"), tl.float32)
-    max_d = tl.zeros([ROWS], tl.float32)
+    """What is known of BLOCKS blocks of columns from ``first`` on: ``(base_x, sum_x, base_t, sum_t, widest, shift, sum_u,
+    sum_delta, sum_f, sum_product)``.
+
+    The sums of exponentials are relative to the bases, which are within REACH of the maxima. ``widest`` is the largest
+    |delta|, delta = x - t - shift (scaled); while it is at most one, ``sum_u`` is the sum of e expm1(delta), with
+    e = exp(t - base_t), and the last three are those of e delta, e f(delta) and, if MOMENTS, of e expm1(delta) delta.
+    """
+    base_x = tl.full([ROWS], 0.0, tl.float32)
+    base_t = tl.full([ROWS], 0.0, tl.float32)
+    shift = tl.zeros([ROWS], tl.float32)
+    widest = tl.zeros([ROWS], tl.float32)
     sum_x = tl.zeros([ROWS], tl.float32)
     sum_t = tl.zeros([ROWS], tl.float32)
-    expm1 = tl.zeros([ROWS], tl.float32)
+    sum_delta = tl.zeros([ROWS], tl.float32)
+    sum_f = tl.zeros([ROWS], tl.float32)
+    sum_product = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED):
-        for block in tl.range(BLOCKS, num_stages=STAGES):
-            col = first + block * BLOCK + tl.arange(0, BLOCK)
-            inside = real[:, None] & (col < width)[None, :]
-            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
-            max_d = tl.maximum(max_d, tl.max(tl.abs(d), axis=1))
-            new_x = tl.maximum(max_x, tl.max(x, axis=1))
-            new_t = tl.maximum(max_t, tl.max(t, axis=1))
-            safe_x = finite_max(new_x)
-            safe_t = finite_max(new_t)
-            shrink_t = tl.exp(max_t - safe_t)
-            q = tl.exp(t - safe_t[:, None])
-            sum_x = sum_x * tl.exp(max_x - safe_x) + tl.sum(tl.exp(x - safe_x[:, None]), axis=1)
-            sum_t = sum_t * shrink_t + tl.sum(q, axis=1)
-            expm1 = expm1 * shrink_t + expm1_sum(q, d)
-            max_x = new_x
-            max_t = new_t
-    return max_x, sum_x, max_t, sum_t, max_d, expm1
+        base_x, base_t, shift = first_look(
+            x_ptr, t_ptr, x_base, t_base, real, first, width, scale, FROM_DIFFERENCE, SCALED, ROWS, BLOCK
+        )
+        # More than one try where a later block shows that the first one was no guide to the largest logit.
+        tries: tl.constexpr = 1 if BLOCKS == 1 else 2
+        attempt = 0
+        while attempt < tries:
+            sum_t, sum_delta, sum_f, sum_product, widest, top = _near_sums(
+                x_ptr, t_ptr, x_base, t_base, real, first, width, shift, scale, base_t, FROM_DIFFERENCE, SCALED, MOMENTS,
+                ROWS, BLOCK, BLOCKS, STAGES,
+            )  # fmt: skip
+            astray = _astray(base_t, top)
+            base_t = tl.where(astray, finite_max(top), base_t)
+            attempt = tl.where(_any_row(astray & (widest <= 1.0)), attempt + 1, tries)
+        # exp(x) = exp(t + shift) (1 + expm1(delta))
+        sum_x = sum_t + (sum_delta + sum_f)
+        if SCALED:
+            near_x = base_t + shift * scale
+        else:
+            near_x = base_t + shift
+        far = widest > 1.0
+        if _any_row(far):
+            attempt = 0
+            while attempt < tries:
+                far_x, far_t, top_x, top_t = _far_sums(
+                    x_ptr, t_ptr, x_base, t_base, real, first, width, scale, base_x, base_t, FROM_DIFFERENCE, SCALED,
+                    ROWS, BLOCK, BLOCKS, STAGES,
+                )  # fmt: skip
+                astray = far & (_astray(base_x, top_x) | _astray(base_t, top_t))
+                base_x = tl.where(astray, finite_max(top_x), base_x)
+                base_t = tl.where(astray, finite_max(top_t), base_t)
+                attempt = tl.where(_any_row(astray), attempt + 1, tries)
+                sum_x = tl.where(far, far_x, sum_x)
+                sum_t = tl.where(far, far_t, sum_t)
+            shift = tl.where(far, 0.0, shift)
+        base_x = tl.where(far, base_x, near_x)
+    return base_x, sum_x, base_t, sum_t, widest, shift, sum_delta + sum_f, sum_delta, sum_f, sum_product
+
+
+@triton.jit
+def log_ratio_of(base_x, sum_x, base_t, sum_t, widest, sum_u):
+    """log sum exp(x) - log sum exp(t) - shift, which D - shift is: from the expression that keeps its precision."""
+    far = (base_x - base_t) + tl.log(sum_x / sum_t)
+    return tl.where(widest <= 1.0, _log1p(sum_u / sum_t), far)
 
 
 @triton.jit
 def finish_blocks(
     x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, scale, alpha,
-    max_x, inv_x, max_t, inv_t, shift,
+    max_x, inv_x, max_t, inv_t, shift, log_ratio,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The two row sums over BLOCKS blocks of columns from ``first`` on, from the row's statistics. With OUTPUT "terms"
     the terms are written, and the sums are zero."""
-    one = tl.zeros([ROWS], tl.float32)
-    two = tl.zeros([ROWS], tl.float32)
+    one = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    two = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     if any_of(real, MASKED and OUTPUT != "terms"):
         for block in tl.range(BLOCKS, num_stages=STAGES):
             col = first + block * BLOCK + tl.arange(0, BLOCK)
             inside = real[:, None] & (col < width)[None, :]
-            x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, scale, FROM_DIFFERENCE, SCALED)
-            p = tl.exp(x - max_x[:, None]) * inv_x[:, None]
-            q = tl.exp(t - max_t[:, None]) * inv_t[:, None]
-            r = d - shift[:, None]
-            more, more_two = store_terms(out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED)
+            x, t, delta = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, shift, scale, FROM_DIFFERENCE, SCALED)
+            p = exp(x - max_x[:, None]) * inv_x[:, None]
+            q = exp(t - max_t[:, None]) * inv_t[:, None]
+            r = delta - log_ratio[:, None]
+            more, more_two = store_terms(
+                out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND, OUTPUT, MASKED, ROWS, BLOCK
+            )
             one += more
             two += more_two
-    return one, two
+    return two_sums(one, two)
 
 
 @triton.jit
-def store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, MASKED: tl.constexpr):
+def store_statistics(
+    stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, log_ratio, MASKED: tl.constexpr
+):
     """All but the two sums; zeros in masked rows."""
     if MASKED:
         max_x = tl.where(real, max_x, 0.0)
@@ -422,12 +620,14 @@ def store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, sh
         max_t = tl.where(real, max_t, 0.0)
         inv_t = tl.where(real, inv_t, 0.0)
         shift = tl.where(real, shift, 0.0)
+        log_ratio = tl.where(real, log_ratio, 0.0)
     stats = stats_ptr + row * STATS
     tl.store(stats + STAT_MAX_T, max_t, mask=valid)
     tl.store(stats + STAT_INV_SUM_T, inv_t, mask=valid)
     tl.store(stats + STAT_MAX_X, max_x, mask=valid)
     tl.store(stats + STAT_INV_SUM_X, inv_x, mask=valid)
-    tl.store(stats + STAT_D, shift, mask=valid)
+    tl.store(stats + STAT_SHIFT, shift, mask=valid)
+    tl.store(stats + STAT_LOG_RATIO, log_ratio, mask=valid)
 
 
 @triton.jit
@@ -445,10 +645,11 @@ def load_sums(stats_ptr, row, real):
 
 @triton.jit
 def load_statistics(stats_ptr, row, real):
-    """``(max_x, inv_sum_x, max_t, inv_sum_t, D)`` of each row."""
+    """``(max_x, inv_sum_x, max_t, inv_sum_t, shift, log_ratio)`` of each row."""
     stats = stats_ptr + row * STATS
     max_x = tl.load(stats + STAT_MAX_X, mask=real, other=0.0)
     inv_x = tl.load(stats + STAT_INV_SUM_X, mask=real, other=0.0)
     max_t = tl.load(stats + STAT_MAX_T, mask=real, other=0.0)
     inv_t = tl.load(stats + STAT_INV_SUM_T, mask=real, other=0.0)
-    return max_x, inv_x, max_t, inv_t, tl.load(stats + STAT_D, mask=real, other=0.0)
+    shift = tl.load(stats + STAT_SHIFT, mask=real, other=0.0)
+    return max_x, inv_x, max_t, inv_t, shift, tl.load(stats + STAT_LOG_RATIO, mask=real, other=0.0)

@@ -13,34 +13,42 @@ from .divergence_formulas import (
     PART_MAX_D,
     PART_MAX_T,
     PART_MAX_X,
+    PART_SHIFT,
     PART_SUM_T,
     PART_SUM_X,
     PARTS,
+    exp,
+    f_near,
     finish_blocks,
     finite_max,
     load_statistics,
-    log_ratio_shift,
+    log_ratio_of,
     loss_of_sums,
     parts_of_blocks,
     store_statistics,
     store_sums,
 )
-from .indexing import as_fp32, row_offset
+from .indexing import as_fp32, row_offset, rows_there
 
 
 @triton.jit
-def _store_partials(partials, valid, max_x, sum_x, max_t, sum_t, max_d, expm1):
+def _store_partials(partials, valid, max_x, sum_x, max_t, sum_t, widest, shift, sum_u):
     tl.store(partials + PART_MAX_X, max_x, mask=valid)
     tl.store(partials + PART_SUM_X, sum_x, mask=valid)
     tl.store(partials + PART_MAX_T, max_t, mask=valid)
     tl.store(partials + PART_SUM_T, sum_t, mask=valid)
-    tl.store(partials + PART_MAX_D, max_d, mask=valid)
-    tl.store(partials + PART_EXPM1_SUM, expm1, mask=valid)
+    tl.store(partials + PART_MAX_D, widest, mask=valid)
+    tl.store(partials + PART_SHIFT, shift, mask=valid)
+    tl.store(partials + PART_EXPM1_SUM, sum_u, mask=valid)
 
 
 @triton.jit
-def _merge_partials(partials_ptr, row, real, splits, SPLITS: tl.constexpr):
-    """The partial statistics of whole rows from those of their ``splits`` <= SPLITS slices."""
+def _merge_partials(partials_ptr, row, real, splits, scale, SPLITS: tl.constexpr):
+    """The partial statistics of whole rows from those of their ``splits`` <= SPLITS slices.
+
+    Slices have shifts of their own. By s more than that of the heaviest slice (scaled), expm1(delta + s) =
+    exp(s) expm1(delta) + expm1(s).
+    """
     split = tl.arange(0, SPLITS)
     there = real[:, None] & (split < splits)[None, :]
     at = partials_ptr + ((row * splits)[:, None] + split[None, :]) * PARTS
@@ -48,13 +56,25 @@ def _merge_partials(partials_ptr, row, real, splits, SPLITS: tl.constexpr):
     maxima_t = tl.load(at + PART_MAX_T, mask=there, other=float("-inf"))
     max_x = tl.max(maxima_x, axis=1)
     max_t = tl.max(maxima_t, axis=1)
-    share_x = tl.exp(maxima_x - finite_max(max_x)[:, None])
-    share_t = tl.exp(maxima_t - finite_max(max_t)[:, None])
+    share_x = exp(maxima_x - finite_max(max_x)[:, None])
+    share_t = exp(maxima_t - finite_max(max_t)[:, None])
     sum_x = tl.sum(share_x * tl.load(at + PART_SUM_X, mask=there, other=0.0), axis=1)
-    sum_t = tl.sum(share_t * tl.load(at + PART_SUM_T, mask=there, other=0.0), axis=1)
-    max_d = tl.max(tl.load(at + PART_MAX_D, mask=there, other=0.0), axis=1)
-    expm1 = tl.sum(share_t * tl.load(at + PART_EXPM1_SUM, mask=there, other=0.0), axis=1)
-    return max_x, sum_x, max_t, sum_t, max_d, expm1
+    sums_t = share_t * tl.load(at + PART_SUM_T, mask=there, other=0.0)
+    sum_t = tl.sum(sums_t, axis=1)
+
+    shifts = tl.load(at + PART_SHIFT, mask=there, other=0.0)
+    filled = there & (sums_t > 0.0)
+    heaviest = filled & (sums_t == tl.max(sums_t, axis=1)[:, None])
+    shift = tl.max(tl.where(heaviest, shifts, float("-inf")), axis=1)
+    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    more = tl.where(filled, (shifts - shift[:, None]) * scale, 0.0)
+    widest = tl.max(tl.load(at + PART_MAX_D, mask=there, other=0.0) + tl.abs(more), axis=1)
+    near = widest <= 1.0
+    more = tl.where(near[:, None], more, 0.0)
+    u = more + f_near(more)
+    sums_u = share_t * tl.load(at + PART_EXPM1_SUM, mask=there, other=0.0)
+    sum_u = tl.sum(tl.where(filled, sums_u + u * (sums_u + sums_t), 0.0), axis=1)
+    return max_x, sum_x, max_t, sum_t, widest, tl.where(near, shift, 0.0), sum_u
 
 
 @triton.jit
@@ -69,32 +89,38 @@ def divergence_parts_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // splits) * ROWS + tl.arange(0, ROWS)
     split = pid % splits
-    valid = row < rows
+    valid = rows_there(row, rows, ROWS)
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
     first = split.to(tl.int32) * (BLOCK * BLOCKS)
-    max_x, sum_x, max_t, sum_t, max_d, expm1 = parts_of_blocks(
-        x_ptr, t_ptr, x_base, t_base, real, first, width, as_fp32(scale), MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK,
-        BLOCKS, STAGES,
+    max_x, sum_x, max_t, sum_t, widest, shift, sum_u, _, _, _ = parts_of_blocks(
+        x_ptr, t_ptr, x_base, t_base, real, first, width, as_fp32(scale), MASKED, FROM_DIFFERENCE, SCALED, False, ROWS,
+        BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
+    # Without a finite logit there is nothing that sums could be relative to.
+    max_x = tl.where(sum_x == 0.0, float("-inf"), max_x)
+    max_t = tl.where(sum_t == 0.0, float("-inf"), max_t)
     if MASKED:
         max_x = tl.where(real, max_x, 0.0)
         sum_x = tl.where(real, sum_x, 1.0)
         max_t = tl.where(real, max_t, 0.0)
         sum_t = tl.where(real, sum_t, 1.0)
-    _store_partials(partials_ptr + (row * splits + split) * PARTS, valid, max_x, sum_x, max_t, sum_t, max_d, expm1)
+    partials = partials_ptr + (row * splits + split) * PARTS
+    _store_partials(partials, valid, max_x, sum_x, max_t, sum_t, widest, shift, sum_u)
 
 
 @triton.jit
-def divergence_merge_kernel(partials_ptr, merged_ptr, rows, splits, SPLITS: tl.constexpr, ROWS: tl.constexpr):
+def divergence_merge_kernel(partials_ptr, merged_ptr, rows, splits, scale, SPLITS: tl.constexpr, ROWS: tl.constexpr):
     """``[rows, splits, PARTS]`` to ``[rows, PARTS]``, for those who merge further."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    max_x, sum_x, max_t, sum_t, max_d, expm1 = _merge_partials(partials_ptr, row, valid, splits, SPLITS)
-    _store_partials(merged_ptr + row * PARTS, valid, max_x, sum_x, max_t, sum_t, max_d, expm1)
+    max_x, sum_x, max_t, sum_t, widest, shift, sum_u = _merge_partials(
+        partials_ptr, row, valid, splits, as_fp32(scale), SPLITS
+    )
+    _store_partials(merged_ptr + row * PARTS, valid, max_x, sum_x, max_t, sum_t, widest, shift, sum_u)
 
 
 @triton.jit
@@ -114,29 +140,32 @@ def divergence_finish_kernel(
     pid = tl.program_id(0).to(tl.int64)
     row = (pid // splits) * ROWS + tl.arange(0, ROWS)
     split = pid % splits
-    valid = row < rows
+    valid = rows_there(row, rows, ROWS)
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
     if MERGE:
-        max_x, sum_x, max_t, sum_t, max_d, expm1 = _merge_partials(partials_ptr, row, real, splits, SPLITS)
+        max_x, sum_x, max_t, sum_t, widest, shift, sum_u = _merge_partials(
+            partials_ptr, row, real, splits, as_fp32(scale), SPLITS
+        )
         max_x = finite_max(max_x)
         max_t = finite_max(max_t)
-        shift = log_ratio_shift(max_x, sum_x, max_t, sum_t, expm1, max_d)
+        log_ratio = log_ratio_of(max_x, sum_x, max_t, sum_t, widest, sum_u)
         inv_x = 1.0 / sum_x
         inv_t = 1.0 / sum_t
         if KEEP:
             # Triton 3.9's interpreter makes integers of a scalar comparison that is broadcast to a mask, hence [None].
             writer = valid & (split[None] == 0)
-            store_statistics(stats_ptr, row, writer, real, max_x, inv_x, max_t, inv_t, shift, MASKED)
+            store_statistics(stats_ptr, row, writer, real, max_x, inv_x, max_t, inv_t, shift, log_ratio, MASKED)
     else:
-        max_x, inv_x, max_t, inv_t, shift = load_statistics(stats_ptr, row, real)
+        max_x, inv_x, max_t, inv_t, shift, log_ratio = load_statistics(stats_ptr, row, real)
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
     first = split.to(tl.int32) * (BLOCK * BLOCKS)
     one, two = finish_blocks(
         x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, as_fp32(scale), as_fp32(alpha),
-        max_x, inv_x, max_t, inv_t, shift, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK, BLOCKS, STAGES,
+        max_x, inv_x, max_t, inv_t, shift, log_ratio, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK,
+        BLOCKS, STAGES,
     )  # fmt: skip
     sums = sums_ptr + (row * splits + split) * 2
     tl.store(sums, one, mask=valid)

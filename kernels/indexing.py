@@ -20,6 +20,15 @@ def row_offset(row, size1, size2, stride0, stride1, stride2):
 
 
 @triton.jit
+def rows_there(row, rows, ROWS: tl.constexpr):
+    """Which rows of a tile there are: of a single one the compiler is told, and drops what asks."""
+    if ROWS == 1:
+        return tl.full([ROWS], True, tl.int1)
+    else:
+        return row < rows
+
+
+@triton.jit
 def load_unit(unit_ptr, row, rows, IN_UNITS: tl.constexpr, ROWS: tl.constexpr):
     """The fp32 unit of each row; one where there are none, which multiplies nothing once compiled."""
     if IN_UNITS:

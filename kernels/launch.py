@@ -9,7 +9,7 @@ what was measured to be faster on a GPU takes their place (tuning.py).
 from typing import NamedTuple
 
 MAX_BLOCK = 8192
-LOOP_BLOCK = 4096
+LOOP_BLOCK = 2048
 TILE = 256  # elements a program handles when rows are short
 MERGED = 2048  # numbers one program merges: of every row, where rows are few enough to be shared
 
@@ -51,10 +51,19 @@ def _warps(elements: int) -> int:
 def row_tile(width: int) -> Tile:
     """For kernels that need whole rows: `ascend`, `divergence` forward of many rows, elementwise backward."""
     if width > MAX_BLOCK:
-        return Tile(1, LOOP_BLOCK, -(-width // LOOP_BLOCK), 16)
+        return Tile(1, LOOP_BLOCK, -(-width // LOOP_BLOCK), 8)
     block = max(4, next_power_of_two(width))
     rows = max(1, TILE // block)
     return Tile(rows, block, 1, _warps(rows * block))
+
+
+def ascend_tile(width: int) -> Tile:
+    """For `ascend` and the norms it takes: rows in up to four blocks of 256 columns a warp, unrolled, which stay in
+    registers; widths that no power of two is near (768, 1536) leave few lanes idle."""
+    if not TILE < width <= MAX_BLOCK:
+        return row_tile(width)
+    warps = next_power_of_two(-(-width // 1024))
+    return Tile(1, 256 * warps, -(-width // (256 * warps)), warps)
 
 
 def chosen_tile(choice: Choice, width: int) -> Tile:
@@ -96,7 +105,7 @@ def flat_tile(width: int) -> Tile:
 
 def stream_tile(count: int) -> Tile:
     """For `perturb` on contiguous memory, seen as one row of ``count`` elements."""
-    return Tile(1, 1024, -(-count // 1024), 4)
+    return Tile(1, 2048, -(-count // 2048), 4)
 
 
 def grid(tile: Tile, rows: int, *, whole_rows: bool) -> int:

@@ -33,15 +33,20 @@ def perturb_kernel(
     One program per ``[ROWS, BLOCK]`` tile; rows whose ``mask`` byte is zero are copied unchanged.
     """
     pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(width, BLOCK)
-    block = pid % blocks
-    row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
+    if rows == 1:
+        block = pid
+        row = tl.arange(0, ROWS).to(tl.int64)
+    else:
+        blocks = tl.cdiv(width, BLOCK)
+        block = pid % blocks
+        row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
     col = block * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (col < width)[None, :]
 
     base = row_offset(row, size1, size2, stride0, stride1, stride2)
     embed = tl.load(embed_ptr + base[:, None] + col[None, :], mask=inside).to(tl.float32)
-    noise = normal_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED)
+    bits: tl.constexpr = embed_ptr.dtype.element_ty.primitive_bitwidth
+    noise = normal_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED, bits)
     noise = noise * (as_fp32(noise_var) * load_unit(unit_ptr, row, rows, IN_UNITS, ROWS))[:, None]
     if MASKED:
         real = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0

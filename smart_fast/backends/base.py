@@ -24,9 +24,9 @@ UPDATES = tuple(RULES)
 #: What the fused kernels compute in fp32. Other floating dtypes are served by PyTorch.
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: fp32 numbers that a divergence keeps of each row for its backward pass.
-STATISTICS = 7
+STATISTICS = 8
 #: fp32 numbers of a slice of a row, to be merged.
-PARTS = 6
+PARTS = 7
 
 
 Nodes = Literal["always", "eager", "never"]

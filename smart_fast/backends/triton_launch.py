@@ -23,7 +23,7 @@ from ..kernels.divergence import (
     divergence_backward_kernel,
     divergence_forward_kernel,
 )
-from ..kernels.divergence_formulas import KINDS
+from ..kernels.divergence_formulas import KINDS, WITH_MOMENTS
 from ..kernels.divergence_split import (
     divergence_collect_kernel,
     divergence_finish_kernel,
@@ -159,7 +159,7 @@ def ascend_norm(
     rows = as_rows(grad)
     shape = grad.shape if kind == "opaque" else (rows.count,)
     out = new_output(shape, torch.float32, grad.device)
-    tile = _tile("ascend_norm", launch.row_tile, width, grad)
+    tile = _tile("ascend_norm", launch.ascend_tile, width, grad)
     from_seed = noise.dtype == torch.int64
     wrap(norm_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], noise, noise if from_seed else rows.tensors[0], norm, _bytes(mask), unit, out, rows.count,
@@ -197,7 +197,7 @@ def ascend(
         scope = "given"
     out = new_output(embed.shape, embed.dtype, embed.device)
     noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
-    tile = _tile("ascend", launch.row_tile, width, embed)
+    tile = _tile("ascend", launch.ascend_tile, width, embed)
     from_seed = noise.dtype == torch.int64
     wrap(ascend_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         *rows.tensors, noise, noise if from_seed else rows.tensors[0], norm, shrink, _bytes(mask), unit, out,
@@ -236,8 +236,8 @@ def divergence_forward(
     if splits == 1:
         wrap(divergence_forward_kernel)[(last,)](
             *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
-            *rows.strides[1], alpha, weight, scale, KIND=kind, OUTPUT=form, KEEP=keep,
-            **_loads(mask, scale, from_difference), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
+            *rows.strides[1], alpha, weight, scale, KIND=kind, OUTPUT=form,
+            MOMENTS=kind in WITH_MOMENTS and output != "terms", KEEP=keep, **_loads(mask, scale, from_difference), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
             STAGES=tile.stages, **_resources(tile, wrap),
         )  # fmt: skip
     else:
@@ -301,7 +301,7 @@ def divergence_parts(
     merged = new_output((rows.count, PARTS), torch.float32, input.device)
     merge = launch.merge_tile(splits)
     wrap(divergence_merge_kernel)[(launch.grid(merge, rows.count, whole_rows=True),)](
-        partials, merged, rows.count, splits, SPLITS=merge.block, ROWS=merge.rows, **_resources(merge, wrap)
+        partials, merged, rows.count, splits, scale, SPLITS=merge.block, ROWS=merge.rows, **_resources(merge, wrap)
     )
     return merged
 
