@@ -63,7 +63,7 @@ def normal4(seed, group):
 
 @triton.jit
 def normal_tile(
-    seed, first, block, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr
+    seed, first, block, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr = 32
 ):
     """Noise for a ``[ROWS, BLOCK]`` tile: columns ``block * BLOCK …`` of rows whose element index starts at ``first``.
 

@@ -131,6 +131,8 @@ def test_defaults_without_a_table(kernel, width):
     elif kernel == "divergence_split":
         expected = launch.split_tile(rows, width, ops._processors(DEVICE))
         name = name if launch.splits(expected, width) > 1 else KERNEL_OF["divergence_forward"]
+    elif kernel in ("ascend", "ascend_norm"):
+        expected = launch.ascend_tile(width)
     else:
         expected = (launch.flat_tile if kernel in tune_candidates.FLAT else launch.row_tile)(width)
     rows, block, blocks, warps, stages = tiles_of(kernel, (rows, width))[name]
@@ -143,11 +145,15 @@ def test_defaults_are_what_they_were():
     assert launch.row_tile(3) == Tile(64, 4, 1, 2)
     assert launch.row_tile(768) == Tile(1, 1024, 1, 4)
     assert launch.row_tile(8192) == Tile(1, 8192, 1, 16)
-    assert launch.row_tile(30522) == Tile(1, 4096, 8, 16)
+    assert launch.row_tile(30522) == Tile(1, 2048, 15, 8)
+    assert launch.ascend_tile(20) == launch.row_tile(20)
+    assert launch.ascend_tile(768) == Tile(1, 256, 3, 1)
+    assert launch.ascend_tile(4096) == Tile(1, 1024, 4, 4)
+    assert launch.ascend_tile(30522) == launch.row_tile(30522)
     assert launch.flat_tile(768) == Tile(1, 1024, 1, 4)
-    assert launch.stream_tile(10**6) == Tile(1, 1024, 977, 4)
-    assert launch.split_tile(16, 151936, 132) == Tile(1, 4096, 4, 16)
-    assert ops._resources(launch.row_tile(30522), ops._plain)["num_warps"] == 16
+    assert launch.stream_tile(10**6) == Tile(1, 2048, 489, 4)
+    assert launch.split_tile(16, 151936, 132) == Tile(1, 2048, 8, 8)
+    assert ops._resources(launch.row_tile(30522), ops._plain)["num_warps"] == 8
 
 
 @every_kernel
