@@ -8,23 +8,26 @@ import triton
 import triton.language as tl
 
 from .divergence_formulas import (
-    any_of,
     elementwise_gradients,
     exp,
+    loss_of_moments,
+    loss_of_sums,
+    row_gradients,
+    upstream_terms,
+)
+from .divergence_rows import (
+    any_of,
     finish_blocks,
     lane_sum,
     load_pair,
     load_statistics,
     load_sums,
     log_ratio_of,
-    loss_of_moments,
-    loss_of_sums,
     parts_of_blocks,
-    row_gradients,
+    skewed,
     store_statistics,
     store_sums,
     two_sums,
-    upstream_terms,
 )
 from .indexing import as_fp32, row_offset, rows_there
 
@@ -35,7 +38,7 @@ def divergence_forward_kernel(
     rows, width, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     alpha, weight, scale,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
-    MOMENTS: tl.constexpr, KEEP: tl.constexpr,
+    SKEW: tl.constexpr, MOMENTS: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` as OUTPUT says; KEEP also writes the row statistics, fp32 ``[rows, STATS]``.
@@ -49,13 +52,15 @@ def divergence_forward_kernel(
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
+    x_base, skew = skewed(x_base, SKEW)
+    t_base, _ = skewed(t_base, SKEW)
     alpha = as_fp32(alpha)
     weight = as_fp32(weight)
     scale = as_fp32(scale)
 
     max_x, sum_x, max_t, sum_t, widest, shift, sum_u, sum_delta, sum_f, sum_product = parts_of_blocks(
-        x_ptr, t_ptr, x_base, t_base, real, 0, width, scale, MASKED, FROM_DIFFERENCE, SCALED, MOMENTS, ROWS, BLOCK,
-        BLOCKS, STAGES,
+        x_ptr, t_ptr, x_base, t_base, skew, real, 0, width, scale, MASKED, FROM_DIFFERENCE, SCALED, SKEW, MOMENTS, ROWS,
+        BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
     log_ratio = log_ratio_of(max_x, sum_x, max_t, sum_t, widest, sum_u)
     if BLOCK == 4:  # one class: p = q = 1, and r must be zero to the last bit
@@ -74,9 +79,9 @@ def divergence_forward_kernel(
             first = tl.where(real, first, 0.0)
     if any_of(real & (settled == 0), MOMENTS):
         walked, second = finish_blocks(
-            x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, 0, width, scale, alpha,
-            max_x, inv_x, max_t, inv_t, shift, log_ratio, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK,
-            BLOCKS, STAGES,
+            x_ptr, t_ptr, out_ptr, x_base, t_base, skew, row, valid, real, 0, width, scale, alpha,
+            max_x, inv_x, max_t, inv_t, shift, log_ratio, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, SKEW, ROWS,
+            BLOCK, BLOCKS, STAGES,
         )  # fmt: skip
         first = tl.where(settled, first, walked)
 
@@ -92,12 +97,14 @@ def divergence_forward_kernel(
 
 @triton.jit
 def _probabilities(
-    x_ptr, t_ptr, x_base, t_base, col, inside, stats_ptr, row, real, scale,
-    FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
+    x_ptr, t_ptr, x_base, t_base, skew, col, stats_ptr, row, real, width, scale,
+    FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, SKEW: tl.constexpr,
 ):  # fmt: skip
-    """p, q and r of a tile from the saved statistics of its rows."""
+    """p, q and r of a tile from the saved statistics of its rows; with SKEW, anything outside the row."""
     max_x, inv_x, max_t, inv_t, shift, log_ratio = load_statistics(stats_ptr, row, real)
-    x, t, delta = load_pair(x_ptr, t_ptr, x_base, t_base, col, inside, shift, scale, FROM_DIFFERENCE, SCALED)
+    x, t, delta = load_pair(
+        x_ptr, t_ptr, x_base, t_base, skew, col, real, width, shift, scale, FROM_DIFFERENCE, SCALED, SKEW, False
+    )
     p = exp(x - max_x[:, None]) * inv_x[:, None]
     q = exp(t - max_t[:, None]) * inv_t[:, None]
     return p, q, delta - log_ratio[:, None]
@@ -110,42 +117,60 @@ def divergence_backward_kernel(
     grad_stride0, grad_stride1, grad_stride2,
     alpha, factor, scale,
     KIND: tl.constexpr, WANT_X: tl.constexpr, WANT_T: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr,
-    SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, SKEW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one loss a row: ``dx``, ``dt`` (contiguous ``[rows, width]``), one program per tile, any order.
 
     ``grad`` is the upstream gradient of each row, by strides (zeros: a scalar), read on the device; ``factor`` is
     weight * scale. Masked rows get zeros and are not read.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(width, BLOCK)
-    row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
-    col = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(width + SKEW, BLOCK)
+    block = pid % blocks
+    row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = block * BLOCK + tl.arange(0, BLOCK)
     valid = rows_there(row, rows, ROWS)
     real = valid
     if MASKED:
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
-    inside = real[:, None] & (col < width)[None, :]
-    x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
-    t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
+    x_base, skew = skewed(row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2), SKEW)
+    t_base, _ = skewed(row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2), SKEW)
     g_base = row_offset(row, size1, size2, grad_stride0, grad_stride1, grad_stride2)
     p, q, r = _probabilities(
-        x_ptr, t_ptr, x_base, t_base, col, inside, stats_ptr, row, real, as_fp32(scale), FROM_DIFFERENCE, SCALED
-    )
+        x_ptr, t_ptr, x_base, t_base, skew, col, stats_ptr, row, real, width, as_fp32(scale), FROM_DIFFERENCE, SCALED,
+        SKEW,
+    )  # fmt: skip
     g = as_fp32(factor) * tl.load(grad_ptr + g_base, mask=real, other=0.0).to(tl.float32)
     first, second = load_sums(stats_ptr, row, real)
     dx, dt = row_gradients(g, p, q, r, first, second, as_fp32(alpha), KIND)
-
-    out = (row * width)[:, None] + col[None, :]
-    everywhere = valid[:, None] & (col < width)[None, :]
+    ends = (block == 0) | (block == blocks - 1)
     if WANT_X:
-        if MASKED:
-            dx = tl.where(real[:, None], dx, 0.0)
-        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=everywhere)
+        _store_gradient(dx_ptr, dx, row, col, skew, valid, real, width, ends, MASKED, SKEW)
     if WANT_T:
-        if MASKED:
-            dt = tl.where(real[:, None], dt, 0.0)
-        tl.store(dt_ptr + out, dt.to(dt_ptr.dtype.element_ty), mask=everywhere)
+        _store_gradient(dt_ptr, dt, row, col, skew, valid, real, width, ends, MASKED, SKEW)
+
+
+@triton.jit
+def _store_gradient(
+    out_ptr, gradient, row, col, skew, valid, real, width, ends, MASKED: tl.constexpr, SKEW: tl.constexpr
+):
+    """Writes a tile; with SKEW, 16 bytes at a time, but for those at the ``ends`` of a row that are shared with another."""
+    if MASKED:
+        gradient = tl.where(real[:, None], gradient, 0.0)
+    gradient = gradient.to(out_ptr.dtype.element_ty)
+    if SKEW == 0:
+        out = out_ptr + (row * width)[:, None] + col[None, :]
+        tl.store(out, gradient, mask=valid[:, None] & (col < width)[None, :])
+    else:
+        base, _ = skewed(row * width, SKEW)
+        out = out_ptr + base[:, None] + col[None, :]
+        load = (col // SKEW * SKEW)[None, :] - skew[:, None]
+        whole = valid[:, None] & (load >= 0) & (load + SKEW <= width)
+        tl.store(out, gradient, mask=whole)
+        if ends:
+            at = col[None, :] - skew[:, None]
+            inside = valid[:, None] & (at >= 0) & (at < width)
+            tl.store(out, gradient, mask=inside & (whole == 0))
 
 
 @triton.jit
@@ -186,7 +211,7 @@ def divergence_backward_elementwise_kernel(
             inside = real[:, None] & (col < width)[None, :]
             h = _load_grad(grad_ptr, g_base, grad_stride_col, col, inside, first, scale)
             p, q, r = _probabilities(
-                x_ptr, t_ptr, x_base, t_base, col, inside, stats_ptr, row, real, scale, FROM_DIFFERENCE, SCALED
+                x_ptr, t_ptr, x_base, t_base, 0, col, stats_ptr, row, real, width, scale, FROM_DIFFERENCE, SCALED, 0
             )
             more_one, more_two = upstream_terms(p, q, r, h, first, alpha, KIND)
             one += lane_sum(tl.where(inside, more_one, 0.0), ROWS, BLOCK)
@@ -199,7 +224,7 @@ def divergence_backward_elementwise_kernel(
         everywhere = valid[:, None] & (col < width)[None, :]
         h = _load_grad(grad_ptr, g_base, grad_stride_col, col, inside, first, scale)
         p, q, r = _probabilities(
-            x_ptr, t_ptr, x_base, t_base, col, inside, stats_ptr, row, real, scale, FROM_DIFFERENCE, SCALED
+            x_ptr, t_ptr, x_base, t_base, 0, col, stats_ptr, row, real, width, scale, FROM_DIFFERENCE, SCALED, 0
         )
         dx, dt = elementwise_gradients(p, q, r, h, first, one, two, alpha, KIND)
         out = (row * width)[:, None] + col[None, :]

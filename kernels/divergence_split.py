@@ -8,7 +8,8 @@ parts of a row's loss are added last, in a fixed order. Formulas: divergence_for
 import triton
 import triton.language as tl
 
-from .divergence_formulas import (
+from .divergence_formulas import exp, f_near, finite_max, loss_of_sums
+from .divergence_rows import (
     PART_EXPM1_SUM,
     PART_MAX_D,
     PART_MAX_T,
@@ -17,14 +18,11 @@ from .divergence_formulas import (
     PART_SUM_T,
     PART_SUM_X,
     PARTS,
-    exp,
-    f_near,
     finish_blocks,
-    finite_max,
     load_statistics,
     log_ratio_of,
-    loss_of_sums,
     parts_of_blocks,
+    skewed,
     store_statistics,
     store_sums,
 )
@@ -82,12 +80,12 @@ def divergence_parts_kernel(
     x_ptr, t_ptr, mask_ptr, partials_ptr,
     rows, width, splits, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     scale,
-    MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
+    MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, SKEW: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes the partial statistics, fp32 ``[rows, splits, PARTS]``. Masked rows: those of one class, not read."""
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid // splits) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    row = (pid // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = pid % splits
     valid = rows_there(row, rows, ROWS)
     real = valid
@@ -95,10 +93,12 @@ def divergence_parts_kernel(
         real = tl.load(mask_ptr + row, mask=valid, other=0) != 0
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
-    first = split.to(tl.int32) * (BLOCK * BLOCKS)
+    x_base, skew = skewed(x_base, SKEW)
+    t_base, _ = skewed(t_base, SKEW)
+    first = split * (BLOCK * BLOCKS)
     max_x, sum_x, max_t, sum_t, widest, shift, sum_u, _, _, _ = parts_of_blocks(
-        x_ptr, t_ptr, x_base, t_base, real, first, width, as_fp32(scale), MASKED, FROM_DIFFERENCE, SCALED, False, ROWS,
-        BLOCK, BLOCKS, STAGES,
+        x_ptr, t_ptr, x_base, t_base, skew, real, first, width, as_fp32(scale), MASKED, FROM_DIFFERENCE, SCALED, SKEW,
+        False, ROWS, BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
     # Without a finite logit there is nothing that sums could be relative to.
     max_x = tl.where(sum_x == 0.0, float("-inf"), max_x)
@@ -129,7 +129,7 @@ def divergence_finish_kernel(
     rows, width, splits, size1, size2, x_stride0, x_stride1, x_stride2, t_stride0, t_stride1, t_stride2,
     alpha, scale,
     KIND: tl.constexpr, OUTPUT: tl.constexpr, MASKED: tl.constexpr, FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr,
-    MERGE: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr,
+    SKEW: tl.constexpr, MERGE: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes each program's part of the two row sums, fp32 ``[rows, splits, 2]``, and with OUTPUT "terms" the terms.
@@ -137,8 +137,8 @@ def divergence_finish_kernel(
     MERGE: row statistics come from ``partials`` (``[rows, splits, PARTS]``), and KEEP writes them, all but the
     two sums. Else they are read from ``stats``. Masked rows are not read; their sums are zero.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    row = (pid // splits) * ROWS + tl.arange(0, ROWS)
+    pid = tl.program_id(0)
+    row = (pid // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = pid % splits
     valid = rows_there(row, rows, ROWS)
     real = valid
@@ -161,10 +161,12 @@ def divergence_finish_kernel(
         max_x, inv_x, max_t, inv_t, shift, log_ratio = load_statistics(stats_ptr, row, real)
     x_base = row_offset(row, size1, size2, x_stride0, x_stride1, x_stride2)
     t_base = row_offset(row, size1, size2, t_stride0, t_stride1, t_stride2)
-    first = split.to(tl.int32) * (BLOCK * BLOCKS)
+    x_base, skew = skewed(x_base, SKEW)
+    t_base, _ = skewed(t_base, SKEW)
+    first = split * (BLOCK * BLOCKS)
     one, two = finish_blocks(
-        x_ptr, t_ptr, out_ptr, x_base, t_base, row, valid, real, first, width, as_fp32(scale), as_fp32(alpha),
-        max_x, inv_x, max_t, inv_t, shift, log_ratio, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, ROWS, BLOCK,
+        x_ptr, t_ptr, out_ptr, x_base, t_base, skew, row, valid, real, first, width, as_fp32(scale), as_fp32(alpha),
+        max_x, inv_x, max_t, inv_t, shift, log_ratio, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, SKEW, ROWS, BLOCK,
         BLOCKS, STAGES,
     )  # fmt: skip
     sums = sums_ptr + (row * splits + split) * 2

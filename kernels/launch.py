@@ -85,6 +85,16 @@ def split_tile(rows: int, width: int, processors: int, choice: Choice | None = N
     return tile._replace(blocks=blocks) if blocks < tile.blocks else whole
 
 
+def span(width: int, skew: int) -> int:
+    """Columns that rows of ``width`` may reach over where they begin up to ``skew`` - 1 elements late."""
+    return width + skew - 1 if skew else width
+
+
+def covering(tile: Tile, width: int, skew: int) -> Tile:
+    """``tile``, with as many blocks as `span` asks for."""
+    return tile._replace(blocks=-(-span(width, skew) // tile.block))
+
+
 def splits(tile: Tile, width: int) -> int:
     """Number of programs that share a row."""
     return -(-width // (tile.block * tile.blocks))

@@ -32,14 +32,14 @@ def perturb_kernel(
 
     One program per ``[ROWS, BLOCK]`` tile; rows whose ``mask`` byte is zero are copied unchanged.
     """
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     if rows == 1:
-        block = pid
+        block = pid.to(tl.int64)
         row = tl.arange(0, ROWS).to(tl.int64)
     else:
         blocks = tl.cdiv(width, BLOCK)
         block = pid % blocks
-        row = (pid // blocks) * ROWS + tl.arange(0, ROWS)
+        row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = block * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (col < width)[None, :]
 

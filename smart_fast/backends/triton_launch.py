@@ -44,6 +44,7 @@ from .steps import (
 )
 
 INTERPRETED = isinstance(perturb_kernel, InterpretedFunction)
+MIN_SKEWED = 256  # narrower rows come several to a program
 MAX_GROUP = 4096  # partial norms one program reduces; longer groups are reduced by torch first
 
 Wrap = Callable[[Any], Any]
@@ -104,11 +105,32 @@ def _tile(kernel: str, default: Callable[[int], launch.Tile], width: int, tensor
     return default(width) if choice is None else launch.chosen_tile(choice, width)
 
 
-def _split_tile(rows: int, width: int, tensor: Tensor) -> launch.Tile:
+def _split_tile(rows: Rows, skew: int) -> tuple[launch.Tile, int]:
+    """The tile for divergences of these rows, and how many programs share one."""
+    tensor = rows.tensors[0]
+    width = tensor.shape[-1]
     choice, processors = _choice("divergence_split", width, tensor), _processors(tensor.device)
     if choice is None:
-        return launch.split_tile(rows, width, processors)
-    return launch.split_tile(rows, width, processors, choice)
+        tile = launch.split_tile(rows.count, width, processors)
+    else:
+        tile = launch.split_tile(rows.count, width, processors, choice)
+    if launch.splits(tile, width) == 1:
+        return launch.covering(tile, width, skew), 1
+    return tile, launch.splits(tile, launch.span(width, skew))
+
+
+def _skew(rows: Rows) -> int:
+    """What `skewed` of the kernels takes: the elements of 16 bytes, where rows of whole tensors begin within them; else 0.
+
+    All loads must stay within the tensors, hence the number of elements.
+    """
+    x, t = rows.tensors[:2]
+    width = x.shape[-1]
+    size = 16 // x.dtype.itemsize
+    dense = (width, 0, 0)
+    if width < MIN_SKEWED or width % size == 0 or rows.count * width % size != 0 or x.dtype != t.dtype:
+        return 0
+    return size if rows.strides[0] == dense and rows.strides[1] == dense else 0
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -222,10 +244,10 @@ def divergence_forward(
     _known("divergence", kind, KINDS)
     width = input.shape[-1]
     rows = as_rows(input, target)
-    tile = _split_tile(rows.count, width, input)
-    splits = launch.splits(tile, width)
+    skew = 0 if output == "terms" else _skew(rows)
+    tile, splits = _split_tile(rows, skew)
     if splits == 1:
-        tile = _tile("divergence_forward", lambda width: tile, width, input)
+        tile = launch.covering(_tile("divergence_forward", lambda width: tile, width, input), width, skew)
     merge = launch.merge_tile(splits)
     last = launch.grid(tile if splits == 1 else merge, rows.count, whole_rows=True)
     form = "rows" if output == "sum" and last > 1 else output  # a single program adds the rows as well
@@ -236,14 +258,15 @@ def divergence_forward(
     if splits == 1:
         wrap(divergence_forward_kernel)[(last,)](
             *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
-            *rows.strides[1], alpha, weight, scale, KIND=kind, OUTPUT=form,
-            MOMENTS=kind in WITH_MOMENTS and output != "terms", KEEP=keep, **_loads(mask, scale, from_difference), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
-            STAGES=tile.stages, **_resources(tile, wrap),
+            *rows.strides[1], alpha, weight, scale, KIND=kind, OUTPUT=form, SKEW=skew,
+            MOMENTS=kind in WITH_MOMENTS and output != "terms", KEEP=keep, **_loads(mask, scale, from_difference),
+            ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
         )  # fmt: skip
     else:
-        partials = _parts(rows, mask, tile, scale, from_difference, wrap)
+        shared = tile, splits, skew
+        partials = _parts(rows, mask, *shared, scale, from_difference, wrap)
         terms = out if output == "terms" else None
-        sums = _finish(rows, mask, tile, partials, stats, terms, kind, alpha, scale, from_difference, keep, wrap)
+        sums = _finish(rows, mask, *shared, partials, stats, terms, kind, alpha, scale, from_difference, keep, wrap)
         if keep or output != "terms":
             wrap(divergence_collect_kernel)[(last,)](
                 sums, out, stats, rows.count, splits, alpha, weight, KIND=kind, OUTPUT=form, KEEP=keep,
@@ -253,33 +276,32 @@ def divergence_forward(
 
 
 def _parts(
-    rows: Rows, mask: Tensor | None, tile: launch.Tile, scale: float, from_difference: bool, wrap: Wrap
-) -> Tensor:
+    rows: Rows, mask: Tensor | None, tile: launch.Tile, splits: int, skew: int, scale: float, from_difference: bool,
+    wrap: Wrap,
+) -> Tensor:  # fmt: skip
     """Partial statistics, fp32 ``[rows, splits, PARTS]``."""
     width = rows.tensors[0].shape[-1]
-    splits = launch.splits(tile, width)
     partials = new_output((rows.count, splits, PARTS), torch.float32, rows.tensors[0].device)
     wrap(divergence_parts_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
         *rows.tensors, _bytes(mask), partials, rows.count, width, splits, rows.size1, rows.size2, *rows.strides[0],
-        *rows.strides[1], scale, **_loads(mask, scale, from_difference), ROWS=tile.rows, BLOCK=tile.block,
+        *rows.strides[1], scale, **_loads(mask, scale, from_difference), SKEW=skew, ROWS=tile.rows, BLOCK=tile.block,
         BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return partials
 
 
 def _finish(
-    rows: Rows, mask: Tensor | None, tile: launch.Tile, partials: Tensor | None, stats: Tensor, terms: Tensor | None,
-    kind: str, alpha: float, scale: float, from_difference: bool, keep: bool, wrap: Wrap,
+    rows: Rows, mask: Tensor | None, tile: launch.Tile, splits: int, skew: int, partials: Tensor | None, stats: Tensor,
+    terms: Tensor | None, kind: str, alpha: float, scale: float, from_difference: bool, keep: bool, wrap: Wrap,
 ) -> Tensor:  # fmt: skip
     """Parts of the row sums, fp32 ``[rows, splits, 2]``, from partial statistics or, without them, from ``stats``."""
     width = rows.tensors[0].shape[-1]
-    splits = launch.splits(tile, width)
     sums = new_output((rows.count, splits, 2), torch.float32, rows.tensors[0].device)
     wrap(divergence_finish_kernel)[(launch.grid(tile, rows.count, whole_rows=True) * splits,)](
         *rows.tensors, _bytes(mask), partials, stats, terms, sums, rows.count, width, splits, rows.size1,
         rows.size2, *rows.strides[0], *rows.strides[1], alpha, scale, KIND=kind,
-        OUTPUT="rows" if terms is None else "terms", **_loads(mask, scale, from_difference), MERGE=partials is not None,
-        KEEP=keep, SPLITS=1 if partials is None else launch.next_power_of_two(splits),
+        OUTPUT="rows" if terms is None else "terms", **_loads(mask, scale, from_difference), SKEW=skew,
+        MERGE=partials is not None, KEEP=keep, SPLITS=1 if partials is None else launch.next_power_of_two(splits),
         ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return sums
@@ -291,11 +313,10 @@ def divergence_parts(
 ) -> Tensor:  # fmt: skip
     """See `Backend.divergence_parts`."""
     _known("divergence", kind, KINDS)
-    width = input.shape[-1]
     rows = as_rows(input, target)
-    tile = _split_tile(rows.count, width, input)
-    splits = launch.splits(tile, width)
-    partials = _parts(rows, mask, tile, scale, from_difference, wrap)
+    skew = _skew(rows)
+    tile, splits = _split_tile(rows, skew)
+    partials = _parts(rows, mask, tile, splits, skew, scale, from_difference, wrap)
     if splits == 1:
         return partials.view(rows.count, PARTS)
     merged = new_output((rows.count, PARTS), torch.float32, input.device)
@@ -312,11 +333,11 @@ def divergence_finish(
 ) -> Tensor:  # fmt: skip
     """See `Backend.divergence_finish`."""
     _known("divergence", kind, KINDS)
-    width = input.shape[-1]
     rows = as_rows(input, target)
-    tile = _split_tile(rows.count, width, input)
-    splits = launch.splits(tile, width)
-    sums = _finish(rows, mask, tile, None, stats.contiguous(), None, kind, alpha, scale, from_difference, False, wrap)
+    skew = _skew(rows)
+    tile, splits = _split_tile(rows, skew)
+    given = None, stats.contiguous(), None
+    sums = _finish(rows, mask, tile, splits, skew, *given, kind, alpha, scale, from_difference, False, wrap)
     if splits == 1:
         return sums.view(rows.count, 2)
     out = new_output((rows.count, 2), torch.float32, input.device)
@@ -353,11 +374,12 @@ def divergence_backward(
         grad, grad_strides = rows.tensors[2], rows.strides[2]
     else:
         rows, grad_strides = as_rows(input, target), (0, 0, 0)
-    tile = _tile("divergence_backward", launch.flat_tile, width, input)
+    tile, skew = _tile("divergence_backward", launch.flat_tile, width, input), _skew(rows)
+    tile = launch.covering(tile, width, skew + 1 if skew else 0)
     wrap(divergence_backward_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
         grad, *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
-        *rows.strides[0], *rows.strides[1], *grad_strides, alpha, weight * scale, scale, **flags, ROWS=tile.rows,
-        BLOCK=tile.block, **_resources(tile, wrap),
+        *rows.strides[0], *rows.strides[1], *grad_strides, alpha, weight * scale, scale, **flags, SKEW=skew,
+        ROWS=tile.rows, BLOCK=tile.block, **_resources(tile, wrap),
     )  # fmt: skip
     return dx, dt
 
