@@ -1,8 +1,13 @@
 // Row-wise KL, symmetric KL and JS divergence of logits, with gradients, in formulas that do not cancel: those of
-// kernels/divergence.py. Per row, with logits x (input) and t (target), p = softmax(x), q = softmax(t), d = x - t:
+// kernels/divergence.py. Per row, with logits x (input) and t (target), p = softmax(x), q = softmax(t):
 //
-//     r = log p - log q = d - D,   D = log1p(sum q expm1(d))      while max |d| <= 1,
-//                                  D = logsumexp(x) - logsumexp(t)   otherwise;
+//     r = log p - log q = delta - L,   delta = x - t - c,
+//                                      L = log1p(sum q expm1(delta))             while max |delta| <= 1,
+//                                          logsumexp(x) - logsumexp(t) - c       otherwise;
+//
+// where c is typical of the row's x - t, or zero where these are not all of one size. A constant added to a row, which
+// softmax does not see, then costs no digits: to x - t - c what the rounding of x - t left out is added.
+//
 //     f(r) = expm1(r) - r >= 0, whose series is exact near zero.
 //
 //     kl      KL(q || p)                           = sum q f(r)                 (p - q) - q r       far apart
@@ -99,6 +104,13 @@ struct Divergence {
     return M::select((x == -M::infinity) & (t == -M::infinity), M::splat(0.0f), x - t);
   }
 
+  // x - t - d, exactly, where d is x - t as it was rounded (Knuth's two-sum); NaN where d is not finite.
+  static SMART_FAST_INLINE F rounding_error(F x, F t, F d) {
+    const F back = d - x;
+    return (x - (d - back)) - (t + back);
+  }
+  static SMART_FAST_INLINE F finite_or_zero(F v) { return M::select(M::abs(v) < M::infinity, v, M::splat(0.0f)); }
+
   // A maximum that is safe to subtract: rows of minus infinity keep their entries at exp(-inf) = 0.
   static SMART_FAST_INLINE F finite_max(F m) { return M::select(m == -M::infinity, M::splat(0.0f), m); }
 
@@ -108,11 +120,34 @@ struct Divergence {
     return d + f_near(d);
   }
 
-  // D = logsumexp(x) - logsumexp(t), from the expression that keeps its precision.
-  static SMART_FAST_INLINE F log_ratio_shift(F max_x, F sum_x, F max_t, F sum_t, F expm1_sum, F max_d) {
-    const F far = (max_x - max_t) + M::log(sum_x / sum_t);
+  // L, from the expression that keeps its precision; `shift` is c, scaled.
+  static SMART_FAST_INLINE F log_ratio(F max_x, F sum_x, F max_t, F sum_t, F expm1_sum, F max_d, F shift) {
+    const F gap = max_x - max_t;
+    const F far = ((gap - shift) + rounding_error(max_x, max_t, gap)) + M::log(sum_x / sum_t);
     return M::select(max_d <= 1.0f, log1p(expm1_sum / sum_t), far);
   }
+
+  // Of a row whose sums of exp(t) and of exp(t) expm1(delta) are known, those of exp(x) relative to `max_x`: the rounding
+  // of max_t + c goes into the sum.
+  static SMART_FAST_INLINE void sums_of_x(F max_t, F sum_t, F expm1_sum, F shift, F& max_x, F& sum_x) {
+    max_x = max_t + shift;
+    const F rest = rounding_error(max_t, -shift, max_x);
+    sum_x = sum_t + expm1_sum;
+    sum_x += sum_x * rest;
+  }
+
+  // u - log1p(u) >= 0, to its own precision; u > -1.
+  static SMART_FAST_INLINE F log1p_gap(F u) {
+    const auto small = M::abs(u) < 0.25f;
+    const F near = M::select(small, u, M::splat(0.0f)), s = near / (near + 2.0f), w = s * s;
+    const F series = s * (near - 2.0f * w * (1.0f / 3 + w * (1.0f / 5 + w * (1.0f / 7 + w * (1.0f / 9)))));
+    return M::select(small, series, u - M::log(1.0f + u));
+  }
+
+  // KL(q || p) and KL(q || p) + KL(p || q) of a row whose |delta| are at most one, from the means under q of
+  // u = expm1(delta), of f = u - delta, of delta and of u delta.
+  static SMART_FAST_INLINE F kl_of_means(F u, F f) { return f - log1p_gap(u); }
+  static SMART_FAST_INLINE F both_of_means(F u, F delta, F u_delta) { return (u_delta - u * delta) / (1.0f + u); }
 
   // q * r with 0 * inf = 0: an event of probability zero adds nothing.
   static SMART_FAST_INLINE F times(F q, F r) { return M::select(q == 0.0f, M::splat(0.0f), q * r); }
@@ -142,6 +177,7 @@ inline constexpr bool always_false = false;
 //     add_row_terms      adds a class's share of each, none of them negative; NEAR: p is not read
 //     conclude           what the statistics of the row keep of the sums, `first` and `second`
 //     loss               the loss of the row, from these two
+//     one_read           whether the loss of a row follows from means over it alone: `first_of_means`, see kl_of_means
 //     factor             of the upstream gradient, before it is passed to `row_gradients` as `scale`
 //     opposite           whether dt = -dx
 //     late               see above; with `Late::target`, dt follows from q, r and the sums alone
@@ -161,6 +197,7 @@ struct OneSum : Divergence<M> {
   using F = typename M::F;
 
   static constexpr int row_sums = 1;
+  static constexpr bool one_read = false;
   static constexpr Late late = Late::none;
 
   static SMART_FAST_INLINE void conclude(const F (&sums)[1], float, F& first, F& second) {
@@ -191,8 +228,10 @@ struct RowFormulas<M, Kind::kl> : OneSum<M> {
   using F = typename M::F;
   using S = OneSum<M>;
 
+  static constexpr bool one_read = true;
   static constexpr Late late = Late::target;
 
+  static SMART_FAST_INLINE F first_of_means(F u, F f, F, F, float) { return D::kl_of_means(u, f); }
   template <bool NEAR>
   static SMART_FAST_INLINE void add_row_terms(F p, F q, F r, float, F (&sums)[1]) {
     const auto near = M::abs(r) < 1.0f;
@@ -223,8 +262,14 @@ struct RowFormulas<M, Kind::sym_kl> : OneSum<M> {
   using F = typename M::F;
   using S = OneSum<M>;
 
+  static constexpr bool one_read = true;
+
   static SMART_FAST_INLINE bool opposite(float alpha) { return alpha == 1.0f; }
 
+  static SMART_FAST_INLINE F first_of_means(F u, F f, F delta, F u_delta, float alpha) {
+    const F both = D::both_of_means(u, delta, u_delta);
+    return alpha == 1.0f ? both : both + (alpha - 1.0f) * D::kl_of_means(u, f);
+  }
   template <bool NEAR>
   static SMART_FAST_INLINE F row_term(F p, F q, F r, float alpha) {
     if (alpha == 1.0f) {  // (p - q) r, of which gradients need the first factor anyway
@@ -309,6 +354,7 @@ struct RowFormulas<M, Kind::jsd> : Divergence<M> {
   using F = typename M::F;
 
   static constexpr int row_sums = 2;
+  static constexpr bool one_read = false;
   static constexpr Late late = Late::both;
 
   // u = log m - log q and v = log m - log p. The logarithm of 1 + w expm1(-|r|) never sees more than one: of the larger

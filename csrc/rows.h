@@ -90,13 +90,24 @@ SMART_FAST_HOST_INLINE auto with_update(Update update, const Visit& visit, const
   return unknown();
 }
 
-// Row statistics that a divergence keeps for its backward pass, one fp32 each. The last two are sums over the row: KL(q ||
-// m) and KL(p || m) of jsd, the divergence of the row and zero of the others.
-enum Statistic : int { stat_max_t, stat_inv_sum_t, stat_max_x, stat_inv_sum_x, stat_shift, stat_first, stat_second, statistics };
+// Row statistics that a divergence keeps for its backward pass, one fp32 each: `shift` is c (of logits that are not scaled)
+// and `log_ratio` L of divergence.h. The last two are sums over the row: KL(q || m) and KL(p || m) of jsd, the divergence
+// of the row and zero of the others.
+enum Statistic : int {
+  stat_max_t,
+  stat_inv_sum_t,
+  stat_max_x,
+  stat_inv_sum_x,
+  stat_shift,
+  stat_log_ratio,
+  stat_first,
+  stat_second,
+  statistics
+};
 
 // What is known of a slice of a row, in the same place: sums of exponentials relative to the maxima (of expm1: to that
-// of t), and the largest difference.
-enum Part : int { part_max_x, part_sum_x, part_max_t, part_sum_t, part_max_d, part_sum_e, parts };
+// of t), the largest |delta|, and the c it is relative to.
+enum Part : int { part_max_x, part_sum_x, part_max_t, part_sum_t, part_max_d, part_shift, part_sum_e, parts };
 
 // Shares of a slice in the two sums over a row.
 enum Share : int { share_first, share_second, shares };

@@ -5,6 +5,7 @@ TRITON_INTERPRET must be set before Triton is first imported, hence here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -105,12 +106,12 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
     return [GPU] * ("cuda" in name) + [pytest.mark.exhaustive] * (name in EXHAUSTIVE)
 
 
-@pytest.fixture(params=[pytest.param(each, marks=marks(each)) for each in KERNELS])
-def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, torch.device]]:
-    """A fused backend, made the default one, and the device to run it on."""
+@contextlib.contextmanager
+def serving(request: pytest.FixtureRequest, chosen: str) -> Iterator[tuple[Backend, torch.device]]:
+    """One of `KERNELS`, made the default backend, and the device to run it on."""
     from smart_fast.backends import set_default_backend
 
-    name, device = KERNELS[request.param][0], torch.device(KERNELS[request.param][1])
+    name, device = KERNELS[chosen][0], torch.device(KERNELS[chosen][1])
     if name == "triton":
         if device.type == "cpu" and torch.cuda.is_available():
             pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 with CUDA_VISIBLE_DEVICES= interprets them")
@@ -119,7 +120,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, torch.dev
         module = request.getfixturevalue("native")
         if reason := module.cannot_serve(device):
             pytest.skip(reason)
-        chosen = request.param.removeprefix("native-")
+        chosen = chosen.removeprefix("native-")
         if chosen in ("avx2", "portable") and not module.extension.use_instruction_set(chosen):
             pytest.skip(f"this CPU does not run {chosen}")
         if chosen == "2-threads":
@@ -130,6 +131,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, torch.dev
     if name == "native":
         torch.set_num_threads(1)
         module.extension.use_instruction_set("auto")
+
+
+@pytest.fixture(params=[pytest.param(each, marks=marks(each)) for each in KERNELS])
+def kernels(request: pytest.FixtureRequest) -> Iterator[tuple[Backend, torch.device]]:
+    with serving(request, request.param) as served:
+        yield served
 
 
 @pytest.fixture

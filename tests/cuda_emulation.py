@@ -35,7 +35,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KINDS = {"kl": 0, "sym_kl": 1, "js": 2, "jsd": 3}
 NORMS = {"inf": 0, "l2": 1, "l1": 2, "opaque": 3}
 UPDATES = {"smart-pytorch": 0, "sift": 1, "paper": 2}
-STATISTICS, PARTS, SHARES = 7, 6, 2
+STATISTICS, PARTS, SHARES = 8, 7, 2
 #: Compute capability, multiprocessors, bytes of shared memory of a multiprocessor and, with the attribute, of a block.
 DEVICE = (8, 4, 64 * 1024, 64 * 1024)  # what tests run on unless they say otherwise
 A100 = (8, 108, 164 * 1024, 163 * 1024)

@@ -23,7 +23,7 @@ from tests.cuda_emulation import A100, B200, DEVICE, H100, L40, CudaError, Emula
 from tests.helpers import exhaustively
 
 INVALID_VALUE, INVALID_CONFIGURATION, MISALIGNED, INVALID_CLUSTER = 1, 9, 716, 912
-STATIC = 416  # bytes of cuda::Shared
+STATIC = 544  # bytes of cuda::Shared
 DEFAULT = 48 * 1024
 ONE_ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 SEED = 2**40 + 12345

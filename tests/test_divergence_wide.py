@@ -235,15 +235,20 @@ def test_one_dimension(backend: ModuleType, device: torch.device, path: None, po
         check(compute(backend, spec, x, t, g), expected(spec, x, t, g), 2e-6)
 
 
-def merge(parts: list[Tensor]) -> Tensor:
+def merge(parts: list[Tensor], scale: float) -> Tensor:
     """Row statistics from the partial ones of slices of the vocabulary, in float64 from the contract's definitions."""
-    max_x, sum_x, max_t, sum_t, max_d, expm1 = torch.stack(parts).double().unbind(-1)
+    max_x, sum_x, max_t, sum_t, max_d, shift, expm1 = torch.stack(parts).double().unbind(-1)
     top_x, top_t = max_x.amax(0), max_t.amax(0)
     total_x, total_t = (sum_x * (max_x - top_x).exp()).sum(0), (sum_t * (max_t - top_t).exp()).sum(0)
-    near = ((expm1 * (max_t - top_t).exp()).sum(0) / total_t).log1p()
-    shift = torch.where(max_d.amax(0) <= 1, near, top_x - top_t + (total_x / total_t).log())
-    unknown = torch.full_like(shift, math.nan)
-    return torch.stack([top_t, 1 / total_t, top_x, 1 / total_x, shift, unknown, unknown], -1).float()
+    common = shift[0]  # of any slice with a finite logit
+    s = torch.where(max_t > -math.inf, (shift - common) * scale, 0.0)
+    expm1 = s.exp() * expm1 + s.expm1() * sum_t
+    near = (max_d + s.abs()).amax(0) <= 1
+    known = ((expm1 * (max_t - top_t).exp()).sum(0) / total_t).log1p()
+    ratio = torch.where(near, known, top_x - top_t + (total_x / total_t).log())
+    unknown = torch.full_like(ratio, math.nan)
+    columns = [top_t, 1 / total_t, top_x, 1 / total_x, torch.where(near, common, 0.0), ratio, unknown, unknown]
+    return torch.stack(columns, -1).float()
 
 
 @pytest.mark.parametrize("apart", [0.2, *exhaustively(1e-5, 3.0)])
@@ -271,8 +276,8 @@ def test_slices_of_the_vocabulary(
     flat = mask.flatten()
     assert all(part.shape == (6, PARTS) and part[~flat].isfinite().all() for part in parts)
     assert (parts[1][flat][:, [0, 2]] == -math.inf).all()
-    assert not parts[1][flat][:, [1, 3, 4, 5]].any()
-    stats = merge(parts)
+    assert not parts[1][flat][:, [1, 3, 4, 5, 6]].any()
+    stats = merge(parts, spec.scale)
     sums = [backend.divergence_finish(x[..., each], t[..., each], stats, spec, mask) for each in slices]
     assert all(each.shape == (6, 2) for each in sums)
     assert not sums[1].any()
@@ -282,7 +287,7 @@ def test_slices_of_the_vocabulary(
     else:
         assert not second.any()
     if kind in ("kl", "jsd"):  # gradients take the divergences of the whole row
-        stats[:, 5:] = torch.stack([first, second], -1)
+        stats[:, 6:] = torch.stack([first, second], -1)
     loss = spec.weight * (spec.alpha * first + (1 - spec.alpha) * second if kind == "jsd" else first).view(2, 3)
     pieces = [
         backend.divergence_backward(g, x[..., each], t[..., each], stats, spec, mask, True, True) for each in slices

@@ -79,19 +79,21 @@ def test_slices_make_a_whole(kind: str, apart: float) -> None:
     assert stats is not None
     slices = slice(0, 20), slice(20, 21), slice(21, 50)
     parts = [(x[..., each], t[..., each]) for each in slices]
-    merged = log_ratio.merge(torch.stack([log_ratio.divergence_parts(*part, spec, None) for part in parts]))
-    torch.testing.assert_close(merged[:, :5], stats[:, :5], rtol=1e-12, atol=1e-13)
+    merged = log_ratio.merge(torch.stack([log_ratio.divergence_parts(*part, spec, None) for part in parts]), 1.0)
+    torch.testing.assert_close(merged[:, :4], stats[:, :4], rtol=1e-12, atol=1e-13)
+    whole, sliced = (each[:, 4] + each[:, 5] for each in (stats, merged))  # each chooses a shift of its own
+    torch.testing.assert_close(sliced, whole, rtol=1e-12, atol=1e-13)
     finished = [log_ratio.divergence_finish(*part, merged, spec, None) for part in parts]
     assert all(each.shape == (12, 2) for each in finished)
     total = torch.stack(finished).sum(0)
     torch.testing.assert_close(divergence(kind).rows(total, 0.7), loss.view(-1), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(total, stats[:, 5:], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(total, stats[:, 6:], rtol=1e-12, atol=1e-15)
     assert total[:, 1].any() == (kind == "jsd")
     ones = torch.ones(3, 4, dtype=torch.float64)
-    whole = log_ratio.divergence_backward(ones, x, t, stats, spec, None, True, True)
+    gradients = log_ratio.divergence_backward(ones, x, t, stats, spec, None, True, True)
     for each, part in zip(slices, parts, strict=True):
         for value, reference in zip(
-            log_ratio.divergence_backward(ones, *part, stats, spec, None, True, True), whole, strict=True
+            log_ratio.divergence_backward(ones, *part, stats, spec, None, True, True), gradients, strict=True
         ):
             assert value is not None
             assert reference is not None

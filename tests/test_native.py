@@ -15,7 +15,7 @@ import torch
 import smart_fast
 from smart_fast import build as native_build
 from smart_fast.backends import select
-from smart_fast.backends.base import Step
+from smart_fast.backends.base import STATISTICS, Step
 from tests import cuda_emulation, oracle
 
 LOSSES = [smart_fast.kl_loss, smart_fast.sym_kl_loss, smart_fast.js_loss]
@@ -228,7 +228,7 @@ def test_kernels_under_address_and_undefined_behavior_sanitizer(tmp_path):
 
 
 def refused_names():
-    x, t, stats, row = torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, 7), torch.ones(2)
+    x, t, stats, row = torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, STATISTICS), torch.ones(2)
     unknown_kind, unknown_output = ("nonsense", "sum"), ("kl", "nonsense")
     numbers = 1.0, 1.0, 1.0, False
     kinds, outputs, updates = "kinds: kl, sym_kl, js, jsd", "terms, rows, sum", "updates: smart-pytorch, sift, paper"

@@ -7,36 +7,63 @@
 namespace smart_fast {
 namespace {
 
-// First pass: maxima, sums of exponentials and D, block by block with a running maximum (Milakov & Gimelshein, 2018).
+// x - t of the class with the largest t: of a block, or the greatest of it and `found`.
+inline F shift_of(const Block& block, F max_t, F found) {
+  for (int64_t i = 0; i < block.count; ++i)
+    found = Simd::max(Simd::select(load(block.t + i * LANES) == max_t, block.difference(i), found), found);
+  return found;
+}
+
+// First pass: maxima, sums of exponentials, c and L, block by block with a running maximum (Milakov & Gimelshein, 2018).
 //
-// As long as |d| < 1/2, the sums of exp(t) and of exp(t) expm1(d) are all that is needed: exp(x) = exp(t) (1 + expm1(d)).
-// Where a later block goes further apart, or holds a NaN that exp(x) must show, the row is read anew.
+// As long as |delta| < 1/2, the sums of exp(t) and of exp(t) expm1(delta) are all that is needed: exp(x) is exp(t + c) times
+// 1 + expm1(delta). Where a later block goes further apart, or holds a NaN that exp(x) must show, the row is read anew.
 template <class Tile>
 inline void add_up(Tile& tile, RowStatistics& row) {
   const Scratch& scratch = tile.scratch;
   const F nothing = Simd::splat(-Simd::infinity);
+  const float scale = tile.given->scale;
   const bool narrow = Tile::rows > 1;
   F max_x = nothing, max_t = nothing, max_d = {}, check = {};
   typename Tile::Sum sum_x, sum_t, sum_e;
   row.near = true;
+  row.shift = F{};
+  row.shifted = false;
 
   for (int64_t b = 0; b < tile.blocks(); ++b) {
     const Block block = tile.load_block(b);
-    F block_x = max_x, block_t = max_t;
+    F block_x = max_x, block_t = max_t, most = nothing, least = -nothing;
     for (int64_t i = 0; i < block.count; ++i) {
+      const F difference = block.difference(i);
       check += load(block.x + i * LANES);
       block_x = Simd::max(load(block.x + i * LANES), block_x);
       block_t = Simd::max(load(block.t + i * LANES), block_t);
-      max_d = Simd::max(Simd::abs(block.difference(i)), max_d);
+      most = Simd::max(difference, most);
+      least = Simd::min(difference, least);
     }
     block_x = tile.across_max(block_x);
     block_t = tile.across_max(block_t);
+    if (b == 0) {
+      most = tile.across_max(most);
+      least = -tile.across_max(-least);
+      // Differences that are less apart than they are from zero.
+      const I together = most - least < 0.5f * Simd::abs(most + least);
+      if (any(together)) {
+        const F found = tile.across_max(shift_of(block, block_t, nothing));
+        row.shift = Simd::select(together, D::finite_or_zero(found), F{});
+        row.shifted = true;
+      }
+    }
+    max_d = Simd::max(scale * Simd::max(most - row.shift, row.shift - least), max_d);
     max_d = tile.across_max(max_d);
     if (row.near && (any(max_d >= 0.5f) || any(check != check))) {
       row.near = false;
       if (b > 0) {
         max_x = max_t = nothing;
+        max_d = F{};
         sum_x = sum_t = sum_e = typename Tile::Sum();
+        row.shift = F{};
+        row.shifted = false;
         b = -1;
         continue;
       }
@@ -45,9 +72,9 @@ inline void add_up(Tile& tile, RowStatistics& row) {
     if (b > 0) {
       if (any(block_x > max_x)) sum_x.scale(Simd::exp(max_x - safe_x));
       if (any(block_t > max_t)) {
-        const F scale = Simd::exp(max_t - safe_t);
-        sum_t.scale(scale);
-        sum_e.scale(scale);
+        const F factor = Simd::exp(max_t - safe_t);
+        sum_t.scale(factor);
+        sum_e.scale(factor);
       }
     }
     max_x = block_x;
@@ -62,7 +89,7 @@ inline void add_up(Tile& tile, RowStatistics& row) {
         const F q = Simd::exp(load(block.t + i * LANES) - safe_t);
         part_t += q;
         store(exp_t + i * LANES, q);
-        if (with_e) part_e += q * D::expm1_clamped(block.difference(i));
+        if (with_e) part_e += q * D::expm1_clamped(block.delta(i, row));
         if (with_x) {
           const F p = Simd::exp(load(block.x + i * LANES) - safe_x);
           part_x += p;
@@ -82,11 +109,20 @@ inline void add_up(Tile& tile, RowStatistics& row) {
   }
 
   row.max_t = D::finite_max(max_t);
-  row.max_x = row.near ? row.max_t : D::finite_max(max_x);
   row.sum_t = sum_t.get();
   row.sum_e = sum_e.get();
-  row.sum_x = row.near ? row.sum_t + row.sum_e : sum_x.get();
   row.max_d = max_d;
+  if (row.near) {
+    D::sums_of_x(row.max_t, row.sum_t, row.sum_e, row.shift * scale, row.max_x, row.sum_x);
+    return;
+  }
+  row.max_x = D::finite_max(max_x);
+  row.sum_x = sum_x.get();
+  F found = nothing;
+  for (int64_t b = 0; b < tile.blocks(); ++b) found = shift_of(tile.load_block(b), max_t, found);
+  found = D::finite_or_zero(tile.across_max(found));
+  row.shift = Simd::select(max_d <= 1.0f, row.shift, found);
+  row.shifted = true;
 }
 
 // What follows from the sums.
@@ -94,9 +130,10 @@ template <class Tile>
 inline void conclude(Tile& tile, RowStatistics& row) {
   row.inv_x = 1.0f / row.sum_x;
   row.inv_t = 1.0f / row.sum_t;
-  row.shift = D::log_ratio_shift(row.max_x, row.sum_x, row.max_t, row.sum_t, row.sum_e, row.max_d);
+  row.log_ratio = D::log_ratio(row.max_x, row.sum_x, row.max_t, row.sum_t, row.sum_e, row.max_d,
+                               row.shift * tile.given->scale);
   if (tile.width == 1)  // one class: p = q = 1, and r must be zero to the last bit
-    row.shift = Simd::max(tile.load_block(0).difference(0), Simd::splat(-Simd::infinity));
+    row.log_ratio = Simd::max(tile.load_block(0).delta(0, row), Simd::splat(-Simd::infinity));
 }
 
 template <class Tile>
@@ -107,8 +144,10 @@ inline RowStatistics read_statistics(const Tile& tile) {
   row.inv_x = tile.read_statistic(stat_inv_sum_x);
   row.inv_t = tile.read_statistic(stat_inv_sum_t);
   row.shift = tile.read_statistic(stat_shift);
+  row.log_ratio = tile.read_statistic(stat_log_ratio);
   row.first = tile.read_statistic(stat_first);
   row.second = tile.read_statistic(stat_second);
+  row.shifted = any(row.shift != 0.0f);
   return row;
 }
 
@@ -119,6 +158,7 @@ inline void write_statistics(Tile& tile, const RowStatistics& row) {
   tile.write_statistic(stat_max_x, row.max_x);
   tile.write_statistic(stat_inv_sum_x, row.inv_x);
   tile.write_statistic(stat_shift, row.shift);
+  tile.write_statistic(stat_log_ratio, row.log_ratio);
   tile.write_statistic(stat_first, row.first);
   tile.write_statistic(stat_second, row.second);
 }
@@ -149,7 +189,7 @@ struct Probabilities {
       p = (STORED ? load(exp_x + i * LANES) : Simd::exp(load(block.x + i * LANES) - row.max_x)) * scale_x;
     q = (STORED ? load(exp_t + i * LANES) : Simd::exp(load(block.t + i * LANES) - row.max_t)) * scale_t;
     // Any number at all where both logits are minus infinity; the least one keeps away from the terms of the near.
-    r = Simd::max(block.difference(i) - row.shift, Simd::splat(NEAR ? -1.0f : -Simd::infinity));
+    r = Simd::max(block.delta(i, row) - row.log_ratio, Simd::splat(NEAR ? -1.0f : -Simd::infinity));
   }
 };
 
@@ -416,6 +456,7 @@ inline void write_parts(Tile& tile, const RowStatistics& row) {
   tile.write_number(tile.given->stats, parts, part_max_t, row.max_t);
   tile.write_number(tile.given->stats, parts, part_sum_t, row.sum_t);
   tile.write_number(tile.given->stats, parts, part_max_d, row.max_d);
+  tile.write_number(tile.given->stats, parts, part_shift, row.shift);
   tile.write_number(tile.given->stats, parts, part_sum_e, row.sum_e);
 }
 

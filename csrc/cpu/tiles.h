@@ -12,38 +12,58 @@ namespace {
 
 using D = smart_fast::Divergence<Simd>;
 
-// Logits of a block as floats, in `count` vectors; `d` holds x - t where that was given instead of x.
+// What is known of a row once it has been read: splats in a Wide tile.
+struct RowStatistics {
+  F max_x, max_t, inv_x, inv_t;
+  F shift, log_ratio;  // c and L of divergence.h
+  F first, second;     // sums over the row, as `Statistic` says
+  F sum_x, sum_t, sum_e, max_d;
+  bool near = false;     // |r| < 1 throughout; the exponentials of x were not needed
+  bool shifted = false;  // whether there is a c; without one, x - t is as precise as it need be
+};
+
+// Logits of a block as floats, in `count` vectors. `d` holds x - t of logits that are not scaled where x and t are, or
+// where it was given instead of x; `rest` what its rounding left out (null: nothing).
 struct Block {
-  const float *x, *t, *d;
+  const float *x, *t, *d, *rest;
   int64_t count;
+  float scale;
 
   // NaN where both are minus infinity: no term of a sum depends on it there.
   SMART_FAST_INLINE F difference(int64_t i) const {
     return d != nullptr ? load(d + i * LANES) : load(x + i * LANES) - load(t + i * LANES);
   }
+  SMART_FAST_INLINE F rest_of(int64_t i, F difference) const {
+    if (d != nullptr) return rest != nullptr ? load(rest + i * LANES) : F{};
+    return D::rounding_error(load(x + i * LANES), load(t + i * LANES), difference);
+  }
+  // x - t - c, scaled.
+  SMART_FAST_INLINE F delta(int64_t i, const RowStatistics& row) const {
+    const F difference = this->difference(i);
+    if (!row.shifted) return difference * scale;
+    return ((difference - row.shift) + D::finite_or_zero(rest_of(i, difference))) * scale;
+  }
 };
 
-// x and d from t and the differences that came in place of x. A class that t leaves out is left out of both.
-inline void complete(float* x, float* d, const float* t, int64_t count) {
+// Of `count` vectors of logits, or of x - t in place of x: all that a block with a scale or a given difference holds. A
+// class that t leaves out of a given difference is left out of both.
+inline void complete(const float* input, const float* target, bool from_difference, float scale, int64_t count, float* x,
+                     float* t, float* d, float* rest) {
   for (int64_t i = 0; i < count * LANES; i += LANES) {
-    const F target = load(t + i), given = load(d + i);
-    const I out = target == -Simd::infinity;
-    store(d + i, Simd::select(out, Simd::splat(0.0f), given));
-    store(x + i, Simd::select(out, target, target + given));
+    const F given = load(input + i), to = load(target + i);
+    F from = given, difference = given - to;
+    if (from_difference) {
+      const I out = to == -Simd::infinity;
+      difference = Simd::select(out, Simd::splat(__builtin_nanf("")), given);  // as of two minus infinities
+      from = Simd::select(out, to, to + given);
+    } else {
+      store(rest + i, D::rounding_error(given, to, difference));
+    }
+    store(d + i, difference);
+    store(x + i, from * scale);
+    store(t + i, to * scale);
   }
 }
-
-inline void scale_block(float* values, const float* from, float scale, int64_t count) {
-  for (int64_t i = 0; i < count * LANES; i += LANES) store(values + i, load(from + i) * scale);
-}
-
-// What is known of a row once it has been read: splats in a Wide tile.
-struct RowStatistics {
-  F max_x, max_t, inv_x, inv_t, shift;
-  F first, second;  // sums over the row, as `Statistic` says
-  F sum_x, sum_t, sum_e, max_d;
-  bool near = false;  // |r| < 1 throughout; the exponentials of x were not needed
-};
 
 // Scratch of a tile: the exponentials, and in a Wide one what each block of them is relative to.
 struct Scratch {
@@ -65,7 +85,7 @@ struct Wide {
   const cpu::Divergence* given = nullptr;
   int64_t width = 0, row = 0;
   const void *x = nullptr, *t = nullptr, *g = nullptr;
-  float *block_x, *block_t, *block_d, *block_g, *block_dx, *block_dt;
+  float *block_x, *block_t, *block_d, *block_rest, *block_g, *block_dx, *block_dt;
   Scratch scratch;
 
   void place(const cpu::Divergence& args, float* memory, int64_t) {
@@ -80,7 +100,7 @@ struct Wide {
     scratch.exp_t = take(width + 64);
     scratch.base_x = take(width / 1024 + 64);
     scratch.base_t = take(width / 1024 + 64);
-    float** const blocks[] = {&block_x, &block_t, &block_d, &block_g, &block_dx, &block_dt};
+    float** const blocks[] = {&block_x, &block_t, &block_d, &block_rest, &block_g, &block_dx, &block_dt};
     for (float** block : blocks) *block = take(BLOCK + 64);
   }
 
@@ -107,14 +127,11 @@ struct Wide {
     const float padding = given->from_difference ? 0.0f : -Simd::infinity;
     const float* input = read_block(advance(x, given->x.dtype, first), given->x.dtype, count, block_x, padding);
     const float* target = read_block(advance(t, given->t.dtype, first), given->t.dtype, count, block_t, -Simd::infinity);
-    if (!given->from_difference && given->scale == 1.0f) return {input, target, nullptr, vectors};
-    scale_block(block_t, target, given->scale, vectors);
-    float* scaled = given->from_difference ? block_d : block_x;
-    scale_block(scaled, input, given->scale, vectors);
-    if (!given->from_difference) return {block_x, block_t, nullptr, vectors};
-    complete(block_x, block_d, block_t, vectors);
-    return {block_x, block_t, block_d, vectors};
+    if (!completed()) return {input, target, nullptr, nullptr, vectors, 1.0f};
+    complete(input, target, given->from_difference, given->scale, vectors, block_x, block_t, block_d, block_rest);
+    return {block_x, block_t, block_d, given->from_difference ? nullptr : block_rest, vectors, given->scale};
   }
+  bool completed() const { return given->from_difference || given->scale != 1.0f; }
 
   // Where block + 1 will be read from: memory latency then hides behind the arithmetic of this one, which the hardware
   // prefetchers, stopping at each page, do not manage.
@@ -175,15 +192,15 @@ struct Narrow : Columns {
   }
 
   const cpu::Divergence* given = nullptr;
-  float *block_x, *block_t, *block_d, *block_g, *block_dx, *block_dt;  // [pitch][LANES] each
+  float *block_x, *block_t, *block_d, *block_rest, *block_g, *block_dx, *block_dt;  // [pitch][LANES] each
   Scratch scratch;
 
   void place(const cpu::Divergence& args, float* memory, int64_t index) {
     given = &args;
     prepare(args.shape, args.mask, args.stream);
-    memory += index * 9 * pitch * LANES;
-    float** const blocks[] = {&block_x, &block_t,  &block_d, &block_g,       &block_dx,
-                              &block_dt, &lines, &scratch.exp_x, &scratch.exp_t};
+    memory += index * 10 * pitch * LANES;
+    float** const blocks[] = {&block_x,  &block_t,  &block_d, &block_rest,    &block_g,
+                              &block_dx, &block_dt, &lines,   &scratch.exp_x, &scratch.exp_t};
     for (float** block : blocks) {
       *block = memory;
       memory += pitch * LANES;
@@ -192,21 +209,21 @@ struct Narrow : Columns {
 
   bool open(int64_t row, int64_t last) {
     if (!begin(row, last)) return false;
-    float* const input = given->from_difference ? block_d : block_x;
-    read(given->x, input);
+    read(given->x, block_x);
     read(given->t, block_t);
-    if (given->scale != 1.0f) {
-      scale_block(input, input, given->scale, width);
-      scale_block(block_t, block_t, given->scale, width);
-    }
-    if (given->from_difference) complete(block_x, block_d, block_t, width);
+    if (completed())
+      complete(block_x, block_t, given->from_difference, given->scale, width, block_x, block_t, block_d, block_rest);
     if (given->grad.data != nullptr) read(given->grad, block_g);
     return true;
   }
 
   int64_t blocks() const { return 1; }
   int64_t vectors(int64_t) const { return width; }
-  Block load_block(int64_t) { return {block_x, block_t, given->from_difference ? block_d : nullptr, width}; }
+  Block load_block(int64_t) {
+    return {block_x, block_t, completed() ? block_d : nullptr, given->from_difference ? nullptr : block_rest, width,
+            given->scale};
+  }
+  bool completed() const { return given->from_difference || given->scale != 1.0f; }
   void prefetch(int64_t, int64_t) const {}
   const float* load_upstream(int64_t) { return block_g; }
   F first_upstream() const { return load(block_g); }

@@ -9,9 +9,7 @@ namespace {
 
 constexpr int PER_THREAD = 2;  // chunks
 constexpr int THREADS = 256;   // of a block of `backward_kernel`
-// Of them on a multiprocessor: logarithms take more registers than four leave.
-template <Kind KIND>
-constexpr int BLOCKS = Row<KIND>::late == Late::both ? 3 : 4;
+constexpr int BLOCKS = 3;      // of them on a multiprocessor: four leave too few registers
 
 SMART_FAST_INLINE float row_factor(const Divergence& args, int64_t row) {
   return read_element(advance(args.grad.data, args.grad.dtype, row_offset(args.shape, args.grad, row)), args.grad.dtype, 0);
@@ -19,7 +17,7 @@ SMART_FAST_INLINE float row_factor(const Divergence& args, int64_t row) {
 
 // Gradients of a loss of whole rows: tiles in any order. Masked rows get zeros and are not read.
 template <class T, Kind KIND>
-__global__ void __launch_bounds__(THREADS, BLOCKS<KIND>) backward_kernel(const Divergence args) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) backward_kernel(const Divergence args) {
   constexpr int size = Chunk<T>::size;
   const Shape& shape = args.shape;
   float scale = args.weight;
@@ -50,20 +48,25 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<KIND>) backward_kernel(const D
       for (int k = 0; k < PER_THREAD; ++k) {
         const int64_t first = begin + int64_t(k) * blockDim.x * size;
         if (first >= shape.width) break;
-        float x[size], t[size], dx[size], dt[size], furthest = 0.0f;
-        unpack<T>(args, chunks_x[k], chunks_t[k], x, t);
+        float t[size], r[size], dx[size], dt[size], furthest = 0.0f;
+        deltas_of(args, statistics.center, chunks_x[k], chunks_t[k], t, r);
 #pragma unroll
-        for (int i = 0; i < size; ++i) furthest = fmaxf(furthest, fabsf(statistics.r(d_of(args, x[i], t[i]))));
+        for (int i = 0; i < size; ++i) {
+          r[i] -= statistics.log_ratio;
+          furthest = fmaxf(furthest, fabsf(r[i]));
+        }
         if (furthest < 1.0f) {  // p is then not needed
 #pragma unroll
           for (int i = 0; i < size; ++i)
-            Row<KIND>::template row_gradients<true>(0.0f, statistics.q(t[i]), statistics.r(d_of(args, x[i], t[i])),
-                                                    args.alpha, factor, statistics.first, statistics.second, dx[i], dt[i]);
+            Row<KIND>::template row_gradients<true>(0.0f, statistics.q(args.scale * t[i]), r[i], args.alpha, factor,
+                                                    statistics.first, statistics.second, dx[i], dt[i]);
         } else {
+          float x[size], d[size];
+          unpack<T>(args, chunks_x[k], chunks_t[k], x, t, d);
 #pragma unroll
           for (int i = 0; i < size; ++i)
-            Row<KIND>::template row_gradients<false>(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
-                                                     statistics.r(d_of(args, x[i], t[i])), args.alpha, factor,
+            Row<KIND>::template row_gradients<false>(statistics.p(args.scale * x[i]),
+                                                     statistics.q(args.scale * t[i]), r[i], args.alpha, factor,
                                                      statistics.first, statistics.second, dx[i], dt[i]);
         }
 #pragma unroll
@@ -97,12 +100,13 @@ __global__ void __launch_bounds__(most_threads, 1) elements_backward_kernel(cons
     float sums[Row<KIND>::element_sums] = {};
     float p, q, r, h;
     const auto read = [&](int64_t column) {
-      float x[1], t[1];
+      float x[1], t[1], delta[1];
       unpack<Any<1>>(args, from_x.read(column, shape.width, Fill::minus_infinity),
-                     from_t.read(column, shape.width, Fill::minus_infinity), x, t);
-      p = statistics.p(x_of(args, x[0], t[0]));
-      q = statistics.q(t[0]);
-      r = statistics.r(d_of(args, x[0], t[0]));
+                     from_t.read(column, shape.width, Fill::minus_infinity), x, t, delta);
+      center_on(args, statistics.center, x, t, delta);
+      p = statistics.p(args.scale * x[0]);
+      q = statistics.q(args.scale * t[0]);
+      r = delta[0] - statistics.log_ratio;
       h = args.scale * read_element(upstream, args.grad.dtype, column * args.grad.column) - g0;
     };
     if (real)
@@ -139,11 +143,13 @@ __global__ void __launch_bounds__(most_threads, 1) finish_kernel(const Divergenc
     float sums[Row<KIND>::row_sums] = {};
     if (real)
       for (int64_t column = group.rank(); column < shape.width; column += group.size()) {
-        float x[1], t[1];
+        float x[1], t[1], delta[1];
         unpack<Any<1>>(args, from_x.read(column, shape.width, Fill::minus_infinity),
-                       from_t.read(column, shape.width, Fill::minus_infinity), x, t);
-        Row<KIND>::template add_row_terms<false>(statistics.p(x_of(args, x[0], t[0])), statistics.q(t[0]),
-                                                 statistics.r(d_of(args, x[0], t[0])), args.alpha, sums);
+                       from_t.read(column, shape.width, Fill::minus_infinity), x, t, delta);
+        center_on(args, statistics.center, x, t, delta);
+        Row<KIND>::template add_row_terms<false>(statistics.p(args.scale * x[0]),
+                                                 statistics.q(args.scale * t[0]), delta[0] - statistics.log_ratio,
+                                                 args.alpha, sums);
       }
     group.reduce<Sum>(sums);
     if (group.rank() != 0 || !valid) continue;

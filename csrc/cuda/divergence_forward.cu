@@ -1,4 +1,5 @@
-// Forward pass of the divergences: a row is read once, and walked over twice more where it lies then.
+// Forward pass of the divergences: a row is read once. Losses that follow from means over it are then known, where the row
+// is near and nothing cancels; otherwise it is walked over once more where it lies then.
 //
 //   row_kernel    rows of up to 16 elements a thread, in registers; of narrow rows several share a warp
 //   long_kernel   any width: a running maximum in the first walk, which leaves as much of the row as fits in shared
@@ -15,17 +16,18 @@ namespace {
 // here); beyond the row x = t = -inf, and a term is zero.
 template <Kind KIND, int SIZE>
 SMART_FAST_INLINE void sum_terms(const Divergence& args, const RowStatistics& row, const float (&x)[SIZE],
-                                 const float (&t)[SIZE], float (&sums)[Row<KIND>::row_sums]) {
+                                 const float (&t)[SIZE], const float (&delta)[SIZE],
+                                 float (&sums)[Row<KIND>::row_sums]) {
   float part[Row<KIND>::row_sums] = {};
   if (row.near) {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
-      Row<KIND>::template add_row_terms<true>(0.0f, row.q(t[i]), row.r(d_of(args, x[i], t[i])), args.alpha, part);
+      Row<KIND>::template add_row_terms<true>(0.0f, row.q(args.scale * t[i]), delta[i] - row.log_ratio, args.alpha, part);
   } else {
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
-      Row<KIND>::template add_row_terms<false>(row.p(x_of(args, x[i], t[i])), row.q(t[i]),
-                                               row.r(d_of(args, x[i], t[i])), args.alpha, part);
+      Row<KIND>::template add_row_terms<false>(row.p(args.scale * x[i]), row.q(args.scale * t[i]),
+                                               delta[i] - row.log_ratio, args.alpha, part);
   }
 #pragma unroll
   for (int k = 0; k < Row<KIND>::row_sums; ++k) sums[k] += part[k];
@@ -34,13 +36,14 @@ SMART_FAST_INLINE void sum_terms(const Divergence& args, const RowStatistics& ro
 // Elementwise terms of a chunk, written; zeros where the row is masked.
 template <class T, Kind KIND>
 SMART_FAST_INLINE void write_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
-                                    bool real, const float (&x)[Chunk<T>::size], const float (&t)[Chunk<T>::size]) {
+                                   bool real, const float (&x)[Chunk<T>::size], const float (&t)[Chunk<T>::size],
+                                   const float (&delta)[Chunk<T>::size]) {
   constexpr int size = Chunk<T>::size;
   float terms[size];
 #pragma unroll
   for (int i = 0; i < size; ++i) {
-    terms[i] = Row<KIND>::element_term(statistics.p(x_of(args, x[i], t[i])), statistics.q(t[i]),
-                                       statistics.r(d_of(args, x[i], t[i])), args.alpha);
+    terms[i] = Row<KIND>::element_term(statistics.p(args.scale * x[i]), statistics.q(args.scale * t[i]),
+                                       delta[i] - statistics.log_ratio, args.alpha);
     if (!real) terms[i] = 0.0f;
   }
   Writer<T>(args.terms, args.terms_dtype, row, args.shape.width).write(first, args.shape.width, terms);
@@ -50,37 +53,93 @@ template <class T, Kind KIND>
 SMART_FAST_INLINE void add_terms(const Divergence& args, const RowStatistics& statistics, int64_t row, int64_t first,
                                  bool valid, bool real, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t,
                                  float (&sums)[Row<KIND>::row_sums]) {
-  float x[Chunk<T>::size], t[Chunk<T>::size];
-  unpack<T>(args, chunk_x, chunk_t, x, t);
+  float x[Chunk<T>::size], t[Chunk<T>::size], delta[Chunk<T>::size];
+  unpack<T>(args, chunk_x, chunk_t, x, t, delta);
+  center_on(args, statistics.center, x, t, delta);
   if (args.terms == nullptr)
-    sum_terms<KIND>(args, statistics, x, t, sums);
+    sum_terms<KIND>(args, statistics, x, t, delta, sums);
   else if (valid)
-    write_terms<T, KIND>(args, statistics, row, first, real, x, t);
+    write_terms<T, KIND>(args, statistics, row, first, real, x, t, delta);
+}
+
+// Sums over a row whose |delta| are at most one, of exponentials e of t: where the loss follows from means over the row, of
+// e delta expm1(delta), e delta and e (expm1(delta) - delta), and else of e expm1(delta).
+template <Kind KIND>
+struct NearSums {
+  static constexpr int count = Row<KIND>::one_read ? 3 : 1;
+  float values[count];
+
+  SMART_FAST_INLINE void add(float e, float delta) {
+    const float f = Formulas::f_near(delta), weighted = e * delta;
+    if constexpr (Row<KIND>::one_read) {
+      values[0] += weighted * (delta + f);
+      values[1] += weighted;
+      values[2] += e * f;
+    } else {
+      values[0] += weighted + e * f;
+    }
+  }
+  SMART_FAST_INLINE void scale(float factor) {
+#pragma unroll
+    for (int k = 0; k < count; ++k) values[k] *= factor;
+  }
+  SMART_FAST_INLINE float expm1_sum() const {
+    if constexpr (Row<KIND>::one_read)
+      return values[1] + values[2];
+    else
+      return values[0];
+  }
+  // Whether they make the loss of the row without cancellation; it is then in `first`.
+  SMART_FAST_INLINE bool conclude(const Divergence& args, float sum_t, float& first) const {
+    if constexpr (Row<KIND>::one_read) {
+      const float inverse = 1.0f / sum_t, f = values[2] * inverse, delta = values[1] * inverse, u = delta + f;
+      first = Row<KIND>::first_of_means(u, f, delta, values[0] * inverse, args.alpha);
+      return args.terms == nullptr && u * u <= f;
+    } else {
+      return false;
+    }
+  }
+};
+
+// Sums over the group of both.
+template <Kind KIND, class Group>
+__device__ __forceinline__ void reduce_near(NearSums<KIND>& sums, float& sum_t, Group& group) {
+  constexpr int count = NearSums<KIND>::count;
+  float values[count + 1];
+#pragma unroll
+  for (int k = 0; k < count; ++k) values[k] = sums.values[k];
+  values[count] = sum_t;
+  group.template reduce<Sum>(values);
+#pragma unroll
+  for (int k = 0; k < count; ++k) sums.values[k] = values[k];
+  sum_t = values[count];
 }
 
 // The end of a row: its statistics, and its share of the loss of the block.
 template <Kind KIND, class Group>
-__device__ __forceinline__ float close(const Divergence& args, RowStatistics& statistics, int64_t row, bool valid,
-                                       bool real, float (&sums)[Row<KIND>::row_sums], Group& group) {
-  group.template reduce<Sum>(sums);
-  Row<KIND>::conclude(sums, args.alpha, statistics.first, statistics.second);
+__device__ __forceinline__ float close(const Divergence& args, const RowStatistics& statistics, int64_t row, bool valid,
+                                       bool real, const Group& group) {
   if (group.rank() != 0 || !valid) return 0.0f;
-  if (args.stats != nullptr) statistics.write(args.stats + row * smart_fast::statistics, real);
+  if (args.stats != nullptr) statistics.write(args.stats + row * smart_fast::statistics, args.scale, real);
   const float loss = real ? Row<KIND>::loss(statistics.first, statistics.second, args.alpha) : 0.0f;
   if (args.losses != nullptr) args.losses[row] = real ? args.weight * loss : 0.0f;
   return loss;
 }
 
-// All there is to say of a slice of the vocabulary. Without a finite logit sums are zero, which -inf - (-inf) is not.
-__device__ __forceinline__ void write_parts(const Divergence& args, int64_t row, bool real, const float (&largest)[3],
-                                            const float (&sums)[3]) {
+// All there is to say of a slice of the vocabulary. Without a finite logit there is nothing that sums could be relative to.
+__device__ __forceinline__ void write_parts(const Divergence& args, int64_t row, bool real, const Center& center,
+                                            float max_x, float max_t, float max_d, float sum_x, float sum_t,
+                                            float expm1_sum) {
+  const bool near = max_d <= 1.0f, empty = near && max_t == -Scalar::infinity;
+  if (near) Formulas::sums_of_x(max_t, sum_t, expm1_sum, args.scale * center.shift, max_x, sum_x);
   float* parts = args.parts + row * smart_fast::parts;
-  parts[part_max_x] = real ? largest[0] : 0.0f;
-  parts[part_sum_x] = real ? sums[0] : 0.0f;
-  parts[part_max_t] = real ? largest[1] : 0.0f;
-  parts[part_sum_t] = real ? sums[1] : 0.0f;
-  parts[part_max_d] = real ? largest[2] : 0.0f;
-  parts[part_sum_e] = real ? sums[2] : 0.0f;
+  parts[part_max_x] = real ? max_x : 0.0f;
+  parts[part_sum_x] = real && !empty ? sum_x : 0.0f;
+  parts[part_max_t] = real ? max_t : 0.0f;
+  parts[part_sum_t] = real ? sum_t : 0.0f;
+  parts[part_max_d] = real && !empty ? max_d : 0.0f;
+  parts[part_shift] = real && !empty ? center.shift : 0.0f;
+  parts[part_sum_e] = real && near ? expm1_sum : 0.0f;
 }
 
 // The loss of one block goes straight out; those of several are added by `sum_kernel`.
@@ -117,115 +176,226 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
         chunks_t[k] = Reader<T>(shape, args.t, row).read(first_of(k), shape.width, Fill::minus_infinity);
       }
     }
-    float largest[3] = {-Scalar::infinity, -Scalar::infinity, 0.0f};
+    float largest[4] = {-Scalar::infinity, -Scalar::infinity, -Scalar::infinity, -Scalar::infinity};  // of x, t, d, -d
 #pragma unroll
     for (int k = 0; k < chunks; ++k) {
-      float x[size], t[size];
-      unpack<T>(args, chunks_x[k], chunks_t[k], x, t);
+      float x[size], t[size], d[size];
+      unpack<T>(args, chunks_x[k], chunks_t[k], x, t, d);
 #pragma unroll
       for (int i = 0; i < size; ++i) {
-        largest[0] = fmaxf(largest[0], x_of(args, x[i], t[i]));
+        largest[0] = fmaxf(largest[0], x[i]);
         largest[1] = fmaxf(largest[1], t[i]);
-        largest[2] = fmaxf(largest[2], fabsf(d_of(args, x[i], t[i])));
+        largest[2] = fmaxf(largest[2], d[i]);
+        largest[3] = fmaxf(largest[3], -d[i]);
       }
     }
     group.reduce<Max>(largest);
+    largest[0] *= args.scale;
+    largest[1] *= args.scale;
     const float safe_x = Formulas::finite_max(largest[0]), safe_t = Formulas::finite_max(largest[1]);
-    float sums[3] = {0.0f, 0.0f, 0.0f};
+    float mean[2] = {0.0f, 0.0f};  // of d under exp(t), and what it is to be divided by
 #pragma unroll
     for (int k = 0; k < chunks; ++k) {
-      float x[size], t[size];
-      unpack<T>(args, chunks_x[k], chunks_t[k], x, t);
-      if (largest[2] <= 1.0f) {
+      float x[size], t[size], d[size];
+      unpack<T>(args, chunks_x[k], chunks_t[k], x, t, d);
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        const float q = Scalar::exp(args.scale * t[i] - safe_t);
+        mean[0] += Formulas::times(q, d[i]);
+        mean[1] += q;
+      }
+    }
+    group.reduce<Sum>(mean);
+    Center center = {Formulas::finite_or_zero(mean[0] / mean[1]), false};
+    const float max_d = args.scale * fmaxf(largest[2] - center.shift, largest[3] + center.shift);
+    // One class is zero to the last bit without what rounding left out.
+    center.exact = shape.width > 1 && (max_d > 1.0f || largest[2] + largest[3] < fabsf(center.shift));
+    float sum_x[1] = {0.0f}, sum_t = 0.0f;
+    NearSums<KIND> near = {};
+    if (max_d <= 1.0f) {
+#pragma unroll
+      for (int k = 0; k < chunks; ++k) {
+        float t[size], delta[size];
+        deltas_of(args, center, chunks_x[k], chunks_t[k], t, delta);
 #pragma unroll
         for (int i = 0; i < size; ++i) {
-          const float q = Scalar::exp(t[i] - safe_t);
-          sums[0] += Scalar::exp(x_of(args, x[i], t[i]) - safe_x);
-          sums[1] += q;
-          sums[2] += q * Formulas::expm1_clamped(d_of(args, x[i], t[i]));
+          const float q = Scalar::exp(args.scale * t[i] - safe_t);
+          sum_t += q;
+          near.add(q, delta[i]);
         }
-      } else {
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < chunks; ++k) {
+        float x[size], t[size], d[size];
+        unpack<T>(args, chunks_x[k], chunks_t[k], x, t, d);
 #pragma unroll
         for (int i = 0; i < size; ++i) {
-          sums[0] += Scalar::exp(x_of(args, x[i], t[i]) - safe_x);
-          sums[1] += Scalar::exp(t[i] - safe_t);
+          sum_t += Scalar::exp(args.scale * t[i] - safe_t);
+          sum_x[0] += Scalar::exp(args.scale * x[i] - safe_x);
         }
       }
     }
-    group.reduce<Sum>(sums);
+    reduce_near(near, sum_t, group);
+    group.reduce<Sum>(sum_x);
     if (args.parts != nullptr) {
-      if (group.rank() == 0 && valid) write_parts(args, row, real, largest, sums);
+      if (group.rank() == 0 && valid)
+        write_parts(args, row, real, center, largest[0], largest[1], max_d, sum_x[0], sum_t, near.expm1_sum());
       continue;
     }
-    RowStatistics statistics =
-        RowStatistics::from(largest[0], largest[1], largest[2], sums[0], sums[1], sums[2]);
-    if (size == 1 && shape.width == 1) {  // one class: p = q = 1, and r must be zero to the last bit
-      float x[size], t[size];
-      unpack<T>(args, chunks_x[0], chunks_t[0], x, t);
-      statistics.shift = d_of(args, x[0], t[0]);
-    }
-    float sums_of_terms[Row<KIND>::row_sums] = {};
+    RowStatistics statistics = RowStatistics::from(args.scale, center, largest[0], largest[1], max_d, sum_x[0], sum_t,
+                                                   near.expm1_sum());
+    const bool done = max_d <= 1.0f && near.conclude(args, sum_t, statistics.first);
+    if (group.any(!done)) {
+      float sums[Row<KIND>::row_sums] = {};
 #pragma unroll
-    for (int k = 0; k < chunks; ++k)
-      if (real ? !outside(first_of(k), size, shape.width) : args.terms != nullptr)
-        add_terms<T, KIND>(args, statistics, row, first_of(k), valid, real, chunks_x[k], chunks_t[k], sums_of_terms);
-    loss += close<KIND>(args, statistics, row, valid, real, sums_of_terms, group);
+      for (int k = 0; k < chunks; ++k)
+        if (real ? !outside(first_of(k), size, shape.width) : args.terms != nullptr)
+          add_terms<T, KIND>(args, statistics, row, first_of(k), valid, real, chunks_x[k], chunks_t[k], sums);
+      group.reduce<Sum>(sums);
+      if (!done) Row<KIND>::conclude(sums, args.alpha, statistics.first, statistics.second);
+    }
+    loss += close<KIND>(args, statistics, row, valid, real, group);
   }
   close_block(args, loss, group);
 }
 
-// Maxima and sums of what one thread has seen of a row, the sums relative to the maxima (Milakov & Gimelshein, 2018).
+// The center of a row from what each thread finds first in it: the mean, over the threads, of means under exp(t), together
+// with that of how far the differences of one thread are apart.
+template <class T, class Group>
+__device__ __forceinline__ Center center_of(const Divergence& args, const Chunk<T>& chunk_x, const Chunk<T>& chunk_t,
+                                            Group& group) {
+  constexpr int size = Chunk<T>::size;
+  float x[size], t[size], d[size], max_t = -Scalar::infinity, most = max_t, least = -max_t;
+  unpack<T>(args, chunk_x, chunk_t, x, t, d);
+#pragma unroll
+  for (int i = 0; i < size; ++i) {
+    max_t = fmaxf(max_t, t[i]);
+    most = fmaxf(most, d[i]);
+    least = fminf(least, d[i]);
+  }
+  float weighted = 0.0f, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < size; ++i) {
+    const float q = Scalar::exp(args.scale * (t[i] - Formulas::finite_max(max_t)));
+    weighted += Formulas::times(q, d[i]);
+    sum += q;
+  }
+  float means[3] = {0.0f, 0.0f, 0.0f};  // of the differences, of how far apart they are; of how many threads
+  if (max_t > -Scalar::infinity) {
+    means[0] = weighted / sum;
+    means[1] = most - least;
+    means[2] = 1.0f;
+  }
+  group.template reduce<Sum>(means);
+  const float shift = Formulas::finite_or_zero(means[0] / means[2]);
+  return {shift, means[1] < fabsf(means[0])};
+}
+
+// Maxima and sums of what one thread has seen of a row, the sums relative to the maxima (Milakov & Gimelshein, 2018). Of x
+// there are none as long as no |delta| exceeds one.
+template <Kind KIND>
 struct Running {
-  float max_x, max_t, max_d, sum_x, sum_t, expm1_sum;
+  float max_x, max_t, max_d, sum_x, sum_t;
+  float peak;  // a difference of the class with the largest t, or one near it
+  NearSums<KIND> near;
+
+  static SMART_FAST_INLINE Running nothing(const Center& center) {
+    return {-Scalar::infinity, -Scalar::infinity, 0.0f, 0.0f, 0.0f, center.shift, {}};
+  }
 
   template <int SIZE>
-  SMART_FAST_INLINE void add(const Divergence& args, const float (&x)[SIZE], const float (&t)[SIZE]) {
-    float new_x = max_x, new_t = max_t;
+  SMART_FAST_INLINE void add_near(const Divergence& args, const float (&t)[SIZE], const float (&delta)[SIZE]) {
+    float new_t = t[0];
+#pragma unroll
+    for (int i = 1; i < SIZE; ++i) new_t = fmaxf(new_t, t[i]);
+    rebase_t(args.scale * new_t);
+    const float safe_t = Formulas::finite_max(max_t);
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) {
-      new_x = fmaxf(new_x, x_of(args, x[i], t[i]));
-      new_t = fmaxf(new_t, t[i]);
-      max_d = fmaxf(max_d, fabsf(d_of(args, x[i], t[i])));
-    }
-    rebase(new_x, new_t);
-    const float safe_x = Formulas::finite_max(max_x), safe_t = Formulas::finite_max(max_t);
-    if (max_d <= 1.0f) {
-#pragma unroll
-      for (int i = 0; i < SIZE; ++i) {
-        const float q = Scalar::exp(t[i] - safe_t);
-        sum_x += Scalar::exp(x_of(args, x[i], t[i]) - safe_x);
-        sum_t += q;
-        expm1_sum += q * Formulas::expm1_clamped(d_of(args, x[i], t[i]));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < SIZE; ++i) {
-        sum_x += Scalar::exp(x_of(args, x[i], t[i]) - safe_x);
-        sum_t += Scalar::exp(t[i] - safe_t);
-      }
+      const float q = Scalar::exp(args.scale * t[i] - safe_t);
+      sum_t += q;
+      near.add(q, delta[i]);
     }
   }
 
-  SMART_FAST_INLINE void rebase(float new_x, float new_t) {
+  template <int SIZE>
+  SMART_FAST_INLINE void add_far(const Divergence& args, const Center& center, const float (&x)[SIZE],
+                                 const float (&t)[SIZE], const float (&d)[SIZE]) {
+    float new_x = -Scalar::infinity, new_t = -Scalar::infinity;
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      max_d = fmaxf(max_d, args.scale * fabsf(d[i] - center.shift));
+      new_x = fmaxf(new_x, x[i]);
+      new_t = fmaxf(new_t, t[i]);
+    }
+    if (args.scale * new_t > max_t) {
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) peak = t[i] == new_t ? d[i] : peak;
+    }
+    rebase_t(args.scale * new_t);
+    rebase_x(args.scale * new_x);
+    const float safe_x = Formulas::finite_max(max_x), safe_t = Formulas::finite_max(max_t);
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i) {
+      sum_x += Scalar::exp(args.scale * x[i] - safe_x);
+      sum_t += Scalar::exp(args.scale * t[i] - safe_t);
+    }
+  }
+
+  // What the sums of a near row have said of x.
+  SMART_FAST_INLINE void leave(const Divergence& args, const Center& center) {
+    if (max_t > -Scalar::infinity)
+      Formulas::sums_of_x(max_t, sum_t, near.expm1_sum(), args.scale * center.shift, max_x, sum_x);
+  }
+
+  SMART_FAST_INLINE void rebase_x(float new_x) {
     if (new_x > max_x) {
       sum_x *= Scalar::exp(max_x - new_x);
       max_x = new_x;
     }
+  }
+  SMART_FAST_INLINE void rebase_t(float new_t) {
     if (new_t > max_t) {
       const float scale = Scalar::exp(max_t - new_t);
       sum_t *= scale;
-      expm1_sum *= scale;
+      near.scale(scale);
       max_t = new_t;
     }
   }
+
+  // Of the whole group, and the center that its statistics are to have. `left`: whether this thread has sums of x.
+  template <class Group>
+  __device__ __forceinline__ Center merge(const Divergence& args, const Center& center, bool left, Group& group) {
+    float furthest[2] = {max_d, max_t};
+    group.template reduce<Max>(furthest);
+    const float own_t = max_t;
+    if (furthest[0] > 1.0f && !left) leave(args, center);
+    rebase_t(furthest[1]);
+    max_d = furthest[0];
+    if (max_d <= 1.0f) {
+      reduce_near(near, sum_t, group);
+      return center;
+    }
+    float largest[2] = {max_x, own_t == furthest[1] ? peak : -Scalar::infinity};
+    group.template reduce<Max>(largest);
+    rebase_x(largest[0]);
+    float sums[2] = {sum_x, sum_t};
+    group.template reduce<Sum>(sums);
+    sum_x = sums[0];
+    sum_t = sums[1];
+    return {Formulas::finite_or_zero(largest[1]), true};
+  }
 };
 
-// Of `long_kernel` on a multiprocessor. Two sums over eight elements at once take a register more than two blocks leave.
+// Threads of a block of `long_kernel`, and such blocks of a multiprocessor: more would leave them too few registers. Two sums
+// over eight elements at once take what two blocks leave.
+constexpr int LONG_THREADS = 384;
 template <class T, Kind KIND>
 constexpr int BLOCKS = Row<KIND>::row_sums * Chunk<T>::size < 16 ? 2 : 1;
 
 template <class T, Kind KIND, class Group>
-__global__ void __launch_bounds__(most_threads, BLOCKS<T, KIND>) long_kernel(const Divergence args, const int kept) {
+__global__ void __launch_bounds__(LONG_THREADS, BLOCKS<T, KIND>) long_kernel(const Divergence args, const int kept) {
   constexpr int size = Chunk<T>::size;
   SMART_FAST_SHARED(Shared, shared);
   SMART_FAST_DYNAMIC_SHARED(Chunk<T>, stored);  // [kept chunks a thread][x, t][threads]
@@ -239,54 +409,74 @@ __global__ void __launch_bounds__(most_threads, BLOCKS<T, KIND>) long_kernel(con
     const bool real = args.mask == nullptr || args.mask[row] != 0;
     const int64_t begin = int64_t(group.rank()) * size - row * shape.width % size;
     const Reader<T> from_x(shape, args.x, row), from_t(shape, args.t, row);
-    Running running = {-Scalar::infinity, -Scalar::infinity, 0.0f, 0.0f, 0.0f, 0.0f};
+    Chunk<T> next_x = Chunk<T>::filled(Fill::minus_infinity), next_t = next_x;
     if (real) {
-      Chunk<T> next_x = from_x.read(begin, shape.width, Fill::minus_infinity);
-      Chunk<T> next_t = from_t.read(begin, shape.width, Fill::minus_infinity);
-      int k = 0;
-      for (int64_t first = begin; first < shape.width; first += step, ++k) {
-        const Chunk<T> chunk_x = next_x, chunk_t = next_t;
-        if (first + step < shape.width) {  // on its way while this one is worked on
-          next_x = from_x.read(first + step, shape.width, Fill::minus_infinity);
-          next_t = from_t.read(first + step, shape.width, Fill::minus_infinity);
-        }
-        if (k < kept) {
-          stored[2 * k * blockDim.x + threadIdx.x] = chunk_x;
-          stored[(2 * k + 1) * blockDim.x + threadIdx.x] = chunk_t;
-        }
-        float x[size], t[size];
-        unpack<T>(args, chunk_x, chunk_t, x, t);
-        running.add(args, x, t);
-      }
+      next_x = from_x.read(begin, shape.width, Fill::minus_infinity);
+      next_t = from_t.read(begin, shape.width, Fill::minus_infinity);
     }
-    float largest[3] = {running.max_x, running.max_t, running.max_d};
-    group.template reduce<Max>(largest);
-    running.rebase(largest[0], largest[1]);
-    float sums[3] = {running.sum_x, running.sum_t, running.expm1_sum};
-    group.template reduce<Sum>(sums);
+    // Chunks of every thread, the last ones beyond the row: threads of a warp stay together.
+    const int count = real ? int(ceil_div(shape.width + row * shape.width % size, step)) : 0;
+    Center center = center_of<T>(args, next_x, next_t, group);
+    Running<KIND> running = Running<KIND>::nothing(center);
+    bool left = false;
+    for (int k = 0; k < count; ++k) {
+      const int64_t first = begin + k * step;
+      const Chunk<T> chunk_x = next_x, chunk_t = next_t;
+      if (k + 1 < count) {  // on its way while this one is worked on
+        next_x = from_x.read(first + step, shape.width, Fill::minus_infinity);
+        next_t = from_t.read(first + step, shape.width, Fill::minus_infinity);
+      }
+      if (k < kept) {
+        stored[2 * k * blockDim.x + threadIdx.x] = chunk_x;
+        stored[(2 * k + 1) * blockDim.x + threadIdx.x] = chunk_t;
+      }
+      if (!left) {
+        float t[size], delta[size], furthest = running.max_d;
+        deltas_of(args, center, chunk_x, chunk_t, t, delta);
+#pragma unroll
+        for (int i = 0; i < size; ++i) furthest = fmaxf(furthest, fabsf(delta[i]));
+        left = group.any(furthest > 1.0f);
+        if (!left) {
+          running.max_d = furthest;
+          running.add_near(args, t, delta);
+          continue;
+        }
+        running.leave(args, center);
+      }
+      float x[size], t[size], d[size];
+      unpack<T>(args, chunk_x, chunk_t, x, t, d);
+      running.add_far(args, center, x, t, d);
+    }
+    center = running.merge(args, center, left, group);
     if (args.parts != nullptr) {
-      if (group.rank() == 0) write_parts(args, row, real, largest, sums);
+      if (group.rank() == 0)
+        write_parts(args, row, real, center, running.max_x, running.max_t, running.max_d, running.sum_x, running.sum_t,
+                    running.near.expm1_sum());
       continue;
     }
-    RowStatistics statistics =
-        RowStatistics::from(largest[0], largest[1], largest[2], sums[0], sums[1], sums[2]);
-
-    float sums_of_terms[Row<KIND>::row_sums] = {};
-    if (real || args.terms != nullptr) {
-      int k = 0;
-      for (int64_t first = begin; first < shape.width; first += step, ++k) {
-        Chunk<T> chunk_x = Chunk<T>::filled(Fill::minus_infinity), chunk_t = chunk_x;
-        if (real && k < kept) {
-          chunk_x = stored[2 * k * blockDim.x + threadIdx.x];
-          chunk_t = stored[(2 * k + 1) * blockDim.x + threadIdx.x];
-        } else if (real) {
-          chunk_x = from_x.read(first, shape.width, Fill::minus_infinity);
-          chunk_t = from_t.read(first, shape.width, Fill::minus_infinity);
+    RowStatistics statistics = RowStatistics::from(args.scale, center, running.max_x, running.max_t, running.max_d,
+                                                   running.sum_x, running.sum_t, running.near.expm1_sum());
+    const bool done = running.max_d <= 1.0f && running.near.conclude(args, running.sum_t, statistics.first);
+    if (!done) {  // all threads of the row agree
+      float sums[Row<KIND>::row_sums] = {};
+      if (real || args.terms != nullptr) {
+        int k = 0;
+        for (int64_t first = begin; first < shape.width; first += step, ++k) {
+          Chunk<T> chunk_x = Chunk<T>::filled(Fill::minus_infinity), chunk_t = chunk_x;
+          if (real && k < kept) {
+            chunk_x = stored[2 * k * blockDim.x + threadIdx.x];
+            chunk_t = stored[(2 * k + 1) * blockDim.x + threadIdx.x];
+          } else if (real) {
+            chunk_x = from_x.read(first, shape.width, Fill::minus_infinity);
+            chunk_t = from_t.read(first, shape.width, Fill::minus_infinity);
+          }
+          add_terms<T, KIND>(args, statistics, row, first, true, real, chunk_x, chunk_t, sums);
         }
-        add_terms<T, KIND>(args, statistics, row, first, true, real, chunk_x, chunk_t, sums_of_terms);
       }
+      group.template reduce<Sum>(sums);
+      Row<KIND>::conclude(sums, args.alpha, statistics.first, statistics.second);
     }
-    loss += close<KIND>(args, statistics, row, true, real, sums_of_terms, group);
+    loss += close<KIND>(args, statistics, row, true, real, group);
   }
   group.finish();
   close_block(args, loss, group);
@@ -337,7 +527,7 @@ cudaError_t plan_of(const Divergence& args, Plan& plan) {
     block = block_of(ceil_div(chunks * size, 16));
   } else {
     plan.layout = Layout::general;
-    block = block_of(chunks < 128 ? 64 : ceil_div(chunks, 2));
+    block = block_of(chunks < 128 ? 64 : ceil_div(chunks, 2), LONG_THREADS);
     Device device;
     const cudaError_t error = current_device(device);
     if (error != cudaSuccess) return error;

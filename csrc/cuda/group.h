@@ -10,6 +10,7 @@ namespace cuda {
 
 constexpr int most_threads = 512;  // of a block
 constexpr int most_warps = most_threads / 32;
+constexpr int most_values = 4;  // that a reduction takes at once
 
 struct Max {
   static SMART_FAST_INLINE float identity() { return -Scalar::infinity; }
@@ -24,8 +25,8 @@ struct Sum {
 // whoever writes one of them has passed the barrier of the other, behind every reader of the first. Of a multiple of 16
 // bytes, as the dynamic shared memory behind it is aligned.
 struct alignas(16) Shared {
-  float turn[2][3][most_warps];
-  float cluster[2][3];
+  float turn[2][most_values][most_warps];
+  float cluster[2][most_values];
 };
 
 class Group {
@@ -61,7 +62,7 @@ class Group {
     for (int offset = (threads < 32 ? threads : 32) / 2; offset > 0; offset /= 2) exchange<Op>(values, offset);
     if (threads <= 32) return;
     const int thread = int(threadIdx.y * blockDim.x + threadIdx.x), warp = thread / 32, lane = thread % 32;
-    float(&partial)[3][most_warps] = shared_.turn[turn_];
+    float(&partial)[most_values][most_warps] = shared_.turn[turn_];
     turn_ ^= 1;
     if (lane == 0) {
 #pragma unroll
@@ -95,7 +96,7 @@ class ClusterGroup : public Group {
   template <class Op, int N>
   __device__ __forceinline__ void reduce(float (&values)[N]) {
     Group::reduce<Op>(values);
-    float(&mine)[3] = shared_.cluster[cluster_turn_];
+    float(&mine)[most_values] = shared_.cluster[cluster_turn_];
     cluster_turn_ ^= 1;
     if (threadIdx.x == 0) {
 #pragma unroll

@@ -22,7 +22,7 @@ template <class T>
 constexpr int CHUNKS = Chunk<T>::size == 1 ? 4 : 16 / Chunk<T>::size;
 constexpr int64_t MOST_KEPT = 16 * most_threads;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SMART_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Chunks of the widest row: one more than the width asks for where rows begin within a chunk.
 inline int64_t chunks_of(const Shape& shape, int size) {

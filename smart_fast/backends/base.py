@@ -150,10 +150,14 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """``(loss, row statistics for the backward pass where a gradient is wanted)``.
 
-        Statistics: fp32 ``[rows, STATISTICS]``, namely max t, 1 / sum exp(t - max t), max x, 1 / sum exp(x - max x),
-        the shift D of the log-ratio, of scaled logits; and the first and the second sum of the row, as
-        `divergence_finish` has them, where `divergence_backward` of rows or a sum reads them (`Divergence.needs_sums`
-        in the table); other divergences may leave anything finite there. Masked rows give no loss.
+        Statistics: fp32 ``[rows, STATISTICS]``, namely max t, 1 / sum exp(t - max t), max x, 1 / sum exp(x - max x)
+        of scaled logits; c, a difference x - t of unscaled logits that is typical of the row (or zero), and L, so that
+        log p - log q is (x - t - c) * scale - L; and the first and the second sum of the row, as `divergence_finish`
+        has them, where `divergence_backward` of rows or a sum reads them (`Divergence.needs_sums` in the table); other
+        divergences may leave anything finite there. Masked rows give no loss.
+
+        Softmax does not see a constant added to a row. So neither does precision: x - t - c is not rounded where x - t
+        would be.
         """
         ...
 
@@ -170,9 +174,12 @@ class Backend(Protocol):
 
     def divergence_parts(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
         """Statistics of a slice of the vocabulary, fp32 ``[rows, PARTS]``: max x, sum exp(x - max x), max t,
-        sum exp(t - max t), max abs(x - t), and sum exp(t - max t) expm1(x - t), meaningful while that is at most one.
+        sum exp(t - max t), max abs(delta) where delta = x - t - c, all of scaled logits; c, of unscaled ones, which
+        each slice chooses for itself; and sum exp(t - max t) expm1(delta), meaningful while max abs(delta) is at most
+        one.
 
-        Any number within one of a maximum will do in its place. Slices without a finite logit: minus infinity and zero.
+        Any number within one of a maximum of logits will do in its place. Slices without a finite logit: minus infinity
+        in place of these two, and zeros.
         """
         ...
 

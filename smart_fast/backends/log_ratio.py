@@ -1,12 +1,15 @@
 """The divergence part of the backend contract in PyTorch operations, by formulas that do not cancel.
 
-With p = softmax(x), q = softmax(t), d = x - t, everything is written in the log-ratio
+With p = softmax(x) and q = softmax(t), everything is written in the log-ratio
 
-    r = log p - log q = d - D,    D = log1p(sum q expm1(d))   where max |d| <= 1
-                                  D = lse(x) - lse(t)         elsewhere: expm1 would overflow
+    r = log p - log q = delta - L,    delta = x - t - c
+    L = log1p(sum q expm1(delta))     where max |delta| <= 1
+        lse(x) - lse(t) - c           elsewhere: expm1 would overflow
 
-so that losses of nearly equal sides keep their digits. fp32 inside, float64 for float64 logits. For losses that need
-more than `smart_fast.backends.pytorch` (which is smart-pytorch's order of operations) and have no kernel at hand.
+so that losses of nearly equal sides keep their digits. c, the mean of x - t under q, is what softmax does not see: with
+the rounding error of x - t added back, a constant added to a row costs no digits. fp32 inside, float64 for float64
+logits. For losses that need more than `smart_fast.backends.pytorch` (which is smart-pytorch's order of operations) and
+have no kernel at hand.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses.divergences import NAMES, Ratio, divergence
+from ..losses.divergences import NAMES, Ratio, divergence, rounding_error
 from .base import STATISTICS, DivergenceSpec
 
 name = "log_ratio"
@@ -27,17 +30,26 @@ differentiable = False  # by itself; see `smart_fast.autograd`
 kinds = frozenset(NAMES)
 
 #: The columns of statistics that hold the two sums of a row.
-SUMS = slice(5, STATISTICS)
+SUMS = slice(6, STATISTICS)
 
 _BLOCK = 1 << 16  # elements; half a dozen temporaries of that many floats fit a core's cache
 
 
 class _Sides(NamedTuple):
-    """Logits after scaling and masking, and their difference; classes that are masked on both sides have d = 0."""
+    """Logits after scaling and masking, and their unscaled difference."""
 
     x: Tensor
     t: Tensor
-    d: Tensor
+    d: Tensor  # rounded; zero for classes that are masked on both sides
+    rest: Tensor | None  # what its rounding left out (None: nothing)
+    real: Tensor  # the other classes
+
+    def delta(self, shift: Tensor, scale: float) -> Tensor:
+        """The scaled differences relative to ``shift``, to their own precision."""
+        delta = self.d - shift
+        if self.rest is not None:
+            delta += self.rest
+        return torch.where(self.real, delta, 0.0).mul_(scale)
 
 
 def divergence_forward(
@@ -48,8 +60,10 @@ def divergence_forward(
     losses, kept = [], []
     for x, t, keep in _blocks(input, target, mask):
         sides = _sides(x, t, spec, keep)
-        stats = merge(_parts(sides).unsqueeze(0))
-        ratio = _ratio(sides, stats)
+        stats = merge(_parts(sides, spec.scale).unsqueeze(0), spec.scale)
+        if input.shape[-1] == 1:  # one class: r is zero to the last bit
+            stats[:, 5:6] = sides.delta(stats[:, 4:5], spec.scale)
+        ratio = _ratio(sides, stats, spec.scale)
         if spec.output == "terms":
             losses.append(_terms(ratio, spec, keep).to(_promoted(input, target)))
         else:
@@ -80,7 +94,7 @@ def divergence_backward(
     first = 0
     for x, t, keep in _blocks(input, target, mask, whole=reduce is not None):
         rows = slice(first, first + x.shape[0])
-        ratio = _ratio(_sides(x, t, spec, keep), stats[rows])
+        ratio = _ratio(_sides(x, t, spec, keep), stats[rows], spec.scale)
         g = grad[rows].to(ratio.r.dtype) * spec.scale
         found: tuple[Tensor | None, Tensor | None]
         if spec.output == "terms":
@@ -101,21 +115,30 @@ def divergence_backward(
 
 def divergence_parts(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
     """See `Backend.divergence_parts`."""
-    return torch.cat([_parts(_sides(x, t, spec, keep)) for x, t, keep in _blocks(input, target, mask)])
+    return torch.cat([_parts(_sides(x, t, spec, keep), spec.scale) for x, t, keep in _blocks(input, target, mask)])
 
 
-def merge(measured: Tensor) -> Tensor:
-    """Statistics ``[rows, STATISTICS]`` of whole rows from those of their slices, ``[slices, rows, PARTS]``; the sums
-    of the rows are left zero."""
-    max_x, sum_x, max_t, sum_t, max_d, sum_e = measured.unbind(-1)
+def merge(measured: Tensor, scale: float) -> Tensor:
+    """Statistics ``[rows, STATISTICS]`` of whole rows from those of their slices, ``[slices, rows, PARTS]``, of logits
+    that are multiplied by ``scale``; the sums of the rows are left zero."""
+    max_x, sum_x, max_t, sum_t, max_d, shift, sum_e = measured.unbind(-1)
     peak_x, peak_t = max_x.amax(0), max_t.amax(0)
     share_x, share_t = (max_x - peak_x).exp(), (max_t - peak_t).exp()
-    total_x, total_t = (sum_x * share_x).sum(0), (sum_t * share_t).sum(0)
-    near = ((sum_e * share_t).sum(0) / total_t).log1p()
-    far = (peak_x - peak_t) + (total_x.log() - total_t.log())
-    shift = torch.where(max_d.amax(0) <= 1.0, near, far)
+    parts_t = sum_t * share_t
+    total_x, total_t = (sum_x * share_x).sum(0), parts_t.sum(0)
+    # Relative to the shift of the slice that counts most: exp(s) (1 + expm1(delta)) = 1 + expm1(delta + s).
+    common = shift.gather(0, parts_t.argmax(0, keepdim=True))
+    known = (max_x > -math.inf) | (max_t > -math.inf)
+    apart = torch.where(known, (shift - common) * scale, 0.0)
+    sum_e = sum_e * apart.exp() + sum_t * apart.expm1()
+    near = (max_d + apart.abs()).amax(0) <= 1.0
+    shift = common.squeeze(0)
+    gap = peak_x - peak_t
+    far = ((gap - shift * scale) + rounding_error(peak_x, peak_t, gap)) + (total_x.log() - total_t.log())
+    log_ratio = torch.where(near, ((sum_e * share_t).sum(0) / total_t).log1p(), far)
     zero = torch.zeros_like(shift)
-    return torch.stack((peak_t, total_t.reciprocal(), peak_x, total_x.reciprocal(), shift, zero, zero), -1)
+    columns = (peak_t, total_t.reciprocal(), peak_x, total_x.reciprocal(), shift, log_ratio, zero, zero)
+    return torch.stack(columns, -1)
 
 
 def divergence_finish(
@@ -137,7 +160,7 @@ def _from_statistics(
 ) -> Tensor:  # fmt: skip
     parts, first = [], 0
     for x, t, keep in _blocks(input, target, mask):
-        ratio = _ratio(_sides(x, t, spec, keep), stats[first : first + x.shape[0]])
+        ratio = _ratio(_sides(x, t, spec, keep), stats[first : first + x.shape[0]], spec.scale)
         parts.append(function(ratio, spec, keep))
         first += x.shape[0]
     return torch.cat(parts)
@@ -161,13 +184,17 @@ def _promoted(input: Tensor, target: Tensor) -> torch.dtype:
     return torch.promote_types(input.dtype, target.dtype)
 
 
-def _parts(sides: _Sides) -> Tensor:
-    x, t, d = sides
+def _parts(sides: _Sides, scale: float) -> Tensor:
+    x, t, d, _, real = sides
     max_x, exp_x = _shifted_exp(x)
     max_t, exp_t = _shifted_exp(t)
-    low, high = d.aminmax(dim=-1)
-    columns = (max_x, exp_x.sum(-1), max_t, exp_t.sum(-1), torch.maximum(-low, high), (d.expm1().mul_(exp_t)).sum(-1))
-    return torch.stack(columns, -1)
+    sum_t = exp_t.sum(-1)
+    shift = (exp_t * d).sum(-1) / sum_t
+    shift = torch.where(shift.isfinite(), shift, 0.0)
+    low, high = torch.where(real, d - shift.unsqueeze(-1), 0.0).aminmax(dim=-1)
+    far = torch.maximum(-low, high) * scale
+    sum_e = sides.delta(shift.unsqueeze(-1), scale).expm1_().mul_(exp_t).sum(-1)
+    return torch.stack((max_x, exp_x.sum(-1), max_t, sum_t, far, shift, sum_e), -1)
 
 
 def _row_sums(ratio: Ratio, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
@@ -190,12 +217,17 @@ def _sides(input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | N
     first, t = input.to(dtype), target.to(dtype)
     if mask is not None:
         first, t = (torch.where(mask.unsqueeze(-1), each, 0.0) for each in (first, t))
-    if spec.scale != 1.0:
-        first, t = first * spec.scale, t * spec.scale
+    real = t != -math.inf
     if spec.from_difference:
-        d = torch.where(t == -math.inf, 0.0, first)
-        return _Sides(t + d, t, d)
-    return _Sides(first, t, torch.where((first == t) & t.isinf(), 0.0, first - t))
+        d, rest = torch.where(real, first, 0.0), None
+        x = t + d
+    else:
+        x, real = first, real | (first != t)
+        d = torch.where(real, x - t, 0.0)
+        rest = rounding_error(x, t, d)
+    if spec.scale != 1.0:
+        x, t = x * spec.scale, t * spec.scale
+    return _Sides(x, t, d, rest, real)
 
 
 def _shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,9 +236,9 @@ def _shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     return peak, (logits - torch.where(peak == -math.inf, 0.0, peak).unsqueeze(-1)).exp_()
 
 
-def _ratio(sides: _Sides, stats: Tensor) -> Ratio:
-    x, t, d = sides
-    max_t, inverse_t, max_x, inverse_x, shift = stats[:, :5].unsqueeze(1).unbind(-1)
-    r = d - shift
+def _ratio(sides: _Sides, stats: Tensor, scale: float) -> Ratio:
+    x, t, *_ = sides
+    max_t, inverse_t, max_x, inverse_x, shift, log_ratio = stats[:, :6].unsqueeze(1).unbind(-1)
+    r = sides.delta(shift, scale) - log_ratio
     p, q = (x - max_x).exp_().mul_(inverse_x), (t - max_t).exp_().mul_(inverse_t)
     return Ratio(r, p, q, torch.where(r.abs() < 0.5, r.expm1().mul_(q), p - q))

@@ -147,6 +147,13 @@ def times(probability: Tensor, value: Tensor) -> Tensor:
     return torch.where(probability == 0, 0.0, probability * value)
 
 
+def rounding_error(x: Tensor, t: Tensor, d: Tensor) -> Tensor:
+    """x - t - d, exactly, where d is x - t as it was rounded (Knuth's two-sum); zero where that is not a number."""
+    back = d - x
+    rest = (x - (d - back)) - (t + back)
+    return torch.where(rest.isfinite(), rest, 0.0)
+
+
 def series(r: Tensor) -> Tensor:
     """f(r) = expm1(r) - r for |r| < 1/2: r^2/2 (1 + r/3 (1 + r/4 (...))), to the precision of the dtype."""
     last = 14 if r.dtype == torch.float64 else 8
@@ -308,15 +315,22 @@ def _jsd_reference(input: Tensor, target: Tensor, reduction: str, beta: Any) -> 
     # Classes that one side leaves out are far enough apart; those that both leave out have no difference.
     one, other = x == -math.inf, t == -math.inf
     known = ~(one | other)
-    d = torch.where(known, x, 0.0) - torch.where(known, t, 0.0)
-    d = torch.where(known, d, torch.where(one == other, 0.0, torch.where(one, -1e4, 1e4)))
-    near = d.detach().abs().amax(-1, keepdim=True) <= 1.0
-    shift = torch.where(
+    known_x, known_t = torch.where(known, x, 0.0), torch.where(known, t, 0.0)
+    d = known_x - known_t
+    with torch.no_grad():
+        limit = torch.where(one == other, 0.0, torch.where(one, -1e4, 1e4))
+        # What softmax does not see, and what the rounding of d left out: neither has a gradient.
+        shift = (q * torch.where(known, d, limit)).sum(-1, keepdim=True)
+        rest = rounding_error(known_x, known_t, d) if x.shape[-1] > 1 else torch.zeros_like(d)
+        near = (torch.where(known, d, limit) - shift).abs().amax(-1, keepdim=True) <= 1.0
+        shift = torch.where(near, shift, 0.0)
+    delta = torch.where(known, (d - shift) + rest, limit - torch.where(one == other, 0.0, shift))
+    log_ratio = torch.where(
         near,
-        (q * torch.where(near, d, 0.0).expm1()).sum(-1, keepdim=True).log1p(),
+        (q * torch.where(near, delta, 0.0).expm1()).sum(-1, keepdim=True).log1p(),
         x.logsumexp(-1, keepdim=True) - t.logsumexp(-1, keepdim=True),
     )
-    r = d - shift
+    r = delta - log_ratio
     close = r.abs() < 1.0
     u, v = log_mix(r, 1.0 - beta), log_mix(-r, beta)
     small_u, small_v = torch.where(close, u, 0.0), torch.where(close, v, 0.0)

@@ -1,7 +1,7 @@
 """Logits sharded over the vocabulary: which collectives complete the statistics of rows that no process holds whole.
 
 As in Megatron-LM's vocab-parallel cross-entropy (Shoeybi et al., 2019), processes exchange a few numbers a row, never
-logits: in the forward pass one all_gather of six statistics and one all_reduce of two sums. Gradients stay local.
+logits: in the forward pass one all_gather of seven statistics and one all_reduce of two sums. Gradients stay local.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def statistics(
     measured = backend.divergence_parts(input, target, spec, mask)
     width = measured.new_full((1, PARTS), float(input.shape[-1]))
     gathered = gather(torch.cat((measured, width)), group)
-    return log_ratio.merge(gathered[:, :-1]), gathered[:, -1, 0].sum()
+    return log_ratio.merge(gathered[:, :-1], spec.scale), gathered[:, -1, 0].sum()
 
 
 def gather(tensor: Tensor, group: Any) -> Tensor:
