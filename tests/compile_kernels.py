@@ -130,11 +130,11 @@ def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wr
     for kind, noise in itertools.product(("inf", "l2", "l1") if every else ("l1",), (seed, kept) if every else (kept,)):
         for units in (None, unit) if every else (unit,):
             ops.ascend(strided, x, noise, None, None, mask, units, kind, "row", *step, 1e-6, True, wrap=wrap)
-        if every:
-            shrink = None if kind == "inf" else norm
-            ops.ascend(strided, x, noise, norm, shrink, mask, unit, kind, "given", *step, 1e-6, True, wrap=wrap)
+        if every and kind != "l1":
+            moved = None if kind == "inf" else norm
+            ops.ascend(strided, x, noise, norm, moved, mask, unit, kind, "group", *step, 1e-6, True, wrap=wrap)
         ops.ascend_norm(x, noise, None, mask, None, "l2" if kind == "l1" else kind, *step, wrap=wrap)
-        ops.ascend_norm(x, noise, norm, mask, unit, "opaque" if kind == "l1" else kind, *step, wrap=wrap)
+        ops.ascend_norm(x, noise, norm, mask, unit, "l2", *step, wrap=wrap)
     if every:
         for update in ("smart-pytorch", "sift"):
             step = (1e-5, 1e-3, update)

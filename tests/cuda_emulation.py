@@ -278,10 +278,7 @@ class Emulated:
         ) -> Tensor:
             return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
 
-        return steps.ascend(
-            self.ascend_norm, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit,
-            folds_groups=True,
-        )  # fmt: skip
+        return steps.ascend(self.ascend_norm, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
 
     def _divergence(
         self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, grad: Tensor | None = None

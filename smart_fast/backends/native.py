@@ -69,7 +69,7 @@ class Native:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return steps.ascend(
             _operators.native_ascend_norm.default, self._move, self._noise_alone, embed, grad, noise, step, mask,
-            keep_noise, unit, folds_groups=True,
+            keep_noise, unit,
         )  # fmt: skip
 
     def _noise_alone(
