@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .indexing import as_fp32, load_unit, row_offset
-from .philox import normal_tile
+from .philox import noise_tile
 
 #: What the functions on UPDATE and NORM know. Any other name does not compile.
 UPDATES = ("smart-pytorch", "sift", "paper")
@@ -34,7 +34,7 @@ def _noise_tile(
     """The current noise of a tile: regenerated before the first step, read back afterwards. Zero where masked."""
     first = (row * width)[:, None]
     if FROM_SEED:
-        noise = normal_tile(seed, first, block, ROWS, BLOCK, ALIGNED) * (as_fp32(noise_var) * unit)[:, None]
+        noise = noise_tile(seed, first, block, ROWS, BLOCK, ALIGNED) * (as_fp32(noise_var) * unit)[:, None]
     else:
         col = block * BLOCK + tl.arange(0, BLOCK)
         noise = tl.load(noise_ptr + first + col[None, :], mask=real[:, None] & (col < width)[None, :], other=0.0)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 ROUNDS = tl.constexpr(7)
+#: The initial noises that `noise4` knows, a row of `smart_fast.noise.NOISES` each. Any other name does not compile.
+NOISES = ("normal",)
 
 
 @triton.jit
@@ -46,19 +48,24 @@ def box_muller(word_a, word_b):
 
 
 @triton.jit
-def normal4(seed, group):
-    """The four normals of each ``group`` = element index // 4 (int64 tensor), as four tensors of its shape."""
+def noise4(seed, group, NOISE: tl.constexpr):
+    """The four numbers of each ``group`` = element index // 4 (int64 tensor), as four tensors of its shape."""
     low = group.to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     zero = low * 0
     a, b, c, d = tl.philox(seed, low, high, zero, zero, ROUNDS)
-    n0, n1 = box_muller(a, b)
-    n2, n3 = box_muller(c, d)
+    if NOISE == "normal":
+        n0, n1 = box_muller(a, b)
+        n2, n3 = box_muller(c, d)
+    else:
+        tl.static_assert(False, "unknown noise")
     return n0, n1, n2, n3
 
 
 @triton.jit
-def normal_tile(seed, first, block, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def noise_tile(
+    seed, first, block, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, NOISE: tl.constexpr = "normal"
+):  # fmt: skip
     """Noise for a ``[ROWS, BLOCK]`` tile: columns ``block * BLOCK …`` of rows whose element index starts at ``first``.
 
     ``first``: int64 ``[ROWS, 1]``. ALIGNED (every ``first`` a multiple of four, BLOCK at least four) computes each
@@ -66,11 +73,11 @@ def normal_tile(seed, first, block, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALI
     """
     if ALIGNED:
         group = (first >> 2) + (block * (BLOCK // 4) + tl.arange(0, BLOCK // 4))[None, :]
-        n0, n1, n2, n3 = normal4(seed, group)
+        n0, n1, n2, n3 = noise4(seed, group, NOISE)
         noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
     else:
         index = first + (block * BLOCK + tl.arange(0, BLOCK))[None, :]
-        n0, n1, n2, n3 = normal4(seed, index >> 2)
+        n0, n1, n2, n3 = noise4(seed, index >> 2, NOISE)
         lane = index & 3
         noise = tl.where(lane == 0, n0, tl.where(lane == 1, n1, tl.where(lane == 2, n2, n3)))
     return noise

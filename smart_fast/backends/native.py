@@ -24,11 +24,11 @@ class Native:
 
     name = "native"
     nodes: Nodes = "eager"
-    kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
     loss = None
 
     def __init__(self, extension: Any) -> None:
         self.extension = extension
+        self.kinds = frozenset(extension.built_with()["divergences"])
 
     def unavailable(self) -> str | None:
         return None
