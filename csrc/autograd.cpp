@@ -20,6 +20,7 @@
 #include <type_traits>
 
 namespace smart_fast {
+namespace nodes {
 namespace {
 
 using at::Tensor;
@@ -240,13 +241,14 @@ Tensor divergence(const Tensor& input, const Tensor& target, const optional<Tens
 }
 
 }  // namespace
+}  // namespace nodes
 }  // namespace smart_fast
 
 TORCH_LIBRARY_IMPL(smart_fast, Autograd, library) {
-  library.impl("native_perturb_fresh", &smart_fast::perturb_fresh);
-  library.impl("native_ascend", &smart_fast::ascend);
+  library.impl("native_perturb_fresh", &smart_fast::nodes::perturb_fresh);
+  library.impl("native_ascend", &smart_fast::nodes::ascend);
 }
 
 TORCH_LIBRARY_IMPL(smart_fast, CompositeImplicitAutograd, library) {
-  library.impl("native_divergence", &smart_fast::divergence);
+  library.impl("native_divergence", &smart_fast::nodes::divergence);
 }

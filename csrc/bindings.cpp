@@ -27,6 +27,7 @@
 #include "arguments.h"
 #include "cpu/kernels.h"
 #include "eager.h"
+#include "philox.h"
 #include "pool.h"
 
 namespace smart_fast {
@@ -360,6 +361,13 @@ Tensor fisher_direction(const Tensor& logits, bool wide) {
 
 // ---- how it was built ----------------------------------------------------------------------------------------------
 
+template <size_t N>
+pybind11::list names_of(const char* const (&names)[N]) {
+  pybind11::list list;
+  for (const char* name : names) list.append(name);
+  return list;
+}
+
 pybind11::dict built_with() {
   pybind11::dict about;
 #if defined(__clang__)
@@ -383,6 +391,10 @@ pybind11::dict built_with() {
 #else
   about["cuda"] = false;
 #endif
+  about["divergences"] = names_of(kind_names);
+  about["norms"] = names_of(norm_names);
+  about["updates"] = names_of(update_names);
+  about["noises"] = names_of(noise_names);
   return about;
 }
 
@@ -429,7 +441,7 @@ TORCH_LIBRARY_IMPL(smart_fast, CPU, library) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("built_with", &smart_fast::built_with, "Compiler, flags, torch version and instruction sets, as a dict.");
+  module.def("built_with", &smart_fast::built_with, "Compiler, torch version, instruction sets and the names that operators know, as a dict.");
   module.def("use_instruction_set", &smart_fast::cpu::choose,
              "Run the kernels of this instruction set (\"auto\": the widest); False if this machine cannot.");
   module.def("empty_cache", [] { return smart_fast::pool().clear(); }, "Free the blocks kept for outputs; bytes freed.");

@@ -17,6 +17,7 @@
 #include "eager.h"
 
 namespace smart_fast {
+namespace eager {
 namespace {
 
 using at::Tensor;
@@ -91,14 +92,15 @@ std::vector<Tensor> gradients(const Tensor& loss, const std::vector<Edge>& edges
 }
 
 }  // namespace
+}  // namespace eager
 
 void define_eager(pybind11::module_& module) {
-  pybind11::class_<Edge>(module, "Edge", pybind11::module_local());
-  module.def("perturb", torch::wrap_pybind_function(&perturb));
-  module.def("ascend", torch::wrap_pybind_function(&ascend));
-  module.def("divergence", torch::wrap_pybind_function(&divergence));
-  module.def("edge", &edge);
-  module.def("gradients", torch::wrap_pybind_function(&gradients));
+  pybind11::class_<eager::Edge>(module, "Edge", pybind11::module_local());
+  module.def("perturb", torch::wrap_pybind_function(&eager::perturb));
+  module.def("ascend", torch::wrap_pybind_function(&eager::ascend));
+  module.def("divergence", torch::wrap_pybind_function(&eager::divergence));
+  module.def("edge", &eager::edge);
+  module.def("gradients", torch::wrap_pybind_function(&eager::gradients));
 }
 
 }  // namespace smart_fast

@@ -60,4 +60,15 @@ SMART_FAST_INLINE void box_muller(typename M::U a, typename M::U b, float scale,
   y = M::flip_sign(M::select(odd, cos, sin), b & 0x80000000u) * radius;
 }
 
+// The initial noises. No operator takes one yet: it is chosen here.
+enum class Noise : int { normal };
+constexpr const char* noise_names[] = {"normal"};
+
+// Two independent numbers of the noise from two words of a counter, times `scale`.
+template <class M, Noise NOISE = Noise::normal>
+SMART_FAST_INLINE void draw_noise(typename M::U a, typename M::U b, float scale, typename M::F& x, typename M::F& y) {
+  static_assert(NOISE == Noise::normal, "unknown noise");
+  box_muller<M>(a, b, scale, x, y);
+}
+
 }  // namespace smart_fast

@@ -8,8 +8,8 @@ a row (1 if there are none):
     paper          m = noise / u + step_size * g / norm(g)  noise <- u * (the point nearest to m with norm <= epsilon)
 
 Token norms need one kernel. A norm over more than a row needs `norm_kernel` first, which leaves either one partial
-norm per row or, for a norm that only Python can compute, m itself; for paper twice, of g and of m. Floor: read embed,
-read g, write the result; the initial noise is regenerated from its seed.
+norm per row or, for a norm that only Python can compute, m itself; for l2 and paper twice, of g and of m. Floor: read
+embed, read g, write the result; the initial noise is regenerated from its seed.
 
 Passes over a row are loops over its blocks. Where there is one, the compiler finds that all passes load and compute the
 same, and does it once: the row stays in registers. With STAGES above one, blocks are loaded ahead of their turn.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .indexing import as_fp32, load_unit, row_offset, rows_there
-from .philox import normal_tile
+from .philox import noise_tile
 
 #: What the functions on UPDATE and NORM know. Any other name does not compile.
 UPDATES = ("smart-pytorch", "sift", "paper")
@@ -34,7 +34,7 @@ def _noise_tile(
     """The current noise of a tile: regenerated before the first step, read back afterwards. Zero where masked."""
     first = (row * width)[:, None]
     if FROM_SEED:
-        noise = normal_tile(seed, first, block, ROWS, BLOCK, ALIGNED, BITS) * (as_fp32(noise_var) * unit)[:, None]
+        noise = noise_tile(seed, first, block, ROWS, BLOCK, ALIGNED, BITS) * (as_fp32(noise_var) * unit)[:, None]
     else:
         col = block * BLOCK + tl.arange(0, BLOCK)
         noise = tl.load(noise_ptr + first + col[None, :], mask=real[:, None] & (col < width)[None, :], other=0.0)
@@ -101,6 +101,28 @@ def _grad_norm(
 
 
 @triton.jit
+def _group_norm(
+    norm_ptr, row, valid, group, UPDATE: tl.constexpr, NORM: tl.constexpr, GROUP_BLOCK: tl.constexpr
+):  # fmt: skip
+    """The norm of the group of each row, from what `norm_kernel` has left of its ``group`` rows."""
+    member = tl.arange(0, GROUP_BLOCK)[None, :]
+    start = (row // group) * group
+    partial = tl.load(norm_ptr + start[:, None] + member, mask=valid[:, None] & (member < group), other=0.0)
+    if NORM == "inf":
+        return tl.max(partial, axis=1)
+    elif NORM == "l1":
+        return tl.sum(partial, axis=1)
+    elif NORM == "l2" and UPDATE == "paper":  # of norms: squares of what the largest of them has divided
+        peak = tl.minimum(tl.maximum(tl.max(partial, axis=1), 1e-37), 1e37)
+        share = partial * (1.0 / peak)[:, None]
+        return peak * tl.sqrt(tl.sum(share * share, axis=1))
+    elif NORM == "l2":
+        return tl.sqrt(tl.sum(partial, axis=1))
+    else:
+        tl.static_assert(False, "unknown norm")
+
+
+@triton.jit
 def _tile(
     grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
     UPDATE: tl.constexpr, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -143,7 +165,7 @@ def _divided(noise, measured, norm, step_size, epsilon, unit, UPDATE: tl.constex
 
 @triton.jit
 def _projected(measured, shrink, epsilon, NORM: tl.constexpr):
-    """The point of the ball that is nearest to m, where `_shrink` is known."""
+    """The point of the ball that is nearest to m, where `_shrink` or `_factor` is known."""
     if NORM == "inf":
         radius = as_fp32(epsilon)
         return tl.minimum(tl.maximum(measured, -radius), radius)
@@ -154,6 +176,13 @@ def _projected(measured, shrink, epsilon, NORM: tl.constexpr):
         return tl.where(measured < 0.0, -left, left)
     else:
         tl.static_assert(False, "unknown norm")
+
+
+@triton.jit
+def _factor(size, epsilon):
+    """What brings m, whose l2 norm is ``size``, into the ball."""
+    radius = as_fp32(epsilon)
+    return tl.where(size > radius, radius / tl.where(size > radius, size, 1.0), 1.0)
 
 
 @triton.jit
@@ -175,7 +204,6 @@ def _shrink(
     Michelot, A finite algorithm for finding the projection of a point onto the canonical simplex, 1986: the threshold
     is the average excess of what is above the last one, until nothing more falls below. It only grows.
     """
-    radius = as_fp32(epsilon)
     if NORM == "l2":
         size = tl.zeros([ROWS], tl.float32)
         for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
@@ -184,8 +212,7 @@ def _shrink(
                 "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
             )  # fmt: skip
             size = _accumulate(size, measured, NORM)
-        size = tl.sqrt(size)
-        return tl.where(size > radius, radius / tl.where(size > radius, size, 1.0), 1.0)
+        return _factor(tl.sqrt(size), epsilon)
     elif NORM == "l1":
         _, first = _tile(
             grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, 0, width,
@@ -202,7 +229,7 @@ def _shrink(
                 )  # fmt: skip
                 more, sizes = _above(measured, threshold)
                 above, total = above + more, total + sizes
-            threshold = tl.maximum(threshold, (total - radius) / tl.maximum(above, 1.0))
+            threshold = tl.maximum(threshold, (total - as_fp32(epsilon)) / tl.maximum(above, 1.0))
             count = tl.where((above == count) | (count == 0.0), 0.0, above)
         return threshold
     else:
@@ -212,15 +239,15 @@ def _shrink(
 @triton.jit
 def norm_kernel(
     grad_ptr, noise_ptr, seed_ptr, norm_ptr, mask_ptr, unit_ptr, out_ptr,
-    rows, width, size1, size2, grad_stride0, grad_stride1, grad_stride2, noise_var, step_size,
-    UPDATE: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr, FROM_SEED: tl.constexpr, MASKED: tl.constexpr,
-    IN_UNITS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
+    rows, width, size1, size2, grad_stride0, grad_stride1, grad_stride2, group, noise_var, step_size,
+    UPDATE: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    FROM_SEED: tl.constexpr, MASKED: tl.constexpr, IN_UNITS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes one partial norm of m per row (``out``: fp32 ``[rows]``), or m itself (fp32 ``[rows, width]``).
 
     NORM is "inf", "l2", "l1", or "opaque", which asks for m. The partial norm of l2 is the sum of squares; for paper it
-    is the norm. For paper m is g, unless GIVEN: ``norm`` holds the norm of g for each row.
+    is the norm. For paper m is g, unless GIVEN: ``norm`` holds those of g, of ``group`` consecutive rows each.
     """
     OF: tl.constexpr = "sift" if UPDATE == "paper" and not GIVEN else UPDATE
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -233,7 +260,7 @@ def norm_kernel(
     finite = _finite_rows(grad_ptr, base, real, width, ROWS, BLOCK, BLOCKS, STAGES)
     given = tl.zeros([ROWS], tl.float32)
     if GIVEN:
-        given = tl.load(norm_ptr + row, mask=row < rows, other=0.0)
+        given = _group_norm(norm_ptr, row, row < rows, group, UPDATE, NORM, GROUP_BLOCK)
 
     if UPDATE == "paper" and not GIVEN and NORM != "opaque":
         norm = _grad_norm(grad_ptr, base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS, STAGES)
@@ -258,7 +285,7 @@ def norm_kernel(
 
 @triton.jit
 def ascend_kernel(
-    embed_ptr, grad_ptr, noise_ptr, seed_ptr, norm_ptr, shrink_ptr, mask_ptr, unit_ptr, out_ptr, noise_out_ptr,
+    embed_ptr, grad_ptr, noise_ptr, seed_ptr, norm_ptr, moved_norm_ptr, mask_ptr, unit_ptr, out_ptr, noise_out_ptr,
     rows, width: tl.constexpr, size1, size2,
     embed_stride0, embed_stride1, embed_stride2, grad_stride0, grad_stride1, grad_stride2,
     group, noise_var, step_size, epsilon,
@@ -269,8 +296,8 @@ def ascend_kernel(
     """Writes ``out`` = embed + the updated noise, and that noise itself (fp32) when KEEP_NOISE.
 
     SCOPE says where norms come from: "row", computed here; "group", the partial norms of ``group`` consecutive rows (at
-    most GROUP_BLOCK of them), left by `norm_kernel`; "given", one value per row in ``norm`` and, for paper, one in
-    ``shrink`` (see `_shrink`). paper knows no "group". Rows whose mask byte is zero get no noise.
+    most GROUP_BLOCK of them), left by `norm_kernel`, and for paper and l2 those of what it projects in ``moved_norm``;
+    "given", one value per row in ``norm``. paper knows no l1 of groups. Rows whose mask byte is zero get no noise.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = rows_there(row, rows, ROWS)
@@ -291,15 +318,7 @@ def ascend_kernel(
     if SCOPE == "given":
         norm = tl.load(norm_ptr + row, mask=valid, other=0.0)
     elif SCOPE == "group":
-        member = tl.arange(0, GROUP_BLOCK)[None, :]
-        start = (row // group) * group
-        partial = tl.load(norm_ptr + start[:, None] + member, mask=valid[:, None] & (member < group), other=0.0)
-        if NORM == "inf":
-            norm = tl.max(partial, axis=1)
-        elif NORM == "l2" or NORM == "l1":
-            norm = tl.sum(partial, axis=1)
-        else:
-            tl.static_assert(False, "unknown norm")
+        norm = _group_norm(norm_ptr, row, valid, group, UPDATE, NORM, GROUP_BLOCK)
     elif UPDATE == "paper":
         norm = _grad_norm(grad_ptr, grad_base, real, finite, width, NORM, ROWS, BLOCK, BLOCKS, STAGES)
     else:
@@ -312,13 +331,15 @@ def ascend_kernel(
                     width, UPDATE, FROM_SEED, ALIGNED, ROWS, BLOCK,
                 )  # fmt: skip
             norm = _accumulate(norm, measured, NORM)
-    if UPDATE != "paper" and SCOPE != "given" and NORM == "l2":
-        norm = tl.sqrt(norm)
+        if NORM == "l2":
+            norm = tl.sqrt(norm)
 
     shrink = tl.zeros([ROWS], tl.float32)
     if UPDATE == "paper" and NORM != "inf":
-        if SCOPE == "given":
-            shrink = tl.load(shrink_ptr + row, mask=valid, other=0.0)
+        if SCOPE == "group":
+            tl.static_assert(NORM == "l2", "unknown norm")
+            moved_norm = _group_norm(moved_norm_ptr, row, valid, group, UPDATE, NORM, GROUP_BLOCK)
+            shrink = _factor(moved_norm, epsilon)
         else:
             shrink = _shrink(
                 grad_ptr, grad_base, noise_ptr, seed, noise_var, step_size, epsilon, unit, norm, finite, row, real,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .indexing import as_fp32, load_unit, row_offset
-from .philox import normal_tile
+from .philox import noise_tile
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def perturb_kernel(
     base = row_offset(row, size1, size2, stride0, stride1, stride2)
     embed = tl.load(embed_ptr + base[:, None] + col[None, :], mask=inside).to(tl.float32)
     bits: tl.constexpr = embed_ptr.dtype.element_ty.primitive_bitwidth
-    noise = normal_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED, bits)
+    noise = noise_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED, bits)
     noise = noise * (as_fp32(noise_var) * load_unit(unit_ptr, row, rows, IN_UNITS, ROWS))[:, None]
     if MASKED:
         real = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 ROUNDS = tl.constexpr(7)
+#: The initial noises that `noise4` knows, a row of `smart_fast.noise.NOISES` each. Any other name does not compile.
+NOISES = ("normal",)
 
 
 @triton.jit
@@ -50,21 +52,25 @@ def _signed(x, word):
 
 
 @triton.jit
-def normal4(seed, group):
-    """The four normals of each ``group`` = element index // 4 (int64 tensor), as four tensors of its shape."""
+def noise4(seed, group, NOISE: tl.constexpr):
+    """The four numbers of each ``group`` = element index // 4 (int64 tensor), as four tensors of its shape."""
     low = group.to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     zero = low * 0
     a, b, c, d = tl.philox(seed, low, high, zero, zero, ROUNDS)
-    n0, n1 = box_muller(a, b)
-    n2, n3 = box_muller(c, d)
+    if NOISE == "normal":
+        n0, n1 = box_muller(a, b)
+        n2, n3 = box_muller(c, d)
+    else:
+        tl.static_assert(False, "unknown noise")
     return n0, n1, n2, n3
 
 
 @triton.jit
-def normal_tile(
-    seed, first, block, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr = 32
-):
+def noise_tile(
+    seed, first, block, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr = 32,
+    NOISE: tl.constexpr = "normal",
+):  # fmt: skip
     """Noise for a ``[ROWS, BLOCK]`` tile: columns ``block * BLOCK …`` of rows whose element index starts at ``first``.
 
     ``first``: int64 ``[ROWS, 1]``. ALIGNED (every ``first`` a multiple of four, BLOCK at least four) computes each
@@ -73,17 +79,17 @@ def normal_tile(
     """
     if ALIGNED and (BITS == 16 and BLOCK >= 8):
         pair = (first >> 2) + (block * (BLOCK // 4) + 2 * tl.arange(0, BLOCK // 8))[None, :]
-        n0, n1, n2, n3 = normal4(seed, pair)
-        m0, m1, m2, m3 = normal4(seed, pair + 1)
+        n0, n1, n2, n3 = noise4(seed, pair, NOISE)
+        m0, m1, m2, m3 = noise4(seed, pair + 1, NOISE)
         even = tl.interleave(tl.interleave(n0, m0), tl.interleave(n2, m2))
         noise = tl.interleave(even, tl.interleave(tl.interleave(n1, m1), tl.interleave(n3, m3)))
     elif ALIGNED:
         group = (first >> 2) + (block * (BLOCK // 4) + tl.arange(0, BLOCK // 4))[None, :]
-        n0, n1, n2, n3 = normal4(seed, group)
+        n0, n1, n2, n3 = noise4(seed, group, NOISE)
         noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
     else:
         index = first + (block * BLOCK + tl.arange(0, BLOCK))[None, :]
-        n0, n1, n2, n3 = normal4(seed, index >> 2)
+        n0, n1, n2, n3 = noise4(seed, index >> 2, NOISE)
         lane = index & 3
         noise = tl.where(lane == 0, n0, tl.where(lane == 1, n1, tl.where(lane == 2, n2, n3)))
     return noise

@@ -29,9 +29,7 @@ FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-tra
     ["-fopenmp"] if sys.platform == "linux" else []
 )
 CPU_SOURCES = (
-    "bindings.cpp",
-    "autograd.cpp",
-    "eager.cpp",
+    "operators.cpp",  # includes all that include torch's headers
     "cpu/dispatch.cpp",
     "cpu/portable.cpp",
     "cpu/avx2.cpp",
@@ -49,7 +47,7 @@ def sources() -> Path | None:
     """The directory csrc/: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     for directory in (package / "csrc", package.parent / "csrc"):
-        if (directory / "bindings.cpp").is_file():
+        if (directory / "operators.cpp").is_file():
             return directory
     return None
 

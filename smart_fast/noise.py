@@ -15,6 +15,21 @@ def draw_normal(embed: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.empty_like(embed).normal_(generator=generator)
 
 
+#: The initial noises, one row each: what draws one. kernels/philox.py and csrc/philox.h make the same ones from a seed.
+NOISES: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {"normal": draw_normal}
+
+
+def draw_noise(embed: Tensor, generator: torch.Generator | None, noise: str = "normal") -> Tensor:
+    """Noise like ``embed``, not scaled.
+
+    Raises:
+        ValueError: no noise has that name; the message lists those that there are.
+    """
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {list(NOISES)}, got {noise!r}")
+    return NOISES[noise](embed, generator)
+
+
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A seed for counter-based noise: int64 ``[1]`` on ``device``, drawn there and never read by the host."""
     return torch.randint(_SEEDS, (1,), device=device, generator=generator)

@@ -157,6 +157,20 @@ class Options:
         return number < self.start_step or (number - self.start_step) % self.every_n_steps != 0
 
     @staticmethod
+    def given(positional: tuple[Any, ...], named: dict[str, Any]) -> Options:
+        """The options that follow the three arguments of `SMARTLoss` that are none.
+
+        Raises:
+            TypeError: there are more without a name than may be, counted as the caller counts them.
+        """
+        most = sum(not each.kw_only for each in fields(Options))
+        if len(positional) > most:
+            raise TypeError(
+                f"SMARTLoss() takes at most {3 + most} arguments without their names, got {3 + len(positional)}"
+            )
+        return Options(*positional, **named)
+
+    @staticmethod
     def of(module: Any) -> Options:
         """The options that stand on ``module``, checked."""
         return Options(**{name: getattr(module, name) for name in NAMES})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -13,6 +14,14 @@ from .ascent.base import Direction
 from .backends.base import Step
 from .losses import states
 from .options import Options
+
+
+class Smart(Protocol):
+    """What stands on a `SMARTLoss` beside its options."""
+
+    eval_fn: Callable[..., Any]
+    loss_fn: Any
+    loss_last_fn: Any
 
 
 class Prepared(NamedTuple):
@@ -26,7 +35,7 @@ class Prepared(NamedTuple):
     wrapped: bool
 
 
-def prepare(smart: Any, before: Prepared | None) -> Prepared:
+def prepare(smart: Smart, before: Prepared | None) -> Prepared:
     """What the attributes of ``smart`` ask for now: ``before``, while each of them is the very object that it was.
 
     Raises:

@@ -49,7 +49,7 @@ class SMARTLoss(nn.Module):
         self.eval_fn = eval_fn
         self.loss_fn = loss_fn
         self.loss_last_fn = loss_fn if loss_last_fn is None else loss_last_fn
-        for name, value in vars(Options(*positional, **named)).items():
+        for name, value in vars(Options.given(positional, named)).items():
             setattr(self, name, value)
         self.steps = 0
         self._warned = False

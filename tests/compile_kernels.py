@@ -73,11 +73,15 @@ def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
     for dtype, width in itertools.product(DTYPES, WIDTHS):
         if dtype is torch.float16 and width != 768 and not full:
             continue  # compiles as bfloat16 does, but for the conversions
+        if dtype is torch.bfloat16 and width < 20 and not full:
+            continue  # rows of a few classes: what is particular to them is in fp32, what to bfloat16 at other widths
         _record_fisher(dtype, width, wrap)
         every = full or (dtype is torch.float32 and width == 768)
-        for masked in (False, True) if every else (True,):
-            _record_ascent(dtype, width, masked, every, wrap)
-            _record_divergence(dtype, width, masked, every, full, wrap)
+        if every:  # without a mask there is less to compile
+            _record_ascent(dtype, width, False, full, wrap)
+            _record_divergence(dtype, width, False, full, full, wrap)
+        _record_ascent(dtype, width, True, every, wrap)
+        _record_divergence(dtype, width, True, every, full, wrap)
 
     yield from _distinct(recorded, lambda kernel, arguments: (kernel.fn.__name__, repr(_specialize(kernel, arguments))))
 
@@ -130,11 +134,11 @@ def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wr
     for kind, noise in itertools.product(("inf", "l2", "l1") if every else ("l1",), (seed, kept) if every else (kept,)):
         for units in (None, unit) if every else (unit,):
             ops.ascend(strided, x, noise, None, None, mask, units, kind, "row", *step, 1e-6, True, wrap=wrap)
-        if every:
-            shrink = None if kind == "inf" else norm
-            ops.ascend(strided, x, noise, norm, shrink, mask, unit, kind, "given", *step, 1e-6, True, wrap=wrap)
+        if every and kind != "l1":
+            moved = None if kind == "inf" else norm
+            ops.ascend(strided, x, noise, norm, moved, mask, unit, kind, "group", *step, 1e-6, True, wrap=wrap)
         ops.ascend_norm(x, noise, None, mask, None, "l2" if kind == "l1" else kind, *step, wrap=wrap)
-        ops.ascend_norm(x, noise, norm, mask, unit, "opaque" if kind == "l1" else kind, *step, wrap=wrap)
+        ops.ascend_norm(x, noise, norm, mask, unit, "l2", *step, wrap=wrap)
     if every:
         for update in ("smart-pytorch", "sift"):
             step = (1e-5, 1e-3, update)

@@ -121,6 +121,8 @@ def serving(request: pytest.FixtureRequest, chosen: str) -> Iterator[tuple[Backe
         if reason := module.cannot_serve(device):
             pytest.skip(reason)
         chosen = chosen.removeprefix("native-")
+        if chosen == module.extension.built_with()["instruction_set"]:
+            pytest.skip(f"{chosen} is what this CPU gets anyway")
         if chosen in ("avx2", "portable") and not module.extension.use_instruction_set(chosen):
             pytest.skip(f"this CPU does not run {chosen}")
         if chosen == "2-threads":

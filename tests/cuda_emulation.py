@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import math
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,16 @@ QUICK = ("-O0",)
 THOROUGH = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all")  # five times as long to compile
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-KINDS = {"kl": 0, "sym_kl": 1, "js": 2, "jsd": 3}
-NORMS = {"inf": 0, "l2": 1, "l1": 2, "opaque": 3}
-UPDATES = {"smart-pytorch": 0, "sift": 1, "paper": 2}
+
+
+def _numbers(choice: str) -> dict[str, int]:
+    """The numbers of names, from rows.h."""
+    names = re.search(rf"{choice}_names\[\] = {{(.*?)}};", (CSRC / "rows.h").read_text(), re.DOTALL)
+    assert names is not None
+    return {name: number for number, name in enumerate(re.findall(r'"(.*?)"', names[1]))}
+
+
+KINDS, NORMS, UPDATES = _numbers("kind"), _numbers("norm"), _numbers("update")
 STATISTICS, PARTS, SHARES = 8, 7, 2
 #: Compute capability, multiprocessors, bytes of shared memory of a multiprocessor and, with the attribute, of a block.
 DEVICE = (8, 4, 64 * 1024, 64 * 1024)  # what tests run on unless they say otherwise
@@ -278,10 +286,7 @@ class Emulated:
         ) -> Tensor:
             return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
 
-        return steps.ascend(
-            self.ascend_norm, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit,
-            folds_groups=True,
-        )  # fmt: skip
+        return steps.ascend(self.ascend_norm, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
 
     def _divergence(
         self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None, grad: Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import smart_fast
 from tests import oracle
-from tests.helpers import exhaustively
+from tests.helpers import FEW_KINDS, exhaustively
 
 LOSSES = {
     "kl": smart_fast.kl_loss,
@@ -21,8 +21,6 @@ LOSSES = {
     "jsd": smart_fast.jsd_loss,
 }
 KINDS = sorted(LOSSES)
-# Where the kind is not what is tested: one with a sum over the row, one with two.
-FEW_KINDS = ["sym_kl", "jsd", *exhaustively(*(each for each in KINDS if each not in ("sym_kl", "jsd")))]
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 NAMES = ("loss", "gradient to input", "gradient to target")
 

@@ -14,7 +14,8 @@ import torch
 
 import smart_fast
 from smart_fast import build as native_build
-from smart_fast.backends import select
+from smart_fast import norms
+from smart_fast.backends import base, select
 from smart_fast.backends.base import STATISTICS, Step
 from tests import cuda_emulation, oracle
 
@@ -50,6 +51,14 @@ def test_how_it_was_built(native):
     assert "march" not in about["flags"]
     assert "fast-math" not in about["flags"]
     assert not native.extension.use_instruction_set("sse9")
+
+
+def test_knows_what_the_tables_name(native):
+    about = native.extension.built_with()
+    assert native.kinds == set(about["divergences"]) == set(base.DIVERGENCES)
+    assert set(about["updates"]) == set(base.UPDATES)
+    kinds = {norms.known_norm(each).kind for each in (smart_fast.inf_norm, smart_fast.l2_norm, smart_fast.l1_norm)}
+    assert set(about["norms"]) == {*kinds, "opaque"}
 
 
 @pytest.mark.parametrize("width", [768, 30, 7])

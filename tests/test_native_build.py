@@ -33,7 +33,7 @@ PyMODINIT_FUNC JOIN(PyInit_, TORCH_EXTENSION_NAME)(void) {
 USE = """
 from pathlib import Path
 from smart_fast import build as native_build
-native_build.CPU_SOURCES = ("bindings.cpp",)
+native_build.CPU_SOURCES = ("operators.cpp",)
 native_build.sources = lambda: Path({csrc!r})
 """
 BUILD = USE + "print('probe', native_build.build().probe)"
@@ -46,8 +46,8 @@ def probe(tmp_path, monkeypatch):
     """The probe's sources and an empty extension cache, for this process and for those it starts."""
     csrc = tmp_path / "csrc"
     csrc.mkdir()
-    (csrc / "bindings.cpp").write_text(PROBE)
-    monkeypatch.setattr(native_build, "CPU_SOURCES", ("bindings.cpp",))
+    (csrc / "operators.cpp").write_text(PROBE)
+    monkeypatch.setattr(native_build, "CPU_SOURCES", ("operators.cpp",))
     monkeypatch.setattr(native_build, "sources", lambda: csrc)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     return csrc
@@ -134,11 +134,11 @@ def test_no_compiler(tmp_path):
 @pytest.mark.exhaustive
 @needs_tools
 def test_a_failed_build_falls_back(probe, tmp_path):
-    (probe / "bindings.cpp").write_text("this is not C++;\n")
+    (probe / "operators.cpp").write_text("this is not C++;\n")
     done = run_python(USE.format(csrc=str(probe)) + FALLBACK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "the compiler failed" in done.stdout
-    assert "bindings.cpp" in done.stdout
+    assert "operators.cpp" in done.stdout
     assert "build.log" in done.stdout
     assert done.stderr.count("compiling") == 1
 
@@ -147,7 +147,7 @@ def test_a_failed_build_falls_back(probe, tmp_path):
 @needs_tools
 def test_a_broken_library_falls_back(probe, tmp_path):
     undefined = 'extern "C" int nowhere();\n' + PROBE.replace('"probe", 42', '"probe", nowhere()')
-    (probe / "bindings.cpp").write_text(undefined)
+    (probe / "operators.cpp").write_text(undefined)
     done = run_python(USE.format(csrc=str(probe)) + FALLBACK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cannot be loaded: ImportError" in done.stdout
@@ -202,7 +202,7 @@ def test_compiled_at_installation(tmp_path):
         ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so")
     )
     for each in native_build.CPU_SOURCES:
-        (source / "csrc" / each).write_text(PROBE if each == "bindings.cpp" else "")
+        (source / "csrc" / each).write_text(PROBE if each == "operators.cpp" else "")
     build = "import sys, setuptools.build_meta as backend; print(backend.build_wheel(sys.argv[1]))"
     done = run_python(
         ["-c", build, str(tmp_path)], cwd=source, path=(), env={"SMART_FAST_BUILD_EXT": "1"},

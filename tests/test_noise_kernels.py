@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,12 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from scipy import stats
-from smart_fast.kernels.philox import normal_tile
+from smart_fast.kernels.philox import NOISES, noise_tile
 
-from smart_fast import autograd
+from smart_fast import autograd, noise
 from smart_fast.backends import triton_launch
 from tests import oracle
-from tests.helpers import exhaustively
+from tests.helpers import ROOT, exhaustively
+
+if TYPE_CHECKING:
+    from smart_fast.backends.native import Native
 
 
 def noise_like(backend: ModuleType, embed: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -136,7 +143,7 @@ def test_units_scale_the_noise_of_rows(width: int, backend: ModuleType, device: 
 @triton.jit
 def _noise_from(seed_ptr, out_ptr, first, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     start = tl.full((1, 1), 0, tl.int64) + first
-    noise = normal_tile(tl.load(seed_ptr), start, 0, 1, BLOCK, ALIGNED)
+    noise = noise_tile(tl.load(seed_ptr), start, 0, 1, BLOCK, ALIGNED)
     tl.store(out_ptr + tl.arange(0, BLOCK)[None, :], noise)
 
 
@@ -147,6 +154,40 @@ def test_beyond_32_bits(first: int, device: torch.device) -> None:
     _noise_from[(1,)](torch.tensor([9], device=device), got, first, BLOCK=16, ALIGNED=first % 4 == 0)
     want = oracle.philox_normal(9, 16, start=first)
     assert np.abs(got.cpu().double().numpy()[0] - want).max() < 2e-6
+
+
+@triton.jit
+def _unknown(seed_ptr, out_ptr):
+    tl.store(
+        out_ptr + tl.arange(0, 4)[None, :],
+        noise_tile(tl.load(seed_ptr), tl.full((1, 1), 0, tl.int64), 0, 1, 4, True, "other"),
+    )
+
+
+UNKNOWN = """
+#include "philox.h"
+struct One { using F = float; using U = unsigned; };
+void draw(float& x, float& y) { smart_fast::draw_noise<One, smart_fast::Noise(7)>(0u, 0u, 1.0f, x, y); }
+"""
+
+
+def test_every_language_knows_the_same_noises(native: Native) -> None:
+    assert list(NOISES) == native.extension.built_with()["noises"] == list(noise.NOISES)
+
+
+def test_unknown_noises_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"noise must be one of \['normal'\], got 'other'"):
+        noise.draw_noise(torch.zeros(2), None, "other")
+    seed = torch.ones(1, dtype=torch.int64, device="cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(Exception, match="unknown noise"):
+        _unknown[(1,)](seed, torch.empty(4, device=seed.device))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+def test_unknown_noises_do_not_compile(tmp_path: Path) -> None:
+    (tmp_path / "unknown.cpp").write_text(UNKNOWN)
+    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{ROOT / 'csrc'}", str(tmp_path / "unknown.cpp")]
+    assert "unknown noise" in subprocess.run(command, capture_output=True, text=True, check=False).stderr
 
 
 def test_seeds_follow_torch(backend: ModuleType, device: torch.device) -> None:

@@ -197,7 +197,7 @@ def test_masked_positions_do_not_count_in_sentence_norms(norm, update):
     def last_seen(embed, normal, **kwargs):
         eval_fn = Counting(net)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("smart_fast.backends.pytorch.draw_normal", lambda *_: normal)
+            patch.setattr("smart_fast.backends.pytorch.draw_noise", lambda *_: normal)
             # The loss reaches into masked positions: their gradient must not count either.
             smart = SMARTLoss(eval_fn, lambda p, s: (p - s).exp().sum(), norm_fn=norm, step_size=0.1, update=update)
             smart(embed, net(embed), **kwargs)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-PARTS = 4
+PARTS = 2
 
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -35,7 +35,7 @@ def compiled(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # one of each maker: the exhaustive test below has them all
 def test_every_kernel_compiles(target: str, tmp_path: Path) -> None:
     found = compiled(tmp_path, target, "--brief")
     assert {each["kernel"] for each in found} == KERNELS

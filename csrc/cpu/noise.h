@@ -44,7 +44,7 @@ inline void each_noise(uint64_t seed, uint64_t group, int64_t count, float scale
       make_words<true>(words, seed, group, part, block_ahead);
     for (int64_t i = 0; i < part; i += NORMALS) {
       F x, y, lower, upper;
-      box_muller<Simd>(words[i / LANES], words[i / LANES + 1], scale, x, y);
+      draw_noise<Simd>(words[i / LANES], words[i / LANES + 1], scale, x, y);
       interleave(x, y, lower, upper);
       use(begin + i, lower, upper);
     }

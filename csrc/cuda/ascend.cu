@@ -229,7 +229,7 @@ SMART_FAST_INLINE void read_noise(const Ascend& args, uint64_t seed, const Place
                                   float (&noise)[SIZE]) {
   const int64_t width = args.shape.width;
   if (args.noise != nullptr) return Floats<SIZE>::read(args.noise + at.row * width, first, width, noise);
-  normal(seed, at.row * width + first, noise);
+  noise_of(seed, at.row * width + first, noise);
   const bool whole = inside(first, SIZE, width);
   const float scale = args.noise_var * at.unit;
 #pragma unroll

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(THREADS, 3) perturb_kernel(const Perturb args)
         if (first >= shape.width) break;
         float values[size], noise[size];
         chunks[k].unpack(values);
-        normal(uint64_t(seed), row * shape.width + first, noise);
+        noise_of(uint64_t(seed), row * shape.width + first, noise);
 #pragma unroll
         for (int i = 0; i < size; ++i) {
           noise[i] = real ? noise[i] * scale : 0.0f;

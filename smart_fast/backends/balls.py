@@ -39,20 +39,12 @@ def project(x: Tensor, norm_fn: Norm, radius: float | Tensor) -> Tensor:
     if known is not None and known.kind == "inf":
         bound: Any = radius  # number or tensor, which the types of clamp keep apart
         return x.clamp(-bound, bound)
-    shrink = shrinkage(x, norm_fn, radius)
-    if known is not None and known.kind == "l1":
-        return x.sign() * (x.abs() - shrink).clamp(min=0)
-    return x * shrink
-
-
-def shrinkage(x: Tensor, norm_fn: Norm, radius: float | Tensor) -> Tensor:
-    """What the projection of ``x`` takes, broadcastable to it: for l1 what absolute values lose, else a factor."""
-    known = known_norm(norm_fn)
     if known is not None and known.kind == "l1":
         threshold = _threshold(x if known.scope == "row" else x.flatten(1), radius)
-        return threshold.view(*threshold.shape[:-1], *([1] * (x.dim() - threshold.dim() + 1)))
+        lost = threshold.view(*threshold.shape[:-1], *([1] * (x.dim() - threshold.dim() + 1)))
+        return x.sign() * (x.abs() - lost).clamp(min=0)
     size = torch.as_tensor(norm_fn(x))  # a plain number is a norm too
-    return torch.where(size > radius, radius / size, 1.0)
+    return x * torch.where(size > radius, radius / size, 1.0)
 
 
 def _threshold(x: Tensor, radius: float | Tensor) -> Tensor:

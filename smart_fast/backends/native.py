@@ -24,11 +24,11 @@ class Native:
 
     name = "native"
     nodes: Nodes = "eager"
-    kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
     loss = None
 
     def __init__(self, extension: Any) -> None:
         self.extension = extension
+        self.kinds = frozenset(extension.built_with()["divergences"])
 
     def unavailable(self) -> str | None:
         return None
@@ -69,7 +69,7 @@ class Native:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         return steps.ascend(
             _operators.native_ascend_norm.default, self._move, self._noise_alone, embed, grad, noise, step, mask,
-            keep_noise, unit, folds_groups=True,
+            keep_noise, unit,
         )  # fmt: skip
 
     def _noise_alone(

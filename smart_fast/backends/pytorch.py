@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..losses import divergences
-from ..noise import draw_normal
+from ..noise import draw_noise
 from . import log_ratio, updates
 from .base import DIVERGENCES, Nodes, Step
 
@@ -129,7 +129,7 @@ class PyTorch:
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
+        return perturb(embed, draw_noise(embed, generator), noise_var, mask, unit)
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
@@ -137,7 +137,7 @@ class PyTorch:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """By the noise of a generator that starts at the seed, which is read on the host."""
         generator = torch.Generator(embed.device).manual_seed(int(seed))
-        return perturb(embed, draw_normal(embed, generator), noise_var, mask, unit)
+        return perturb(embed, draw_noise(embed, generator), noise_var, mask, unit)
 
     def ascend(
         self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from ..norms import known_norm
-from . import balls, pytorch
+from . import pytorch
 from .base import PARTS, STATISTICS, Step, new_output
 
 
 def ascend(
     measure: Callable[..., Tensor], move: Callable[..., tuple[Tensor, Tensor]], perturb: Callable[..., Any],
     embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
-    unit: Tensor | None, folds_groups: bool = False,
+    unit: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`Backend.ascend` by the operators ``ascend_norm``, ``ascend`` and ``perturb`` of a backend.
 
-    A token norm takes one kernel. A norm over more than a row is measured first, twice for paper; one that only Python
-    can compute is called in between. A backend whose ``ascend`` ``folds_groups`` makes norms of groups from those of
-    rows for paper too (in the place of ``shrink``: those of the moved noise); what it cannot fold, PyTorch projects.
+    A token norm takes one kernel. A norm over a group of rows is measured first, for paper and l2 twice; one that only
+    Python can compute is called in between. Where paper's projection needs more than that, PyTorch makes the step.
     """
     known = known_norm(step.norm_fn)
     if known is not None and known.scope == "group" and embed.dim() < 2:
@@ -30,34 +29,23 @@ def ascend(
     paper = step.update == "paper"
     common = (step.noise_var, step.step_size, step.update)
     norm: Tensor | None = None
-    shrink: Tensor | None = None
-    if known is not None and (known.scope == "row" or not paper or (folds_groups and known.kind != "l1")):
+    moved_norm: Tensor | None = None
+    if known is not None and (known.scope == "row" or not paper or known.kind != "l1"):
         kind, scope = known
         if scope == "group":
             norm = measure(grad, noise, None, mask, unit, kind, *common)
             if paper and kind == "l2":
-                shrink = measure(grad, noise, norm, mask, unit, kind, *common)
-    elif paper and folds_groups:
+                moved_norm = measure(grad, noise, norm, mask, unit, kind, *common)
+    elif paper:
         return _in_pytorch(perturb, embed, grad, noise, step, mask, keep_noise, unit)
     else:
-        kind, scope = known.kind if known else "opaque", "given"
-        # The norm of the norms of the rows of a sentence is that of the sentence.
-        shape = grad.shape if known is None else (*grad.shape[:-1], 1)
-        measured = measure(grad, noise, None, mask, unit, kind, *common).view(shape)
-        found = _broadcastable(balls.norm(measured, step.norm_fn) if paper else step.norm_fn(measured), grad)
+        kind, scope = "inf", "given"  # any kind
+        found = _broadcastable(step.norm_fn(measure(grad, noise, None, mask, unit, "opaque", *common)), grad)
         if found.dim() > 0 and found.shape[-1] != 1:
             return _in_pytorch(perturb, embed, grad, noise, step, mask, keep_noise, unit)
-        norm = _for_each_row(found, grad)
-        if paper and kind != "inf":
-            if kind == "l2":
-                moved = measure(grad, noise, norm, mask, unit, "l2", *common).view(shape)
-            else:
-                moved = measure(grad, noise, norm, mask, unit, "opaque", *common)
-            shrink = _for_each_row(balls.shrinkage(moved, step.norm_fn, step.epsilon), grad)
-        if kind == "opaque":
-            kind = "l2" if paper else "inf"
+        norm = found.expand(*grad.shape[:-1], 1).to(grad.device, torch.float32).contiguous()
     perturbed, new_noise = move(
-        embed, grad, noise, norm, shrink, mask, unit, kind, scope, *common, step.epsilon, keep_noise
+        embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, *common, step.epsilon, keep_noise
     )
     return perturbed, new_noise if keep_noise else None
 
@@ -72,10 +60,6 @@ def _broadcastable(norm: Any, grad: Tensor) -> Tensor:
             f"norm_fn must return a norm that broadcasts to {tuple(grad.shape)}, got shape {tuple(norm.shape)}"
         ) from None
     return norm
-
-
-def _for_each_row(value: Tensor, grad: Tensor) -> Tensor:
-    return value.expand(*grad.shape[:-1], 1).to(grad.device, torch.float32).contiguous()
 
 
 def _in_pytorch(
@@ -101,7 +85,7 @@ def fake_ascend_norm(
 
 
 def fake_ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, shrink: Tensor | None, mask: Tensor | None,
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None, mask: Tensor | None,
     unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
     keep_noise: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.divergence_formulas import KINDS
 from ..noise import draw_seed
 from . import steps
 from . import triton_launch as ops
@@ -53,7 +54,7 @@ class Triton:
 
     name = "triton"
     nodes: Nodes = "never"
-    kinds = frozenset({"kl", "sym_kl", "js", "jsd"})
+    kinds = frozenset(KINDS)
     divergence = loss = plain_divergence = gradient_functions = None
 
     def unavailable(self) -> str | None:

@@ -167,13 +167,29 @@ def perturb(
     return out
 
 
+def _grouped(norm: Tensor, group: int, kind: str, update: str) -> tuple[Tensor, int]:
+    """Partial norms, and how many consecutive ones a program folds: of a long group one, what is folded here."""
+    if group <= MAX_GROUP:
+        return norm, group
+    rows = norm.view(-1, group)
+    if kind == "inf":
+        folded = rows.amax(1)
+    elif kind == "l2" and update == "paper":  # of norms: squares of what the largest of them has divided
+        peak = rows.amax(1, keepdim=True).clamp(1e-37, 1e37)
+        folded = peak.squeeze(1) * torch.linalg.vector_norm(rows / peak, dim=1)
+    else:
+        folded = rows.sum(1)
+    return folded.repeat_interleave(group), 1
+
+
 def ascend_norm(
     grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
     noise_var: float, step_size: float, update: str, wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
     """What the norm is taken of (fp32 like ``grad``, kind "opaque"), or its partial norm per row (fp32 ``[N]``).
 
-    For paper that is the gradient, or, given its ``norm`` for each row, what will be projected.
+    For paper that is the gradient, or, given its partial ``norm`` per row, grouped by the first dimension, what will be
+    projected.
     """
     _known("norm", kind, (*NORMS, "opaque"))
     _known("update", update, UPDATES)
@@ -181,53 +197,48 @@ def ascend_norm(
     rows = as_rows(grad)
     shape = grad.shape if kind == "opaque" else (rows.count,)
     out = new_output(shape, torch.float32, grad.device)
+    norm, group = (None, 1) if norm is None else _grouped(norm, rows.count // grad.shape[0], kind, update)
     tile = _tile("ascend_norm", launch.ascend_tile, width, grad)
     from_seed = noise.dtype == torch.int64
     wrap(norm_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], noise, noise if from_seed else rows.tensors[0], norm, _bytes(mask), unit, out, rows.count,
-        width, rows.size1, rows.size2, *rows.strides[0], noise_var, step_size, UPDATE=update, NORM=kind,
-        GIVEN=norm is not None, FROM_SEED=from_seed, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block,
-        BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
+        width, rows.size1, rows.size2, *rows.strides[0], group, noise_var, step_size, UPDATE=update, NORM=kind,
+        GIVEN=norm is not None, GROUP_BLOCK=launch.next_power_of_two(group), FROM_SEED=from_seed,
+        **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages,
+        **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
 
 def ascend(
-    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, shrink: Tensor | None, mask: Tensor | None,
+    embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None, mask: Tensor | None,
     unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
     keep_noise: bool, wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `Backend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
-    `ascend_norm`, grouped by the first dimension; "given" one norm per row.
-
-    paper takes given norms of the gradient, and for its projection ``shrink`` per row: a factor for kind "l2", what
-    absolute values lose for "l1", None for "inf".
+    `ascend_norm`, grouped by the first dimension, for paper and "l2" also those of what is projected, ``moved_norm``;
+    "given" one norm per row.
     """
     _known("norm", kind, NORMS)
     _known("update", update, UPDATES)
     width = embed.shape[-1]
     rows = as_rows(embed, grad)
-    group = rows.count // embed.shape[0] if scope == "group" else 1
-    if scope == "group" and group > MAX_GROUP:
+    group = 1
+    if scope == "group":
         assert norm is not None
-        grouped = norm.view(embed.shape[0], group)
-        if kind == "inf":
-            norm = grouped.amax(1)
-        else:
-            norm = grouped.sum(1).sqrt() if kind == "l2" else grouped.sum(1)
-        norm = norm.repeat_interleave(group)
-        scope = "given"
+        members = rows.count // embed.shape[0]
+        norm, group = _grouped(norm, members, kind, update)
+        moved_norm = None if moved_norm is None else _grouped(moved_norm, members, kind, update)[0]
     out = new_output(embed.shape, embed.dtype, embed.device)
     noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
     tile = _tile("ascend", launch.ascend_tile, width, embed)
     from_seed = noise.dtype == torch.int64
     wrap(ascend_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
-        *rows.tensors, noise, noise if from_seed else rows.tensors[0], norm, shrink, _bytes(mask), unit, out,
+        *rows.tensors, noise, noise if from_seed else rows.tensors[0], norm, moved_norm, _bytes(mask), unit, out,
         noise_out, rows.count, width, rows.size1, rows.size2, *rows.strides[0], *rows.strides[1], group, noise_var,
-        step_size, epsilon, UPDATE=update, NORM=kind, SCOPE=scope,
-        GROUP_BLOCK=launch.next_power_of_two(group) if scope == "group" else 1, FROM_SEED=from_seed,
-        KEEP_NOISE=keep_noise, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks,
-        STAGES=tile.stages, **_resources(tile, wrap),
+        step_size, epsilon, UPDATE=update, NORM=kind, SCOPE=scope, GROUP_BLOCK=launch.next_power_of_two(group),
+        FROM_SEED=from_seed, KEEP_NOISE=keep_noise, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block,
+        BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return out, noise_out
 
