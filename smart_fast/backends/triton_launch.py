@@ -32,7 +32,7 @@ from ..kernels.divergence_split import (
 )
 from ..kernels.fisher import fisher_direction_kernel
 from ..kernels.perturb import perturb_kernel
-from .base import PARTS, STATISTICS, Rows, as_rows, new_output
+from .base import PARTS, STATISTICS, Rows, as_rows
 from .steps import (
     fake_ascend,
     fake_ascend_norm,
@@ -42,6 +42,7 @@ from .steps import (
     fake_divergence_parts,
     fake_fisher_direction,
 )
+from .triton_plan import new_output, total
 
 INTERPRETED = isinstance(perturb_kernel, InterpretedFunction)
 MAX_GROUP = 4096  # partial norms one program reduces; longer groups are reduced by torch first
@@ -249,7 +250,7 @@ def divergence_forward(
                 sums, out, stats, rows.count, splits, alpha, weight, KIND=kind, OUTPUT=form, KEEP=keep,
                 SPLITS=merge.block, ROWS=merge.rows, **_resources(merge, wrap),
             )  # fmt: skip
-    return out.sum() if form != output else out, stats
+    return total(out) if form != output else out, stats
 
 
 def _parts(
