@@ -15,17 +15,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import smart_fast
 
 from .models import pooled_head
+
+if TYPE_CHECKING:  # a step is timed where rich is not installed, too
+    from rich.console import Console
 
 REFERENCE, PASSES = "smart-pytorch", "model passes only"
 OURS = ("triton", "native")
@@ -160,6 +161,8 @@ def _costs(case: str, times: dict[str, list[float]]) -> Iterator[Cost]:
 
 
 def show(costs: list[Cost], console: Console) -> None:
+    from rich.table import Table
+
     for case in dict.fromkeys(each.case for each in costs):
         table = Table(title=case, title_justify="left")
         for column in ("contestant", "median", "best", "of smart-pytorch's, model passes apart"):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 MAX_BLOCK = 8192
 LOOP_BLOCK = 4096
 TILE = 256  # elements a program handles when rows are short
+TOGETHER = 2048  # elements of all rows together that one program takes, where it then adds their losses as well
 MERGED = 2048  # numbers one program merges: of every row, where rows are few enough to be shared
 
 
@@ -74,6 +75,14 @@ def split_tile(rows: int, width: int, processors: int, choice: Choice | None = N
     sharing = max(1, programs * processors // int(rows))
     blocks = next_power_of_two(-(-tile.blocks // sharing))
     return tile._replace(blocks=blocks) if blocks < tile.blocks else whole
+
+
+def together(tile: Tile, rows: int) -> Tile:
+    """For sums of losses: every row in one program where rows are few and short, so that no second launch adds them."""
+    elements = next_power_of_two(rows) * tile.block
+    if tile.blocks > 1 or elements > TOGETHER or tile.rows >= rows:
+        return tile
+    return tile._replace(rows=next_power_of_two(rows), warps=max(tile.warps, elements // 128))
 
 
 def splits(tile: Tile, width: int) -> int:

@@ -227,6 +227,8 @@ def divergence_forward(
     splits = launch.splits(tile, width)
     if splits == 1:
         tile = _tile("divergence_forward", lambda width: tile, width, input)
+        if output == "sum" and type(rows.count) is int:  # a symbolic number of rows stays one
+            tile = launch.together(tile, rows.count)
     merge = launch.merge_tile(splits)
     last = launch.grid(tile if splits == 1 else merge, rows.count, whole_rows=True)
     form = "rows" if output == "sum" and last > 1 else output  # a single program adds the rows as well

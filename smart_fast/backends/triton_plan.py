@@ -132,8 +132,7 @@ class _Plan:
         values = [*pointers, *numbers, *[each.data_ptr() for each in outputs], *self.constants]
         for place, number, factor in self.multiples:
             values[place] = numbers[number] * factor
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
+        stream = driver.active.get_current_stream(self.device.index)
         for run, grid, function, metadata, pick in self.launches:
             run(*grid, stream, function, metadata, None, None, None, *pick(values))
         if self.single:
