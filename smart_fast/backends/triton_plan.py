@@ -115,30 +115,32 @@ class _Plan:
     #: Shape, strides and dtype of each output; or an empty one itself, which every call shares.
     outputs: list[tuple[Any, Any, torch.dtype] | Tensor]
     constants: list[Any] = field(default_factory=list)
-    #: Constants that are numbers of the call times a factor: where they are, which number, the factor.
+    #: Constants that are a number of the call times a factor: their place, that of the number, the factor.
     multiples: list[tuple[int, int, float]] = field(default_factory=list)
     launches: list[tuple[Any, ...]] = field(default_factory=list)
-    #: Which output each result is, and whether it is its sum. A launcher returns one result or several.
-    results: list[tuple[int, bool]] = field(default_factory=list)
-    single: bool = True
+    #: Of the outputs, what the launcher returned.
+    results: Callable[[list[Tensor]], Any] = operator.itemgetter(0)
+    #: The outputs of which their sum is returned.
+    totals: tuple[int, ...] = ()
 
-    def __call__(self, pointers: list[int | None], numbers: tuple[float, ...]) -> Any:
-        outputs = []
+    def __call__(self, values: list[Any]) -> Any:
+        """``values``: the pointers of the call's tensors and its numbers."""
+        outputs: list[Tensor] = []
         for each in self.outputs:
             if isinstance(each, tuple):
                 shape, stride, dtype = each
                 each = allocate_strided(shape, stride, dtype=dtype, device=self.device)
             outputs.append(each)
-        values = [*pointers, *numbers, *[each.data_ptr() for each in outputs], *self.constants]
+            values.append(each.data_ptr())
+        values += self.constants
         for place, number, factor in self.multiples:
-            values[place] = numbers[number] * factor
+            values[place] = values[number] * factor
         stream = driver.active.get_current_stream(self.device.index)
         for run, grid, function, metadata, pick in self.launches:
             run(*grid, stream, function, metadata, None, None, None, *pick(values))
-        if self.single:
-            place, summed = self.results[0]
-            return outputs[place].sum() if summed else outputs[place]
-        return tuple([outputs[place].sum() if summed else outputs[place] for place, summed in self.results])
+        for place in self.totals:
+            outputs[place] = outputs[place].sum()
+        return self.results(outputs)
 
 
 def _plan(
@@ -149,23 +151,24 @@ def _plan(
     neither the call's nor an output (a copy), or was not compiled by what is known here."""
     first_output = len(pointers) + numbers
     first_constant = first_output + len(outputs)
-    single = isinstance(result, Tensor)
-    results = [result] if single else list(result)
+    results = [result] if isinstance(result, Tensor) else list(result)
     handed = list(outputs)  # as they are handed out: a view of an output stands for it
-    found = []
+    found, summed = [], []
     for each in results:
-        source = next((losses for summed, losses in totals if summed is each), each)
+        source = next((losses for sum_of, losses in totals if sum_of is each), each)
         place = next((k for k, out in enumerate(outputs) if _same(source, out)), None)
         if place is None:
             return None
         if source is each:
             handed[place] = each
-        found.append((place, source is not each))
+        else:
+            summed.append(place)
+        found.append(place)
     plan = _Plan(
         outputs[0].device,
         [(tuple(each.shape), each.stride(), each.dtype) if each.numel() else each for each in handed],
-        results=found,
-        single=single,
+        results=operator.itemgetter(*found),
+        totals=tuple(summed),
     )
     for compiled, grid, arguments in launched:
         if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
@@ -183,7 +186,7 @@ def _plan(
             else:
                 place = first_constant + len(plan.constants)
                 if type(value) is _Number and value.factor is not None:
-                    plan.multiples.append((place, value.place, value.factor))
+                    plan.multiples.append((place, len(pointers) + value.place, value.factor))
                 plan.constants.append(value)
             places.append(place)
         plan.launches.append(
@@ -212,7 +215,7 @@ class Planned:
         self._tensors = [k for k, name in enumerate(order) if kinds[name].startswith("Tensor")]
         self._numbers = [k for k, name in enumerate(order) if kinds[name] == "float" and name not in KEYED]
         others = [k for k in range(len(order)) if k not in {*self._tensors, *self._numbers}]
-        self._others = operator.itemgetter(*others) if others else lambda _: ()
+        self._numbers_of, self._others_of = _getter(self._numbers), _getter(others)
         self._plans: dict[Any, _Plan | None] = {}
 
     @property
@@ -221,8 +224,8 @@ class Planned:
         return sum(each is not None for each in self._plans.values())
 
     def __call__(self, *args: Any) -> Any:
-        key: list[Any] = [self._others(args)]
-        pointers: list[int | None] = []
+        key: list[Any] = [self._others_of(args)]
+        pointers: list[Any] = []
         for k in self._tensors:
             tensor = args[k]
             if tensor is None:
@@ -238,7 +241,7 @@ class Planned:
             return self._record(found, pointers, args)
         if plan is None or tuning.overriding or _hooked():
             return self._launcher(*args)
-        return plan(pointers, tuple([args[k] for k in self._numbers]))
+        return plan([*pointers, *self._numbers_of(args)])
 
     def _record(self, key: Any, pointers: list[int | None], args: tuple[Any, ...]) -> Any:
         known = [each for each in pointers if each]
@@ -260,6 +263,13 @@ class Planned:
             self._plans.clear()
         self._plans[key] = _plan(recorder, pointers, len(self._numbers), outputs, totals, result)
         return result
+
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A function that takes those of a tuple's elements, as a tuple."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple([values[k] for k in places])
 
 
 def _hooked() -> bool:
