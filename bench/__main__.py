@@ -22,7 +22,15 @@ if TYPE_CHECKING:  # torch and rich are imported once the arguments are known to
 START = time.perf_counter()
 QUICK_LIMIT = 65.0  # seconds: a slow or busy machine still ends within two minutes
 GROUPS = ("all", "ops", "lm", "regulariser", "train", "overhead")
-ALONE = ("accuracy", "quality", "kernels", "tune", "compare", "report")  # what goes with no other group (commands.py)
+ALONE = (
+    "accuracy",
+    "quality",
+    "kernels",
+    "tune",
+    "compare",
+    "host",
+    "report",
+)  # what goes with no other group (commands.py)
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
 
 
@@ -41,8 +49,9 @@ def parser() -> argparse.ArgumentParser:
         "model; train: whole training steps); or accuracy: how exact the divergences of nearly equal logits are; or "
         "quality: what the regularizers do to accuracy, clean and attacked; or kernels: bytes over time of each fused "
         "kernel; or tune: sweep launch choices of the Triton kernels on a GPU, and write the table they are launched "
-        "by; or compare A.json B.json: whether two runs agree on every speed; or report: measure nothing, write "
-        "README.md's tables from bench/results",
+        "by; or compare A.json B.json: whether two runs agree on every speed; or host: what small calls cost the host, "
+        "Triton's kernels launched into a stub of the CUDA driver; or report: measure nothing, write README.md's "
+        "tables from bench/results",
     )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"

@@ -133,6 +133,27 @@ def kernels(call: Call) -> int:
     return 0
 
 
+def host(call: Call) -> int:
+    from . import driver_stub, host
+    from .report import environment
+
+    build_native(call.console)
+    if (reason := driver_stub.unavailable()) is not None:
+        call.console.print(f"[yellow]not run:[/] triton: {reason}", highlight=False)
+        return 1
+    torch.set_num_threads(1)
+    from smart_fast import available_backends
+
+    backends = tuple(name for name in host.OURS if name == "triton" or available_backends()[name] is None)
+    with host.stubbed():
+        costs = host.measure(host.contestants(backends), rounds=30 if call.options.quick else host.ROUNDS)
+    host.show(costs, call.console)
+    path = call.options.json or call.folder / "host.json"
+    host.save(costs, environment(torch.device("cpu")), path)
+    call.wrote(path)
+    return 0
+
+
 def report(call: Call) -> int:
     from . import readme
 
@@ -193,5 +214,6 @@ ALONE = {
     "kernels": kernels,
     "tune": tune,
     "compare": compare,
+    "host": host,
     "report": report,
 }

@@ -59,13 +59,21 @@ const Tensor* plain(pybind11::handle object) {
 
 bool has_kernel(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
 
-// The divergence `kind` of logits, reduced, if nothing about them needs a word in Python; else None.
+bool has_kernel(const Tensor& x, double fewer_than) {
+#if defined(SMART_FAST_CUDA)
+  if (x.is_cuda()) return double(x.numel()) < fewer_than;
+#endif
+  return x.is_cpu();
+}
+
+// The divergence `kind` of logits, reduced, if nothing about them needs a word in Python; else None. On a GPU only where
+// there are `fewer_than` so many of them.
 pybind11::object divergence(pybind11::handle input, pybind11::handle target, string_view kind, string_view reduction,
-                            double alpha) {
+                            double alpha, double fewer_than) {
   const Tensor *x = plain(input), *t = plain(target);
   if (x == nullptr || t == nullptr || !has_kernel(x->scalar_type()) || !has_kernel(t->scalar_type()) ||
-      x->sizes() != t->sizes() || !x->is_cpu() || !t->is_cpu() || x->numel() == 0 || x->dim() == 0 ||
-      !std::isfinite(alpha))
+      x->sizes() != t->sizes() || x->device() != t->device() || !has_kernel(*x, fewer_than) || x->numel() == 0 ||
+      x->dim() == 0 || !std::isfinite(alpha))
     return pybind11::none();
   double weight = 1;
   if (reduction == "batchmean")

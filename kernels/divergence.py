@@ -154,7 +154,7 @@ def divergence_backward_kernel(
 def _store_gradient(
     out_ptr, gradient, row, col, skew, valid, real, width, ends, MASKED: tl.constexpr, SKEW: tl.constexpr
 ):
-    """Writes a tile; with SKEW, 16 bytes at a time, but for those at the ``ends`` of a row that are shared with another."""
+    """Writes a tile; with SKEW, 16 bytes at a time, but for those at the ``ends`` of a row that two rows share."""
     if MASKED:
         gradient = tl.where(real[:, None], gradient, 0.0)
     gradient = gradient.to(out_ptr.dtype.element_ty)

@@ -57,7 +57,7 @@ def load_pair(
     two-difference). Outside, and where both are minus infinity: minus infinity, and delta zero.
 
     FROM_DIFFERENCE: ``x_ptr`` holds x - t, and t alone tells which classes there are. Scaled last: differences keep
-    their precision. SKEW: bases and columns are those of `skewed`; what loads hold of other rows is left where not DROP.
+    their precision. SKEW: bases and columns are those of `skewed`; loads' parts of other rows are left if not DROP.
     """
     if SKEW == 0:
         loaded = real[:, None] & (col < width)[None, :]
@@ -111,8 +111,8 @@ def store_terms(
     out_ptr, p, q, r, alpha, row, col, valid, real, width, KIND: tl.constexpr, OUTPUT: tl.constexpr,
     MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile's share of the two sums over each row, `lane_sum`s. OUTPUT "terms" writes the terms instead, zeros in masked
-    rows: their gradients need no sum that could be had here, and it is zero."""
+    """A tile's share of the two sums over each row, `lane_sum`s. OUTPUT "terms" writes the terms instead, zeros in
+    masked rows: their gradients need no sum that could be had here, and it is zero."""
     if OUTPUT == "terms":
         inside = real[:, None] & (col < width)[None, :]
         terms = tl.where(inside, elementwise_terms(p, q, r, alpha, KIND), 0.0)
@@ -161,9 +161,7 @@ def first_look(
     """
     col = first + tl.arange(0, BLOCK)
     zero = tl.zeros([ROWS], tl.float32)
-    x, t, d = load_pair(
-        x_ptr, t_ptr, x_base, t_base, skew, col, real, width, zero, scale, FROM_DIFFERENCE, False, SKEW
-    )
+    x, t, d = load_pair(x_ptr, t_ptr, x_base, t_base, skew, col, real, width, zero, scale, FROM_DIFFERENCE, False, SKEW)
     max_x, max_t = _two_maxima(x, t)
     max_t = finite_max(max_t)
     e = exp((t - max_t[:, None]) * scale)
@@ -182,8 +180,8 @@ def _near_sums(
     FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, SKEW: tl.constexpr, MOMENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """With e = exp(t - base), u = expm1(delta) and f = u - delta: the sums of e, e delta, e f and e u delta (zero without
-    MOMENTS), and the largest |delta| and t."""
+    """With e = exp(t - base), u = expm1(delta) and f = u - delta: the sums of e, e delta, e f and e u delta (zero
+    without MOMENTS), and the largest |delta| and t."""
     sum_e = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     sum_delta = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     sum_f = tl.zeros([ROWS, BLOCK // 4], tl.float32)
@@ -254,8 +252,8 @@ def parts_of_blocks(
     MOMENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is known of BLOCKS blocks of columns from ``first`` on: ``(base_x, sum_x, base_t, sum_t, widest, shift, sum_u,
-    sum_delta, sum_f, sum_product)``.
+    """What is known of BLOCKS blocks of columns from ``first`` on: ``(base_x, sum_x, base_t, sum_t, widest, shift,
+    sum_u, sum_delta, sum_f, sum_product)``.
 
     The sums of exponentials are relative to the bases, which are within REACH of the maxima. ``widest`` is the largest
     |delta|, delta = x - t - shift (scaled); while it is at most one, ``sum_u`` is the sum of e expm1(delta), with
@@ -332,8 +330,8 @@ def finish_blocks(
         for block in tl.range(BLOCKS, num_stages=STAGES):
             col = first + block * BLOCK + tl.arange(0, BLOCK)
             x, t, delta = load_pair(
-            x_ptr, t_ptr, x_base, t_base, skew, col, real, width, shift, scale, FROM_DIFFERENCE, SCALED, SKEW
-        )
+                x_ptr, t_ptr, x_base, t_base, skew, col, real, width, shift, scale, FROM_DIFFERENCE, SCALED, SKEW
+            )
             p = exp(x - max_x[:, None]) * inv_x[:, None]
             q = exp(t - max_t[:, None]) * inv_t[:, None]
             r = delta - log_ratio[:, None]
@@ -346,9 +344,7 @@ def finish_blocks(
 
 
 @triton.jit
-def store_statistics(
-    stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, log_ratio, MASKED: tl.constexpr
-):
+def store_statistics(stats_ptr, row, valid, real, max_x, inv_x, max_t, inv_t, shift, log_ratio, MASKED: tl.constexpr):
     """All but the two sums; zeros in masked rows."""
     if MASKED:
         max_x = tl.where(real, max_x, 0.0)

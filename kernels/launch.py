@@ -11,6 +11,7 @@ from typing import NamedTuple
 MAX_BLOCK = 8192
 LOOP_BLOCK = 2048
 TILE = 256  # elements a program handles when rows are short
+TOGETHER = 2048  # elements of all rows together that one program takes, where it then adds their losses as well
 MERGED = 2048  # numbers one program merges: of every row, where rows are few enough to be shared
 
 
@@ -93,6 +94,14 @@ def span(width: int, skew: int) -> int:
 def covering(tile: Tile, width: int, skew: int) -> Tile:
     """``tile``, with as many blocks as `span` asks for."""
     return tile._replace(blocks=-(-span(width, skew) // tile.block))
+
+
+def together(tile: Tile, rows: int) -> Tile:
+    """For sums of losses: every row in one program where rows are few and short, so that no second launch adds them."""
+    elements = next_power_of_two(rows) * tile.block
+    if tile.blocks > 1 or elements > TOGETHER or tile.rows >= rows:
+        return tile
+    return tile._replace(rows=next_power_of_two(rows), warps=max(tile.warps, elements // 128))
 
 
 def splits(tile: Tile, width: int) -> int:

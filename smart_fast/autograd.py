@@ -6,6 +6,8 @@ themselves (no double backward); ``backend="torch"`` is ordinary PyTorch and is.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,18 +20,29 @@ from .losses import chunks, sharded
 from .training import compiling
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`once_differentiable`, which nobody waits for where gradients are not differentiated."""
+    guarded = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def first(ctx: Any, *grads: Tensor) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return first
+
+
 class _Shift(torch.autograd.Function):
     """embed -> embed + something constant: the gradient passes through, except at masked rows."""
 
     @staticmethod
     def forward(ctx: Any, embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(mask)
+        if mask is not None:
+            ctx.save_for_backward(mask)
         return _as_output(ctx, perturbed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        if mask is not None:
+        for mask in ctx.saved_tensors:
             grad = torch.where(mask.unsqueeze(-1), grad, 0.0)
         return grad, None, None
 
@@ -132,7 +145,7 @@ class _Divergence(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, target, mask, stats = ctx.saved_tensors
         backend, spec = ctx.options

@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -160,10 +160,14 @@ def poison(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
         return
 
-    from smart_fast.backends import triton_launch as triton_ops
+    from smart_fast.backends import triton_plan
 
     def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
-    monkeypatch.setattr(triton_ops, "new_output", poisoned)
+    def poisoned_strided(shape: tuple[int, ...], _: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return poisoned(shape, dtype, device)
+
+    monkeypatch.setattr(triton_plan, "allocate", poisoned)
+    monkeypatch.setattr(triton_plan, "allocate_strided", poisoned_strided)
     yield

@@ -1,7 +1,9 @@
 """Backends by name: which exist, what "auto" means, and fallbacks that say so once."""
 
+import math
 import threading
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -211,6 +213,35 @@ def test_auto_serves_by_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.select("auto", x).name == "triton"
     monkeypatch.setitem(auto.RULES, "cpu", ())
     assert backends.select("auto", x).name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("shape", "shift", "eager"),
+    [
+        ((8, 2), 0, ["native", "triton"]),  # a classifier's head
+        ((64, 128, 768), 0, ["triton"]),
+        ((64, 128, 768), 1, ["native", "triton"]),  # memory that begins between two vectors
+        ((512, 30522), 0, ["native", "triton"]),  # so do rows of BERT's vocabulary
+        ((512, 32000), 0, ["triton"]),
+    ],
+)
+def test_auto_on_a_gpu_goes_by_shapes(shape: tuple[int, ...], shift: int, eager: list[str]) -> None:
+    from smart_fast.backends import auto
+
+    tensor = torch.empty(math.prod(shape) + shift, dtype=torch.bfloat16)[shift:].view(shape)
+    assert auto.candidates(tensor, "cuda") == eager
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        assert auto.candidates(tensor, "cuda") == ["triton"]
+
+
+def test_the_short_way_keeps_to_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smart_fast.backends import auto
+
+    assert auto.elements("native", "cuda") == auto.SMALL
+    assert auto.elements("native", "cpu") == math.inf
+    assert auto.elements("triton", "cuda") == auto.elements("native", "xpu") == 0
+    monkeypatch.setitem(auto.RULES, "cuda", ())
+    assert auto.elements("native", "cuda") == 0
 
 
 def test_every_rule_names_a_backend_and_a_reason() -> None:

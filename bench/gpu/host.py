@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import smart_fast
 from bench.captured import Captured
+from bench.host import REFERENCE, step
 from bench.measure import host_time, interleaved
 from bench.models import pooled_head
 
@@ -33,14 +32,14 @@ def main() -> int:
         model = pooled_head(width, classes).to(device())
         embeds = [torch.randn(batch, width, device=device()).requires_grad_() for _ in range(SETS)]
         sets = [(embed, model(embed).detach()) for embed in embeds]
-        for backend in ("smart-pytorch", "torch", "triton", "native"):
+        for backend in (REFERENCE, "torch", "triton", "native"):
             what = f"SMARTLoss K=1, head {width} to {classes}, [{batch}, {width}]"
             reason = _missing(backend)
             if reason is not None:
                 emit("skipped", what, backend=backend, error=reason)
                 continue
             try:
-                _measure(what, backend, _step(model, backend), sets)
+                _measure(what, backend, step(model, backend), sets)
             except Exception as error:
                 emit("host", what, backend=backend, ok=False, error=why(error))
                 wrong += 1
@@ -48,33 +47,13 @@ def main() -> int:
 
 
 def _missing(backend: str) -> str | None:
-    if backend == "smart-pytorch":
+    if backend == REFERENCE:
         return None if importlib.util.find_spec("smart_pytorch") else "smart-pytorch is not installed: carry .gpu_deps"
     if backend == "native":
         from smart_fast.backends import build_native
 
         build_native()
     return None if backend == "torch" else not_sound(backend)
-
-
-def _step(model: torch.nn.Module, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
-    if backend == "smart-pytorch":
-        import smart_pytorch
-
-        smart: Any = smart_pytorch.SMARTLoss(model, smart_pytorch.kl_loss, smart_pytorch.sym_kl_loss)
-    else:
-        smart = smart_fast.SMARTLoss(model, smart_fast.kl_loss, smart_fast.sym_kl_loss, backend=backend)
-    parameters = list(model.parameters())
-
-    def step(embed: Tensor, state: Tensor) -> Tensor:
-        embed.grad = None
-        for each in parameters:
-            each.grad = None
-        loss = smart(embed, state)
-        (0.3 * loss).backward()
-        return loss.detach()  # type: ignore[no-any-return, unused-ignore]
-
-    return step
 
 
 def _measure(what: str, backend: str, step: Callable[..., Tensor], sets: list[tuple[Tensor, Tensor]]) -> None:
@@ -86,7 +65,7 @@ def _measure(what: str, backend: str, step: Callable[..., Tensor], sets: list[tu
     if where.type != "cuda":
         emit("skipped", f"{what}, CUDA graph and synchronization", error="a CPU has neither", **about)
         return
-    if backend != "smart-pytorch":  # which tests its gradients on the host
+    if backend != REFERENCE:  # which tests its gradients on the host
         torch.cuda.set_sync_debug_mode("error")
         try:
             step(*sets[0])

@@ -1,8 +1,8 @@
 """What ``backend="auto"`` means: one table, by type of device, of the backends to try and of the tensors each is for.
 
-The first row that fits the tensors and whose backend is available serves the call; where none does, PyTorch. A row is
-added or bounded by measurement only: ``bench/gpu_check.py`` times both fused backends on small calls, on rows that are
-not 16-byte aligned and on large ones, and its committed lines are the reason to write here.
+The first row that fits the tensors and whose backend is available serves the call; where none does, PyTorch. Reasons
+stand beside the rows. `bench/gpu_check.py` times both fused backends on small calls, on rows that are not aligned,
+and on large ones: where its committed lines say otherwise, they are the reason to change a row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes: the widest access of the kernels
+#: Elements that an H200 reads twice and writes once, in fp32, in 3 us: below, the host's work is the longer part.
+SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,29 @@ class Rule:
 RULES: dict[str, tuple[Rule, ...]] = {
     "cpu": (Rule("native", "faster than PyTorch at every shape of bench/results/speed-cpu.json"),),
     "cuda": (
-        # By instruction counts the native kernels should serve small calls and unaligned rows: Rule("native", …,
-        # fewer_than=…, unaligned=True, traced=False) in front of this one, once a GPU has timed both.
-        Rule("triton", "no GPU has timed either backend: the kernels that torch.compile can see into"),
+        Rule(
+            "native",
+            "small calls cost the host a fraction of what they cost it with Triton (python -m bench host), and on rows"
+            " that are not aligned Triton loads an element at a time where these kernels load vectors between the ends",
+            fewer_than=SMALL,
+            unaligned=True,
+            traced=False,
+        ),
+        Rule("triton", "what torch.compile can see into, and large aligned rows: no GPU has timed them against native"),
     ),
     "xpu": (Rule("triton", "the only backend with kernels there"),),
 }
 
 
-def candidates(tensor: Tensor) -> list[str]:
-    """The backends to try for a call on ``tensor``, best first."""
-    return [rule.backend for rule in RULES.get(tensor.device.type, ()) if rule.fits(tensor)]
+def candidates(tensor: Tensor, device: str | None = None) -> list[str]:
+    """The backends to try for a call on ``tensor``, best first; as if it were on another type of ``device``."""
+    return [rule.backend for rule in RULES.get(device or tensor.device.type, ()) if rule.fits(tensor)]
+
+
+def elements(backend: str, device: str) -> float:
+    """Below how many elements eager calls on a type of device are those of ``backend`` before all others."""
+    first = next(iter(RULES.get(device, ())), None)
+    return first.fewer_than if first is not None and first.backend == backend else 0
 
 
 def _unaligned(tensor: Tensor) -> bool:

@@ -30,7 +30,7 @@ PARTS = 7
 
 
 Nodes = Literal["always", "eager", "never"]
-PlainDivergence = Callable[[Any, Any, str, str, float], Tensor | None]
+PlainDivergence = Callable[..., Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ class Backend(Protocol):
     @property
     def plain_divergence(self) -> PlainDivergence | None:
         """``(input, target, kind, reduction, alpha)``: the reduced divergence of two ordinary tensors of one shape at
-        the least cost, or None where something about them needs more. None: there is no such way."""
+        the least cost, or None where something about them needs more. None: there is no such way. ``fewer_than``, by
+        keyword: only of so few elements, where they are on a GPU."""
         ...
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import threading
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..training.compiling import when_traced
-from .auto import candidates
+from .auto import candidates, elements
 from .base import FUSED_DTYPES, Backend
 from .pytorch import PYTORCH
 
@@ -224,15 +225,33 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = (), kind: 
     return PYTORCH
 
 
+def loaded(backend: str, input: Tensor, target: Tensor, kind: str) -> Backend | None:
+    """The fused backend that `select` would give to two ordinary tensors, found without a word. None: ask `select`."""
+    if backend == "auto":
+        backend = default_backend()
+    if input.dtype not in FUSED_DTYPES or target.dtype not in FUSED_DTYPES or input.dim() == 0:
+        return None
+    for name in candidates(input) if backend == "auto" else (backend,):
+        found = state.found.get(name)
+        if found is None:
+            return None
+        if not isinstance(found, str) and found.cannot_serve(input.device, kind) is None:
+            return None if found.loss is not None else found
+    return None
+
+
 def plain_divergence(backend: str) -> Callable[..., Tensor | None] | None:
-    """The short way to a divergence in eager mode (`Native.plain_divergence`), if ``backend`` has one."""
+    """The short way to a divergence in eager mode (`Native.plain_divergence`), if ``backend`` has one. What "auto"
+    gives to others is none of its business."""
     if backend == "auto":
         backend = default_backend()
     if backend == "torch" or backend == "triton":
         return None
     found = state.found.get("native")
-    if found is None or isinstance(found, str) or torch.compiler.is_compiling():
+    if found is None or isinstance(found, str) or torch.compiler.is_compiling() or found.plain_divergence is None:
         return None
+    if backend == "auto":
+        return functools.partial(found.plain_divergence, fewer_than=elements("native", "cuda"))
     return found.plain_divergence
 
 

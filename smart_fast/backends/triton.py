@@ -1,12 +1,12 @@
 """The Triton kernels behind the backend contract: allocate, choose a tile, launch.
 
-Imported only when Triton is there and a backend is asked for it. In eager mode the kernels are launched directly; when
-torch.compile traces, the registered operators of `triton_launch` are called instead (see `smart_fast.autograd`).
+Imported only when Triton is there and a backend is asked for it. In eager mode the kernels are launched directly, by
+plans (triton_plan.py); when torch.compile traces, the registered operators of `triton_launch` are called instead (see
+`smart_fast.autograd`).
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,20 +18,29 @@ from ..noise import draw_seed
 from . import steps
 from . import triton_launch as ops
 from .base import DivergenceSpec, Nodes, Step
+from .triton_plan import Planned
 
 
-def _device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+def _planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    return launcher if ops.INTERPRETED else Planned(launcher)  # interpreted kernels are not compiled
 
 
-def _call(eager: Callable[..., Any], registered: Callable[..., Any], anchor: Tensor, *args: Any) -> Any:
+_PLANNED = {
+    each: _planned(each)
+    for each in (
+        ops.perturb, ops.ascend_norm, ops.ascend, ops.divergence_forward, ops.divergence_backward, ops.divergence_parts,
+        ops.divergence_finish, ops.fisher_direction,
+    )
+}  # fmt: skip
+
+
+def _call(launcher: Callable[..., Any], registered: Callable[..., Any], anchor: Tensor, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return registered(*args)
-    with _device(anchor):
-        return eager(*args)
+    if anchor.is_cuda and anchor.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(anchor.device):  # which is where Triton launches
+            return _PLANNED[launcher](*args)
+    return _PLANNED[launcher](*args)
 
 
 def _noise_alone(embed: Tensor, *args: Any) -> Tensor:

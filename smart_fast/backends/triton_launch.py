@@ -32,7 +32,7 @@ from ..kernels.divergence_split import (
 )
 from ..kernels.fisher import fisher_direction_kernel
 from ..kernels.perturb import perturb_kernel
-from .base import PARTS, STATISTICS, Rows, as_rows, new_output
+from .base import PARTS, STATISTICS, Rows, as_rows
 from .steps import (
     fake_ascend,
     fake_ascend_norm,
@@ -42,6 +42,7 @@ from .steps import (
     fake_divergence_parts,
     fake_fisher_direction,
 )
+from .triton_plan import new_output, total
 
 INTERPRETED = isinstance(perturb_kernel, InterpretedFunction)
 MIN_SKEWED = 256  # narrower rows come several to a program
@@ -120,9 +121,9 @@ def _split_tile(rows: Rows, skew: int) -> tuple[launch.Tile, int]:
 
 
 def _skew(rows: Rows) -> int:
-    """What `skewed` of the kernels takes: the elements of 16 bytes, where rows of whole tensors begin within them; else 0.
+    """What `skewed` of the kernels takes: the elements of 16 bytes where rows of whole tensors begin within them, or 0.
 
-    All loads must stay within the tensors, hence the number of elements.
+    Loads must stay within the tensors, hence the question for the number of elements.
     """
     x, t = rows.tensors[:2]
     width = x.shape[-1]
@@ -259,6 +260,8 @@ def divergence_forward(
     tile, splits = _split_tile(rows, skew)
     if splits == 1:
         tile = launch.covering(_tile("divergence_forward", lambda width: tile, width, input), width, skew)
+        if output == "sum" and type(rows.count) is int:  # a symbolic number of rows stays one
+            tile = launch.together(tile, rows.count)
     merge = launch.merge_tile(splits)
     last = launch.grid(tile if splits == 1 else merge, rows.count, whole_rows=True)
     form = "rows" if output == "sum" and last > 1 else output  # a single program adds the rows as well
@@ -283,7 +286,7 @@ def divergence_forward(
                 sums, out, stats, rows.count, splits, alpha, weight, KIND=kind, OUTPUT=form, KEEP=keep,
                 SPLITS=merge.block, ROWS=merge.rows, **_resources(merge, wrap),
             )  # fmt: skip
-    return out.sum() if form != output else out, stats
+    return total(out) if form != output else out, stats
 
 
 def _parts(

@@ -10,6 +10,7 @@ What each computes is a row of `smart_fast.losses.divergences`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import autograd
-from ..backends import backend_of_caller, calling, check_name, plain_divergence, select
+from ..backends import backend_of_caller, calling, check_name, loaded, plain_divergence, select
 from ..backends.base import REDUCTIONS
 from ..checks import check_choice, check_mask, check_number, check_positive, check_same_device, check_tensor
 from . import sharded, states
@@ -150,13 +151,27 @@ def compare(name: str, loss_fn: Any, perturbed: Any, state: Any, backend: str, a
     """``loss_fn`` (of that ``name``) of two states, as `states.compare` has it, with ``backend`` for the losses of this
     package. ``ascent``: gradients to ``perturbed`` alone will be asked for."""
     known = DEFAULTS.get(loss_fn) if type(loss_fn) is FunctionType else None
-    if known is not None and (short := plain_divergence(backend)) is not None:
-        found = short(perturbed, state, *known)
+    if known is not None and not torch.compiler.is_compiling():
+        found = _plain_divergence(backend, perturbed, state, *known)
         if found is not None:
             return found
     with calling(backend, ascent=ascent):
         loss: Tensor = states.compare(name, loss_fn, perturbed, state)
     return loss
+
+
+def _plain_divergence(backend: str, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
+    """The divergence of two tensors about which there is nothing to say, by a fused backend; None of others."""
+    short = plain_divergence(backend)
+    found = None if short is None else short(input, target, kind, reduction, alpha)
+    if found is not None:
+        return found
+    if type(input) is not Tensor or type(target) is not Tensor or input.shape != target.shape or input.numel() == 0:
+        return None
+    chosen = loaded(backend, input, target, kind) if input.device == target.device else None
+    if chosen is None:
+        return None
+    return autograd.divergence(chosen, input, target, kind, reduction, alpha, None)
 
 
 def hellinger_loss(
@@ -220,9 +235,11 @@ def _divergence(
 ) -> Tensor:
     check_choice("reduction", reduction, REDUCTIONS)
     backend = _backend(backend)
-    if mask is None and group is None and type(alpha) is float and type(temperature) is float and temperature == 1.0:
-        short = plain_divergence(backend)
-        loss = None if short is None else short(input, target, kind, reduction, alpha)
+    if (
+        mask is None and group is None and type(alpha) is float and type(temperature) is float and temperature == 1.0
+        and reduction != "none" and math.isfinite(alpha) and not torch.compiler.is_compiling()
+    ):  # fmt: skip
+        loss = _plain_divergence(backend, input, target, kind, reduction, alpha)
         if loss is not None:
             return loss
     if sharded.is_dtensor(input) or sharded.is_dtensor(target):

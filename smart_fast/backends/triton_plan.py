@@ -1,0 +1,281 @@
+"""Launch plans: what a launcher of `triton_launch` did for one call, done again for calls that are like it.
+
+Triton's own launch of a compiled kernel binds, specializes and hashes some thirty arguments, which costs the host more
+than all else together. A plan keeps what came of that: the compiled kernels and their grids, the outputs that were
+allocated, and where each argument of a kernel came from: a tensor of the call, an output, a number of the call, or a
+constant. To run it takes the allocations and one call into each compiled kernel.
+
+A plan is found by everything that launchers and Triton's specialization look at: of each tensor dtype, shape, strides,
+device and alignment (all integers that kernels see are functions of these), and every other argument but the numbers,
+which are passed on at each call. `KEYED` numbers decide what is compiled and count among the others.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+from ..kernels import tuning
+from .base import new_output as allocate
+
+ALIGNMENT = 16  # bytes: what Triton's specialization asks about a pointer
+allocate_strided = torch.empty_strided  # of strides, as allocate: a shape alone takes torch twice as long to read
+MOST = 2048  # plans of a launcher; when there are more, they are forgotten
+KEYED = ("scale",)
+
+
+# ---- what launchers call ---------------------------------------------------------------------------------------------
+
+
+class _Recording(threading.local):
+    def __init__(self) -> None:
+        #: What the launcher that is being recorded on this thread allocated, and the sums that it took of that.
+        self.outputs: list[Tensor] | None = None
+        self.totals: list[tuple[Tensor, Tensor]] = []
+
+
+_recording = _Recording()
+
+
+def new_output(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`base.new_output`."""
+    out = allocate(tuple(shape), dtype, device)
+    if _recording.outputs is not None:
+        _recording.outputs.append(out)
+    return out
+
+
+def total(losses: Tensor) -> Tensor:
+    """The sum of an output."""
+    summed = losses.sum()
+    if _recording.outputs is not None:
+        _recording.totals.append((summed, losses))
+    return summed
+
+
+# ---- recording -------------------------------------------------------------------------------------------------------
+
+
+class _Number(float):
+    """A number of the call that is recorded, or a multiple of it, to be known again among the arguments of a kernel."""
+
+    place: int
+    factor: float | None
+
+    def __new__(cls, value: float, place: int, factor: float | None = None) -> _Number:
+        made = super().__new__(cls, value)
+        made.place, made.factor = place, factor
+        return made
+
+    def __mul__(self, constant: float) -> _Number:
+        return _Number(float(self) * constant, self.place, constant)
+
+
+class _Launch(NamedTuple):
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: list[Any]
+
+
+class _Recorder(list[_Launch]):
+    """What a launcher that is recorded wraps its kernels in. They are launched as ever."""
+
+    def __call__(self, kernel: Any) -> Any:
+        launched = self
+
+        class Recorded:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                def launch(*args: Any, **named: Any) -> None:
+                    plain = [float(each) if type(each) is _Number else each for each in args]
+                    compiled = kernel[grid](*plain, **named)
+                    values = dict(zip(kernel.arg_names, args, strict=False)) | named
+                    in_order = [values[name] for name in kernel.arg_names]
+                    launched.append(_Launch(None if kernel.pre_run_hooks else compiled, (*grid, 1, 1)[:3], in_order))
+
+                return launch
+
+        return Recorded()
+
+
+@dataclass
+class _Plan:
+    """What takes the place of a launcher. Arguments of kernels are places in one row of values: the pointers of the
+    call's tensors, its numbers, the pointers of its outputs, constants."""
+
+    device: torch.device
+    #: Shape, strides and dtype of each output; or an empty one itself, which every call shares.
+    outputs: list[tuple[Any, Any, torch.dtype] | Tensor]
+    constants: list[Any] = field(default_factory=list)
+    #: Constants that are a number of the call times a factor: their place, that of the number, the factor.
+    multiples: list[tuple[int, int, float]] = field(default_factory=list)
+    launches: list[tuple[Any, ...]] = field(default_factory=list)
+    #: Of the outputs, what the launcher returned.
+    results: Callable[[list[Tensor]], Any] = operator.itemgetter(0)
+    #: The outputs of which their sum is returned.
+    totals: tuple[int, ...] = ()
+
+    def __call__(self, values: list[Any]) -> Any:
+        """``values``: the pointers of the call's tensors and its numbers."""
+        outputs: list[Tensor] = []
+        for each in self.outputs:
+            if isinstance(each, tuple):
+                shape, stride, dtype = each
+                each = allocate_strided(shape, stride, dtype=dtype, device=self.device)
+            outputs.append(each)
+            values.append(each.data_ptr())
+        values += self.constants
+        for place, number, factor in self.multiples:
+            values[place] = values[number] * factor
+        stream = driver.active.get_current_stream(self.device.index)
+        for run, grid, function, metadata, pick in self.launches:
+            run(*grid, stream, function, metadata, None, None, None, *pick(values))
+        for place in self.totals:
+            outputs[place] = outputs[place].sum()
+        return self.results(outputs)
+
+
+def _plan(
+    launched: _Recorder, pointers: list[int | None], numbers: int, outputs: list[Tensor],
+    totals: list[tuple[Tensor, Tensor]], result: Any,
+) -> _Plan | None:  # fmt: skip
+    """The plan of what was recorded; None where it cannot be done again like that: a kernel took a tensor that is
+    neither the call's nor an output (a copy), or was not compiled by what is known here."""
+    first_output = len(pointers) + numbers
+    first_constant = first_output + len(outputs)
+    results = [result] if isinstance(result, Tensor) else list(result)
+    handed = list(outputs)  # as they are handed out: a view of an output stands for it
+    found, summed = [], []
+    for each in results:
+        source = next((losses for sum_of, losses in totals if sum_of is each), each)
+        place = next((k for k, out in enumerate(outputs) if _same(source, out)), None)
+        if place is None:
+            return None
+        if source is each:
+            handed[place] = each
+        else:
+            summed.append(place)
+        found.append(place)
+    plan = _Plan(
+        outputs[0].device,
+        [(tuple(each.shape), each.stride(), each.dtype) if each.numel() else each for each in handed],
+        results=operator.itemgetter(*found),
+        totals=tuple(summed),
+    )
+    for compiled, grid, arguments in launched:
+        if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
+            return None
+        places = []
+        for value in arguments:
+            if isinstance(value, Tensor):
+                place = next((first_output + k for k, out in enumerate(outputs) if value is out), None)
+                if place is None and value.data_ptr() in pointers:
+                    place = pointers.index(value.data_ptr())
+                if place is None:
+                    return None
+            elif type(value) is _Number and value.factor is None:
+                place = len(pointers) + value.place
+            else:
+                place = first_constant + len(plan.constants)
+                if type(value) is _Number and value.factor is not None:
+                    plan.multiples.append((place, len(pointers) + value.place, value.factor))
+                plan.constants.append(value)
+            places.append(place)
+        plan.launches.append(
+            (compiled.run, grid, compiled.function, compiled.packed_metadata, operator.itemgetter(*places))
+        )
+    return plan
+
+
+def _same(result: Tensor, output: Tensor) -> bool:
+    """Whether a result is an output, or all of it in another shape."""
+    if result is output or output.numel() == 0:
+        return result is output
+    return result.data_ptr() == output.data_ptr() and result.numel() == output.numel() and result.is_contiguous()
+
+
+# ---- calling ---------------------------------------------------------------------------------------------------------
+
+
+class Planned:
+    """A launcher that is planned. To be called on the device of its tensors, as the launcher is."""
+
+    def __init__(self, launcher: Callable[..., Any]) -> None:
+        self._launcher = launcher
+        kinds = {name: each.annotation for name, each in inspect.signature(launcher).parameters.items()}
+        order = [name for name in kinds if name != "wrap"]
+        self._tensors = [k for k, name in enumerate(order) if kinds[name].startswith("Tensor")]
+        self._numbers = [k for k, name in enumerate(order) if kinds[name] == "float" and name not in KEYED]
+        others = [k for k in range(len(order)) if k not in {*self._tensors, *self._numbers}]
+        self._numbers_of, self._others_of = _getter(self._numbers), _getter(others)
+        self._plans: dict[Any, _Plan | None] = {}
+
+    @property
+    def plans(self) -> int:
+        """How many plans there are now."""
+        return sum(each is not None for each in self._plans.values())
+
+    def __call__(self, *args: Any) -> Any:
+        key: list[Any] = [self._others_of(args)]
+        pointers: list[Any] = []
+        for k in self._tensors:
+            tensor = args[k]
+            if tensor is None:
+                key.append(None)
+                pointers.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                key += tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device(), pointer % ALIGNMENT
+                pointers.append(pointer)
+        found = tuple(key)
+        plan = self._plans.get(found)
+        if plan is None and found not in self._plans:
+            return self._record(found, pointers, args)
+        if plan is None or tuning.overriding or _hooked():
+            return self._launcher(*args)
+        return plan([*pointers, *self._numbers_of(args)])
+
+    def _record(self, key: Any, pointers: list[int | None], args: tuple[Any, ...]) -> Any:
+        known = [each for each in pointers if each]
+        twice = len(set(known)) < len(known)  # of one tensor passed twice nobody can tell which a kernel was given
+        if twice or tuning.overriding or _hooked() or driver.active.get_current_target().backend != "cuda":
+            return self._launcher(*args)
+        given = list(args)
+        for place, k in enumerate(self._numbers):
+            given[k] = _Number(args[k], place)
+        recorder = _Recorder()
+        outputs: list[Tensor] = []
+        totals: list[tuple[Tensor, Tensor]] = []
+        _recording.outputs, _recording.totals = outputs, totals
+        try:
+            result = self._launcher(*given, wrap=recorder)
+        finally:
+            _recording.outputs, _recording.totals = None, []
+        if len(self._plans) >= MOST:
+            self._plans.clear()
+        self._plans[key] = _plan(recorder, pointers, len(self._numbers), outputs, totals, result)
+        return result
+
+
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A function that takes those of a tuple's elements, as a tuple."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple([values[k] for k in places])
+
+
+def _hooked() -> bool:
+    """Whether somebody, a profiler say, wants to know of every launch by Triton."""
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
