@@ -5,8 +5,9 @@
 //                                      L = log1p(sum q expm1(delta))             while max |delta| <= 1,
 //                                          logsumexp(x) - logsumexp(t) - c       otherwise;
 //
-// where c is typical of the row's x - t, or zero where these are not all of one size. A constant added to a row, which
-// softmax does not see, then costs no digits: to x - t - c what the rounding of x - t left out is added.
+// where c is typical of the row's x - t, or zero where these are not all of one size; far apart, the difference of the
+// maxima. A constant added to a row, which softmax does not see, then costs no digits: to x - t - c what the rounding of
+// x - t left out is added.
 //
 //     f(r) = expm1(r) - r >= 0, whose series is exact near zero.
 //

@@ -7,8 +7,9 @@
 namespace smart_fast {
 namespace {
 
-// x - t of the class with the largest t: of a block, or the greatest of it and `found`.
-inline F shift_of(const Block& block, F max_t, F found) {
+// x - t of the class with the largest t.
+inline F shift_of(const Block& block, F max_t) {
+  F found = Simd::splat(-Simd::infinity);
   for (int64_t i = 0; i < block.count; ++i)
     found = Simd::max(Simd::select(load(block.t + i * LANES) == max_t, block.difference(i), found), found);
   return found;
@@ -49,7 +50,7 @@ inline void add_up(Tile& tile, RowStatistics& row) {
       // Differences that are less apart than they are from zero.
       const I together = most - least < 0.5f * Simd::abs(most + least);
       if (any(together)) {
-        const F found = tile.across_max(shift_of(block, block_t, nothing));
+        const F found = tile.across_max(shift_of(block, block_t));
         row.shift = Simd::select(together, D::finite_or_zero(found), F{});
         row.shifted = true;
       }
@@ -118,20 +119,19 @@ inline void add_up(Tile& tile, RowStatistics& row) {
   }
   row.max_x = D::finite_max(max_x);
   row.sum_x = sum_x.get();
-  F found = nothing;
-  for (int64_t b = 0; b < tile.blocks(); ++b) found = shift_of(tile.load_block(b), max_t, found);
-  found = D::finite_or_zero(tile.across_max(found));
-  row.shift = Simd::select(max_d <= 1.0f, row.shift, found);
-  row.shifted = true;
 }
 
 // What follows from the sums.
 template <class Tile>
 inline void conclude(Tile& tile, RowStatistics& row) {
+  const float scale = tile.given->scale;
   row.inv_x = 1.0f / row.sum_x;
   row.inv_t = 1.0f / row.sum_t;
-  row.log_ratio = D::log_ratio(row.max_x, row.sum_x, row.max_t, row.sum_t, row.sum_e, row.max_d,
-                               row.shift * tile.given->scale);
+  if (!row.near) {
+    row.shift = Simd::select(row.max_d <= 1.0f, row.shift, D::finite_or_zero((row.max_x - row.max_t) / scale));
+    row.shifted = true;
+  }
+  row.log_ratio = D::log_ratio(row.max_x, row.sum_x, row.max_t, row.sum_t, row.sum_e, row.max_d, row.shift * scale);
   if (tile.width == 1)  // one class: p = q = 1, and r must be zero to the last bit
     row.log_ratio = Simd::max(tile.load_block(0).delta(0, row), Simd::splat(-Simd::infinity));
 }

@@ -80,14 +80,17 @@ struct RowStatistics {
   float first, second;  // sums over the row, as `Statistic` says
   bool near;            // |r| < 1 throughout
 
-  // Maxima and sums over the row. Of x they are not read, and of expm1 they are, if max_d <= 1.
-  static SMART_FAST_INLINE RowStatistics from(float scale, const Center& center, float max_x, float max_t, float max_d,
+  // Maxima and sums over the row. Those of x are not read, and that of expm1 is, if max_d <= 1.
+  static SMART_FAST_INLINE RowStatistics from(float scale, Center center, float max_x, float max_t, float max_d,
                                               float sum_x, float sum_t, float expm1_sum) {
-    const float safe_t = Formulas::finite_max(max_t), shift = scale * center.shift;
+    const float safe_t = Formulas::finite_max(max_t);
     float safe_x = Formulas::finite_max(max_x);
-    if (max_d <= 1.0f) Formulas::sums_of_x(safe_t, sum_t, expm1_sum, shift, safe_x, sum_x);
+    if (max_d <= 1.0f)
+      Formulas::sums_of_x(safe_t, sum_t, expm1_sum, scale * center.shift, safe_x, sum_x);
+    else
+      center = {Formulas::finite_or_zero((safe_x - safe_t) / scale), true};
     return {safe_x, safe_t, 1.0f / sum_x, 1.0f / sum_t, center,
-            Formulas::log_ratio(safe_x, sum_x, safe_t, sum_t, expm1_sum, max_d, shift), 0.0f, 0.0f,
+            Formulas::log_ratio(safe_x, sum_x, safe_t, sum_t, expm1_sum, max_d, scale * center.shift), 0.0f, 0.0f,
             max_d < 0.5f};  // |L| <= max |delta|
   }
 

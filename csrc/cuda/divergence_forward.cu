@@ -94,7 +94,7 @@ struct NearSums {
     if constexpr (Row<KIND>::one_read) {
       const float inverse = 1.0f / sum_t, f = values[2] * inverse, delta = values[1] * inverse, u = delta + f;
       first = Row<KIND>::first_of_means(u, f, delta, values[0] * inverse, args.alpha);
-      return args.terms == nullptr && u * u <= f;
+      return args.terms == nullptr && u * u <= 0.5f * f;  // KL(q || p) is then at least half of f
     } else {
       return false;
     }
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
     Center center = {Formulas::finite_or_zero(mean[0] / mean[1]), false};
     const float max_d = args.scale * fmaxf(largest[2] - center.shift, largest[3] + center.shift);
     // One class is zero to the last bit without what rounding left out.
-    center.exact = shape.width > 1 && (max_d > 1.0f || largest[2] + largest[3] < fabsf(center.shift));
+    center.exact = shape.width > 1 && largest[2] + largest[3] < fabsf(center.shift);
     float sum_x[1] = {0.0f}, sum_t = 0.0f;
     NearSums<KIND> near = {};
     if (max_d <= 1.0f) {
@@ -297,12 +297,9 @@ __device__ __forceinline__ Center center_of(const Divergence& args, const Chunk<
 template <Kind KIND>
 struct Running {
   float max_x, max_t, max_d, sum_x, sum_t;
-  float peak;  // a difference of the class with the largest t, or one near it
   NearSums<KIND> near;
 
-  static SMART_FAST_INLINE Running nothing(const Center& center) {
-    return {-Scalar::infinity, -Scalar::infinity, 0.0f, 0.0f, 0.0f, center.shift, {}};
-  }
+  static SMART_FAST_INLINE Running nothing() { return {-Scalar::infinity, -Scalar::infinity, 0.0f, 0.0f, 0.0f, {}}; }
 
   template <int SIZE>
   SMART_FAST_INLINE void add_near(const Divergence& args, const float (&t)[SIZE], const float (&delta)[SIZE]) {
@@ -328,10 +325,6 @@ struct Running {
       max_d = fmaxf(max_d, args.scale * fabsf(d[i] - center.shift));
       new_x = fmaxf(new_x, x[i]);
       new_t = fmaxf(new_t, t[i]);
-    }
-    if (args.scale * new_t > max_t) {
-#pragma unroll
-      for (int i = 0; i < SIZE; ++i) peak = t[i] == new_t ? d[i] : peak;
     }
     rebase_t(args.scale * new_t);
     rebase_x(args.scale * new_x);
@@ -364,27 +357,25 @@ struct Running {
     }
   }
 
-  // Of the whole group, and the center that its statistics are to have. `left`: whether this thread has sums of x.
+  // Of the whole group. `left`: whether this thread has sums of x.
   template <class Group>
-  __device__ __forceinline__ Center merge(const Divergence& args, const Center& center, bool left, Group& group) {
+  __device__ __forceinline__ void merge(const Divergence& args, const Center& center, bool left, Group& group) {
     float furthest[2] = {max_d, max_t};
     group.template reduce<Max>(furthest);
-    const float own_t = max_t;
     if (furthest[0] > 1.0f && !left) leave(args, center);
     rebase_t(furthest[1]);
     max_d = furthest[0];
     if (max_d <= 1.0f) {
       reduce_near(near, sum_t, group);
-      return center;
+      return;
     }
-    float largest[2] = {max_x, own_t == furthest[1] ? peak : -Scalar::infinity};
+    float largest[1] = {max_x};
     group.template reduce<Max>(largest);
     rebase_x(largest[0]);
     float sums[2] = {sum_x, sum_t};
     group.template reduce<Sum>(sums);
     sum_x = sums[0];
     sum_t = sums[1];
-    return {Formulas::finite_or_zero(largest[1]), true};
   }
 };
 
@@ -416,8 +407,8 @@ __global__ void __launch_bounds__(LONG_THREADS, BLOCKS<T, KIND>) long_kernel(con
     }
     // Chunks of every thread, the last ones beyond the row: threads of a warp stay together.
     const int count = real ? int(ceil_div(shape.width + row * shape.width % size, step)) : 0;
-    Center center = center_of<T>(args, next_x, next_t, group);
-    Running<KIND> running = Running<KIND>::nothing(center);
+    const Center center = center_of<T>(args, next_x, next_t, group);
+    Running<KIND> running = Running<KIND>::nothing();
     bool left = false;
     for (int k = 0; k < count; ++k) {
       const int64_t first = begin + k * step;
@@ -447,7 +438,7 @@ __global__ void __launch_bounds__(LONG_THREADS, BLOCKS<T, KIND>) long_kernel(con
       unpack<T>(args, chunk_x, chunk_t, x, t, d);
       running.add_far(args, center, x, t, d);
     }
-    center = running.merge(args, center, left, group);
+    running.merge(args, center, left, group);
     if (args.parts != nullptr) {
       if (group.rank() == 0)
         write_parts(args, row, real, center, running.max_x, running.max_t, running.max_d, running.sum_x, running.sum_t,

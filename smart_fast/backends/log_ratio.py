@@ -6,8 +6,8 @@ With p = softmax(x) and q = softmax(t), everything is written in the log-ratio
     L = log1p(sum q expm1(delta))     where max |delta| <= 1
         lse(x) - lse(t) - c           elsewhere: expm1 would overflow
 
-so that losses of nearly equal sides keep their digits. c, the mean of x - t under q, is what softmax does not see: with
-the rounding error of x - t added back, a constant added to a row costs no digits. fp32 inside, float64 for float64
+so that losses of nearly equal sides keep their digits. c is what softmax does not see, the mean of x - t under q, or the
+difference of the maxima far apart: with the rounding error of x - t added back, a constant added to a row costs no digits. fp32 inside, float64 for float64
 logits. For losses that need more than `smart_fast.backends.pytorch` (which is smart-pytorch's order of operations) and
 have no kernel at hand.
 """
@@ -132,8 +132,9 @@ def merge(measured: Tensor, scale: float) -> Tensor:
     apart = torch.where(known, (shift - common) * scale, 0.0)
     sum_e = sum_e * apart.exp() + sum_t * apart.expm1()
     near = (max_d + apart.abs()).amax(0) <= 1.0
-    shift = common.squeeze(0)
+    # Far apart, that of the maxima: log-ratios of the classes that count on both sides are not far from it.
     gap = peak_x - peak_t
+    shift = torch.where(near, common.squeeze(0), torch.where(gap.isfinite(), gap / scale, 0.0))
     far = ((gap - shift * scale) + rounding_error(peak_x, peak_t, gap)) + (total_x.log() - total_t.log())
     log_ratio = torch.where(near, ((sum_e * share_t).sum(0) / total_t).log1p(), far)
     zero = torch.zeros_like(shift)

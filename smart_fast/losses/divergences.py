@@ -323,12 +323,16 @@ def _jsd_reference(input: Tensor, target: Tensor, reduction: str, beta: Any) -> 
         shift = (q * torch.where(known, d, limit)).sum(-1, keepdim=True)
         rest = rounding_error(known_x, known_t, d) if x.shape[-1] > 1 else torch.zeros_like(d)
         near = (torch.where(known, d, limit) - shift).abs().amax(-1, keepdim=True) <= 1.0
-        shift = torch.where(near, shift, 0.0)
+        peak_x, peak_t = x.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
+        gap = peak_x - peak_t
+        shift = torch.where(near, shift, gap)
     delta = torch.where(known, (d - shift) + rest, limit - torch.where(one == other, 0.0, shift))
     log_ratio = torch.where(
         near,
         (q * torch.where(near, delta, 0.0).expm1()).sum(-1, keepdim=True).log1p(),
-        x.logsumexp(-1, keepdim=True) - t.logsumexp(-1, keepdim=True),
+        (x - peak_x).logsumexp(-1, keepdim=True)
+        - (t - peak_t).logsumexp(-1, keepdim=True)
+        + rounding_error(peak_x, peak_t, gap),
     )
     r = delta - log_ratio
     close = r.abs() < 1.0
