@@ -62,7 +62,7 @@ def divergence_forward_kernel(
         x_ptr, t_ptr, x_base, t_base, skew, real, 0, width, scale, MASKED, FROM_DIFFERENCE, SCALED, SKEW, MOMENTS, ROWS,
         BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
-    log_ratio = log_ratio_of(max_x, sum_x, max_t, sum_t, widest, sum_u)
+    log_ratio = log_ratio_of(max_x, sum_x, max_t, sum_t, widest, shift * scale, sum_u)
     if BLOCK == 4:  # one class: p = q = 1, and r must be zero to the last bit
         log_ratio = tl.where(width == 1, sum_delta, log_ratio)
     inv_x = 1.0 / sum_x

@@ -49,12 +49,24 @@ def skewed(base, SKEW: tl.constexpr):
 
 
 @triton.jit
+def _left_out(x, t, d):
+    """What rounding took from d = x - t (Knuth's two-difference); NaN where d is not finite."""
+    back = d - x
+    return (x - (d - back)) - (t + back)
+
+
+@triton.jit
+def finite_or_zero(x):
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
 def load_pair(
     x_ptr, t_ptr, x_base, t_base, skew, col, real, width, shift, scale,
     FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, SKEW: tl.constexpr, DROP: tl.constexpr = True,
 ):  # fmt: skip
-    """``(x, t, delta)`` of a tile: delta = (x - t) - shift, with what rounding takes from x - t put back (Knuth's
-    two-difference). Outside, and where both are minus infinity: minus infinity, and delta zero.
+    """``(x, t, delta)`` of a tile: delta = (x - t) - shift, with what rounding takes from x - t put back.
+    Outside, and where both are minus infinity: minus infinity, and delta zero.
 
     FROM_DIFFERENCE: ``x_ptr`` holds x - t, and t alone tells which classes there are. Scaled last: differences keep
     their precision. SKEW: bases and columns are those of `skewed`; loads' parts of other rows are left if not DROP.
@@ -74,10 +86,8 @@ def load_pair(
         x = t + x
     else:
         d = x - t
-        back = d - x
-        rest = (x - (d - back)) - (t + back)
         delta = d - shift[:, None]
-        delta = tl.where(tl.abs(delta) < float("inf"), delta + rest, delta)
+        delta = tl.where(tl.abs(delta) < float("inf"), delta + _left_out(x, t, d), delta)
         delta = tl.where((x == NEG_INF) & (t == NEG_INF), 0.0, delta)
     if SCALED:
         x = x * scale
@@ -166,8 +176,7 @@ def first_look(
     max_t = finite_max(max_t)
     e = exp((t - max_t[:, None]) * scale)
     sum_t, sum_d = two_sums(e, e * d)
-    shift = sum_d / sum_t
-    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
+    shift = finite_or_zero(sum_d / sum_t)
     if SCALED:
         max_x = max_x * scale
         max_t = max_t * scale
@@ -256,8 +265,10 @@ def parts_of_blocks(
     sum_u, sum_delta, sum_f, sum_product)``.
 
     The sums of exponentials are relative to the bases, which are within REACH of the maxima. ``widest`` is the largest
-    |delta|, delta = x - t - shift (scaled); while it is at most one, ``sum_u`` is the sum of e expm1(delta), with
+    |delta|, delta = x - t - shift (scaled). While it is at most one, ``sum_u`` is the sum of e expm1(delta), with
     e = exp(t - base_t), and the last three are those of e delta, e f(delta) and, if MOMENTS, of e expm1(delta) delta.
+    Otherwise the shift given is the difference of the maxima: log-ratios of classes that count on both sides are not
+    far from that.
     """
     base_x = tl.full([ROWS], 0.0, tl.float32)
     base_t = tl.full([ROWS], 0.0, tl.float32)
@@ -284,11 +295,11 @@ def parts_of_blocks(
             base_t = tl.where(astray, finite_max(top), base_t)
             attempt = tl.where(_any_row(astray & (widest <= 1.0)), attempt + 1, tries)
         # exp(x) = exp(t + shift) (1 + expm1(delta))
-        sum_x = sum_t + (sum_delta + sum_f)
+        scaled = shift
         if SCALED:
-            near_x = base_t + shift * scale
-        else:
-            near_x = base_t + shift
+            scaled = shift * scale
+        near_x = base_t + scaled
+        sum_x = (sum_t + (sum_delta + sum_f)) * (1.0 + _left_out(base_t, -scaled, near_x))
         far = widest > 1.0
         if _any_row(far):
             attempt = 0
@@ -303,15 +314,19 @@ def parts_of_blocks(
                 attempt = tl.where(_any_row(astray), attempt + 1, tries)
                 sum_x = tl.where(far, far_x, sum_x)
                 sum_t = tl.where(far, far_t, sum_t)
-            shift = tl.where(far, 0.0, shift)
+            gap = finite_or_zero(base_x - base_t)
+            if SCALED:
+                gap = gap / scale
+            shift = tl.where(far, gap, shift)
         base_x = tl.where(far, base_x, near_x)
     return base_x, sum_x, base_t, sum_t, widest, shift, sum_delta + sum_f, sum_delta, sum_f, sum_product
 
 
 @triton.jit
-def log_ratio_of(base_x, sum_x, base_t, sum_t, widest, sum_u):
-    """log sum exp(x) - log sum exp(t) - shift, which D - shift is: from the expression that keeps its precision."""
-    far = (base_x - base_t) + tl.log(sum_x / sum_t)
+def log_ratio_of(base_x, sum_x, base_t, sum_t, widest, shift, sum_u):
+    """log sum exp(x) - log sum exp(t) - shift (scaled), from the expression that keeps its precision."""
+    gap = base_x - base_t
+    far = ((gap - shift) + _left_out(base_x, base_t, gap)) + tl.log(sum_x / sum_t)
     return tl.where(widest <= 1.0, log1p(sum_u / sum_t), far)
 
 

@@ -19,6 +19,7 @@ from .divergence_rows import (
     PART_SUM_X,
     PARTS,
     finish_blocks,
+    finite_or_zero,
     load_statistics,
     log_ratio_of,
     parts_of_blocks,
@@ -72,7 +73,8 @@ def _merge_partials(partials_ptr, row, real, splits, scale, SPLITS: tl.constexpr
     u = more + f_near(more)
     sums_u = share_t * tl.load(at + PART_EXPM1_SUM, mask=there, other=0.0)
     sum_u = tl.sum(tl.where(filled, sums_u + u * (sums_u + sums_t), 0.0), axis=1)
-    return max_x, sum_x, max_t, sum_t, widest, tl.where(near, shift, 0.0), sum_u
+    gap = finite_or_zero(finite_max(max_x) - finite_max(max_t)) / scale
+    return max_x, sum_x, max_t, sum_t, widest, tl.where(near, shift, gap), sum_u
 
 
 @triton.jit
@@ -150,7 +152,7 @@ def divergence_finish_kernel(
         )
         max_x = finite_max(max_x)
         max_t = finite_max(max_t)
-        log_ratio = log_ratio_of(max_x, sum_x, max_t, sum_t, widest, sum_u)
+        log_ratio = log_ratio_of(max_x, sum_x, max_t, sum_t, widest, shift * as_fp32(scale), sum_u)
         inv_x = 1.0 / sum_x
         inv_t = 1.0 / sum_t
         if KEEP:
