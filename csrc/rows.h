@@ -90,6 +90,28 @@ SMART_FAST_HOST_INLINE auto with_update(Update update, const Visit& visit, const
   return unknown();
 }
 
+// The norm of a group of rows from their partial norms, on the host: true norms for paper, else l2 of squares.
+inline float group_norm(const float* partial, int64_t group, Norm norm, Update update) {
+  float largest = 0;
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < group; ++i) {
+    largest = partial[i] > largest ? partial[i] : largest;
+    sum += partial[i];
+    squares += double(partial[i]) * partial[i];
+  }
+  switch (norm) {
+    case Norm::inf:
+      return largest;
+    case Norm::l2:
+      return float(__builtin_sqrt(update == Update::paper ? squares : sum));
+    case Norm::l1:
+      return float(sum);
+    case Norm::opaque:
+      break;
+  }
+  return __builtin_nanf("");  // shows
+}
+
 // Row statistics that a divergence keeps for its backward pass, one fp32 each. The last two are sums over the row: KL(q ||
 // m) and KL(p || m) of jsd, the divergence of the row and zero of the others.
 enum Statistic : int { stat_max_t, stat_inv_sum_t, stat_max_x, stat_inv_sum_x, stat_shift, stat_first, stat_second, statistics };
