@@ -13,7 +13,6 @@
 #include <torch/version.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -137,17 +136,9 @@ std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Gener
 
 // Norms of groups of rows from the partial norms of the rows.
 std::vector<float> group_norms(const Tensor& partial, int64_t group, Norm norm, Update update) {
-  const float* value = partial.const_data_ptr<float>();
+  const float* values = partial.const_data_ptr<float>();
   std::vector<float> norms(size_t(partial.numel() / group));
-  for (size_t g = 0; g < norms.size(); ++g) {
-    float largest = 0;
-    double sum = 0;
-    for (int64_t i = 0; i < group; ++i, ++value) {
-      largest = std::max(largest, *value);
-      sum += norm == Norm::l2 && update == Update::paper ? double(*value) * *value : *value;
-    }
-    norms[g] = float(norm == Norm::inf ? largest : norm == Norm::l1 ? sum : std::sqrt(sum));
-  }
+  for (size_t g = 0; g < norms.size(); ++g) norms[g] = group_norm(values + int64_t(g) * group, group, norm, update);
   return norms;
 }
 

@@ -41,6 +41,28 @@ constexpr const char* kind_names[] = {"kl", "sym_kl", "js", "jsd"};
 constexpr const char* norm_names[] = {"inf", "l2", "l1", "opaque"};
 constexpr const char* update_names[] = {"smart-pytorch", "sift", "paper"};
 
+// The norm of a group of rows from their partial norms, on the host: true norms for paper, else l2 of squares.
+inline float group_norm(const float* partial, int64_t group, Norm norm, Update update) {
+  float largest = 0;
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < group; ++i) {
+    largest = partial[i] > largest ? partial[i] : largest;
+    sum += partial[i];
+    squares += double(partial[i]) * partial[i];
+  }
+  switch (norm) {
+    case Norm::inf:
+      return largest;
+    case Norm::l2:
+      return float(__builtin_sqrt(update == Update::paper ? squares : sum));
+    case Norm::l1:
+      return float(sum);
+    case Norm::opaque:
+      break;
+  }
+  return __builtin_nanf("");  // shows
+}
+
 // A choice as an argument, known at compile time.
 template <auto VALUE>
 struct Constant {

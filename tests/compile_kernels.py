@@ -161,7 +161,7 @@ def _record_divergence(dtype: torch.dtype, width: int, masked: bool, every: bool
     stats = torch.empty(6, STATISTICS, device="meta")
     grads = {"terms": x, "rows": torch.empty(3, 2, device="meta").T, "sum": torch.empty((), device="meta")}
     for kind, output, scale, relative in itertools.product(
-        ("kl", "sym_kl", "js", "jsd"), ("terms", "rows", "sum"), (1.0, 0.5), (False, True)
+        ops.KINDS, ("terms", "rows", "sum"), (1.0, 0.5), (False, True)
     ):
         plain = scale == 1.0 and not relative
         if output == "rows":  # sums of many rows are rows too, so that plain ones are there

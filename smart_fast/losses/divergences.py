@@ -4,8 +4,8 @@ With p = softmax(x) of the input, q = softmax(t) of the target, every formula is
 r = log p - log q (how it is found without cancellation is `smart_fast.backends.log_ratio`'s business) and in functions
 that are exact near zero. They serve float32 and float64 alike.
 
-A new divergence is one row here, its formula in the Triton and in the C++ kernels, and its public functions in
-`smart_fast.losses.logits` and `smart_fast.losses.linear`.
+A new divergence is one row here, its formula in kernels/divergence_formulas.py and in csrc/divergence.h, its name in
+csrc/rows.h, and its public functions in `smart_fast.losses.logits` and `smart_fast.losses.linear`.
 
 Imports neither backends nor autograd: both import this.
 """
