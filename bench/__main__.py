@@ -29,6 +29,7 @@ ALONE = (
     "tune",
     "compare",
     "host",
+    "instructions",
     "report",
 )  # what goes with no other group (commands.py)
 GRACE = 20.0  # seconds past the limit in which cases still start, without torch.compile
@@ -50,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         "quality: what the regularizers do to accuracy, clean and attacked; or kernels: bytes over time of each fused "
         "kernel; or tune: sweep launch choices of the Triton kernels on a GPU, and write the table they are launched "
         "by; or compare A.json B.json: whether two runs agree on every speed; or host: what small calls cost the host, "
-        "Triton's kernels launched into a stub of the CUDA driver; or report: measure nothing, write README.md's "
+        "Triton's kernels launched into a stub of the CUDA driver; or instructions: how many the hot loops of the "
+        "Triton kernels take, compiled for an H100; or report: measure nothing, write README.md's "
         "tables from bench/results",
     )
     made.add_argument(

@@ -154,6 +154,21 @@ def host(call: Call) -> int:
     return 0
 
 
+def instructions(call: Call) -> int:
+    from . import instructions
+    from .report import environment
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        call.console.print("[yellow]not run:[/] TRITON_INTERPRET=1 compiles nothing", highlight=False)
+        return 1
+    table = instructions.rows(call.options.cases)
+    instructions.show(table, call.console)
+    path = call.options.json or call.folder / "instructions.json"
+    instructions.write(path, environment(torch.device("cpu")), table)
+    call.wrote(path)
+    return int(any(row["instructions"] > row["limit"] or row["stack"] for row in table))
+
+
 def report(call: Call) -> int:
     from . import readme
 
@@ -215,5 +230,6 @@ ALONE = {
     "tune": tune,
     "compare": compare,
     "host": host,
+    "instructions": instructions,
     "report": report,
 }

@@ -10,6 +10,7 @@ import functools
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+Wrap = Callable[[Any], Any]
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",

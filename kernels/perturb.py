@@ -38,7 +38,7 @@ def perturb_kernel(
         row = tl.arange(0, ROWS).to(tl.int64)
     else:
         blocks = tl.cdiv(width, BLOCK)
-        block = pid % blocks
+        block = (pid % blocks).to(tl.int64)
         row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = block * BLOCK + tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (col < width)[None, :]

@@ -12,51 +12,19 @@ import argparse
 import itertools
 import json
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from smart_fast.kernels.launch import MAX_BLOCK
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from bench import sass
 from smart_fast.backends import triton_launch as ops
 from smart_fast.backends.base import STATISTICS
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
 #: A width for each kind of tile: several rows a program (one class, unaligned, aligned), one row, a row in blocks.
 WIDTHS = (1, 3, 20, 768, 5000, 30522)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Recorder:
-    """Stands in for a kernel: keeps what it would have been launched with."""
-
-    def __init__(self, kernel: Any, launches: list[tuple[Any, dict[str, Any]]]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **options: Any) -> None:
-            named = dict(zip((p.name for p in self.kernel.params), args, strict=False))
-            self.launches.append((self.kernel, named | options))
-
-        return launch
 
 
 def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -67,8 +35,8 @@ def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
     """
     recorded: list[tuple[Any, dict[str, Any]]] = []
 
-    def wrap(kernel: Any) -> Recorder:
-        return Recorder(kernel, recorded)
+    def wrap(kernel: Any) -> sass.Recorder:
+        return sass.Recorder(kernel, recorded)
 
     for dtype, width in itertools.product(DTYPES, WIDTHS):
         if dtype is torch.float16 and width != 768 and not full:
@@ -83,15 +51,17 @@ def launches(full: bool = False) -> Iterator[tuple[Any, dict[str, Any]]]:
         _record_ascent(dtype, width, True, every, wrap)
         _record_divergence(dtype, width, True, every, full, wrap)
 
-    yield from _distinct(recorded, lambda kernel, arguments: (kernel.fn.__name__, repr(_specialize(kernel, arguments))))
+    yield from _distinct(
+        recorded, lambda kernel, arguments: (kernel.fn.__name__, repr(sass.specialized(kernel, arguments)))
+    )
 
 
 def one_of_each() -> Iterator[tuple[Any, dict[str, Any]]]:
     """A (kernel, arguments) of each kernel: bf16, masked, the last divergence of the table."""
     recorded: list[tuple[Any, dict[str, Any]]] = []
 
-    def wrap(kernel: Any) -> Recorder:
-        return Recorder(kernel, recorded)
+    def wrap(kernel: Any) -> sass.Recorder:
+        return sass.Recorder(kernel, recorded)
 
     for width in (30522, 768):  # the last ones are taken
         _record_fisher(torch.bfloat16, width, wrap)
@@ -183,58 +153,21 @@ def _record_divergence(dtype: torch.dtype, width: int, masked: bool, every: bool
             ops.divergence_finish(x, strided, stats, mask, *spec, wrap=wrap)
 
 
-def _specialize(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
-    """(signature, constants, attributes) as Triton's launcher would derive them."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for index, param in enumerate(kernel.params):
-        value = arguments[param.name]
-        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[param.name] = "constexpr"
-            constants[param.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        else:
-            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
 def compile_for(target: str, kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Compile one specialization; registers and bytes of stack from the machine code's own report."""
-    signature, constants, attributes = _specialize(kernel, arguments)
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": arguments["num_warps"]}
+    compiled = sass.compiled(target, kernel, arguments)
     if target.startswith("sm_"):
-        options["maxnreg"] = arguments["maxnreg"]
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    if target.startswith("sm_"):
-        registers, stack = _resources_nvidia(compiled.asm["cubin"])
+        registers, stack = sass.resources(compiled.asm["cubin"])
     else:
         registers, stack = _resources_amd(compiled.asm["amdgcn"])
+    signature, constants, _ = sass.specialized(kernel, arguments)
     return {
         "kernel": kernel.fn.__name__,
-        "options": {k: v for k, v in constants.items() if k.isupper()} | options,
+        "options": {k: v for k, v in constants.items() if k.isupper()} | {"num_warps": arguments["num_warps"]},
         "types": [t for t in signature.values() if t.startswith("*")],
         "registers": registers,
         "stack": stack,
     }
-
-
-def _resources_nvidia(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert found, report
-    return int(found[1]), int(found[2])
 
 
 def _resources_amd(assembly: str) -> tuple[int, int]:
@@ -247,7 +180,7 @@ def _resources_amd(assembly: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("target", choices=sass.TARGETS)
     parser.add_argument("--part", default="0/1", help="I/N: every N-th specialization, starting with the I-th")
     scope = parser.add_mutually_exclusive_group()
     scope.add_argument("--full", action="store_true", help="cross every width, dtype and option (many minutes)")

@@ -61,7 +61,7 @@ def run_python(code, *, cwd, path=(ROOT,), env=None):
     variables["PYTHONPATH"] = os.pathsep.join(map(str, path))
     variables.update(env or {})
     command = [sys.executable, "-c", code] if not isinstance(code, list) else [sys.executable, *code]
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
 
 
 def checks_of(worker):

@@ -66,7 +66,7 @@ seed = torch.empty(1, dtype=torch.int64, device="meta")
 step, rest = (1.0, 1.0), (1.0, 1.0, 1.0, False)
 for name, call in {CALLS!r}.items():
     launches = []
-    eval(call[:-1] + ", wrap=lambda kernel: compile_kernels.Recorder(kernel, launches))")
+    eval(call[:-1] + ", wrap=lambda kernel: compile_kernels.sass.Recorder(kernel, launches))")
     kernel, arguments = launches[-1]
     found = "compiled"
     try:

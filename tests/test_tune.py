@@ -574,7 +574,7 @@ for kernel, choice, call in (
 ):
     recorded = []
     with tuning.override(kernel, choice):
-        call(lambda k: ck.Recorder(k, recorded))
+        call(lambda k: ck.sass.Recorder(k, recorded))
     print(json.dumps(ck.compile_for("sm_90", *recorded[0])))
 """
 
