@@ -102,6 +102,41 @@ def test_vocabulary(kind: str, width: int, apart: float, device: torch.device, p
     check(got, expected(kind, x, t, "batchmean", 1.0, None), 2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *exhaustively(torch.float32)])
+@pytest.mark.parametrize("width", [259, *exhaustively(2045, 8191, 8197)])
+@pytest.mark.parametrize("apart", [1e-2, 3.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_that_begin_within_16_bytes(
+    masked: bool, apart: float, width: int, dtype: torch.dtype, device: torch.device, poison: None
+) -> None:
+    """Loads and stores of 16 bytes hold parts of two rows: neither takes what belongs to the other."""
+    x, t = pair((8, width), apart, device, dtype)
+    x[3], t[5] = x[3] + 40, t[5] - 40  # what would show next door
+    mask = torch.arange(8, device=device) % 3 != 1
+    options = {"mask": mask} if masked else {}
+    g = torch.tensor(1.7, device=device)
+    for kind in ("sym_kl", "jsd"):
+        got = loss_and_grads(kind, x, t, "mean", 0.7, g, **options)
+        want = expected(kind, x, t, "mean", 0.7, g, options.get("mask"))
+        ulp = 2**-7 if dtype is torch.bfloat16 else 0.0
+        check(got[:1], want[:1], 2e-6)
+        for value, reference in zip(got[1:], want[1:], strict=True):
+            rows = (value.cpu().double() - reference).abs().amax(-1)
+            assert (rows <= (2e-6 + ulp) * reference.abs().amax(-1)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_first_block_that_is_unlike_the_row(kind: str, device: torch.device, poison: None) -> None:
+    """What is taken from the first columns, a reference for exponentials and a typical difference, is no guide here."""
+    x, t = pair((3, 9000), 1e-2, device)
+    t[0, 8500:] += 80  # exponentials relative to the first columns overflow
+    x[0, 8500:] += 80
+    x[1, 4500:] += 0.3  # differences are typical of half of the row
+    x[2, 8999] += 200
+    got = loss_and_grads(kind, x, t, "sum", 0.7)
+    check(got, expected(kind, x, t, "sum", 0.7, None), 3e-6)
+
+
 @pytest.mark.parametrize("width", [1, *exhaustively(262144)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_narrowest_and_widest(kind: str, width: int, device: torch.device, poison: None) -> None:
