@@ -100,11 +100,6 @@ struct Divergence {
     return M::select(near, series, far);
   }
 
-  // x - t, zero where both are minus infinity.
-  static SMART_FAST_INLINE F difference(F x, F t) {
-    return M::select((x == -M::infinity) & (t == -M::infinity), M::splat(0.0f), x - t);
-  }
-
   // x - t - d, exactly, where d is x - t as it was rounded (Knuth's two-sum); NaN where d is not finite.
   static SMART_FAST_INLINE F rounding_error(F x, F t, F d) {
     const F back = d - x;
