@@ -100,11 +100,6 @@ struct Divergence {
     return M::select(near, series, far);
   }
 
-  // x - t, zero where both are minus infinity.
-  static SMART_FAST_INLINE F difference(F x, F t) {
-    return M::select((x == -M::infinity) & (t == -M::infinity), M::splat(0.0f), x - t);
-  }
-
   // x - t - d, exactly, where d is x - t as it was rounded (Knuth's two-sum); NaN where d is not finite.
   static SMART_FAST_INLINE F rounding_error(F x, F t, F d) {
     const F back = d - x;
@@ -178,7 +173,7 @@ inline constexpr bool always_false = false;
 //     add_row_terms      adds a class's share of each, none of them negative; NEAR: p is not read
 //     conclude           what the statistics of the row keep of the sums, `first` and `second`
 //     loss               the loss of the row, from these two
-//     one_read           whether the loss of a row follows from means over it alone: `first_of_means`, see kl_of_means
+//     means              from how many means over it the loss of a near row follows, 2 or 3: `first_of_means`; 0: it does not
 //     factor             of the upstream gradient, before it is passed to `row_gradients` as `scale`
 //     opposite           whether dt = -dx
 //     late               see above; with `Late::target`, dt follows from q, r and the sums alone
@@ -197,8 +192,7 @@ template <class M>
 struct OneSum : Divergence<M> {
   using F = typename M::F;
 
-  static constexpr int row_sums = 1;
-  static constexpr bool one_read = false;
+  static constexpr int row_sums = 1, means = 0;
   static constexpr Late late = Late::none;
 
   static SMART_FAST_INLINE void conclude(const F (&sums)[1], float, F& first, F& second) {
@@ -229,10 +223,10 @@ struct RowFormulas<M, Kind::kl> : OneSum<M> {
   using F = typename M::F;
   using S = OneSum<M>;
 
-  static constexpr bool one_read = true;
+  static constexpr int means = 2;
   static constexpr Late late = Late::target;
 
-  static SMART_FAST_INLINE F first_of_means(F u, F f, F, F, float) { return D::kl_of_means(u, f); }
+  static SMART_FAST_INLINE F first_of_means(F delta, F f, F, float) { return D::kl_of_means(delta + f, f); }
   template <bool NEAR>
   static SMART_FAST_INLINE void add_row_terms(F p, F q, F r, float, F (&sums)[1]) {
     const auto near = M::abs(r) < 1.0f;
@@ -263,12 +257,12 @@ struct RowFormulas<M, Kind::sym_kl> : OneSum<M> {
   using F = typename M::F;
   using S = OneSum<M>;
 
-  static constexpr bool one_read = true;
+  static constexpr int means = 3;
 
   static SMART_FAST_INLINE bool opposite(float alpha) { return alpha == 1.0f; }
 
-  static SMART_FAST_INLINE F first_of_means(F u, F f, F delta, F u_delta, float alpha) {
-    const F both = D::both_of_means(u, delta, u_delta);
+  static SMART_FAST_INLINE F first_of_means(F delta, F f, F u_delta, float alpha) {
+    const F u = delta + f, both = D::both_of_means(u, delta, u_delta);
     return alpha == 1.0f ? both : both + (alpha - 1.0f) * D::kl_of_means(u, f);
   }
   template <bool NEAR>
@@ -354,8 +348,7 @@ struct RowFormulas<M, Kind::jsd> : Divergence<M> {
   using D = Divergence<M>;
   using F = typename M::F;
 
-  static constexpr int row_sums = 2;
-  static constexpr bool one_read = false;
+  static constexpr int row_sums = 2, means = 0;
   static constexpr Late late = Late::both;
 
   // u = log m - log q and v = log m - log p. The logarithm of 1 + w expm1(-|r|) never sees more than one: of the larger

@@ -24,8 +24,8 @@ def pair(
     return (t + apart * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype), t.to(dtype)
 
 
-def check(value: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
-    error = oracle.relative_error(value, reference)
+def check(value: Tensor, reference: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> None:
+    error = oracle.relative_error(value, reference, scale)
     assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
 
 
@@ -56,17 +56,20 @@ def test_float64_agreement(
     if output == "terms":
         want = torch.where(rows, oracle.divergence_terms(kind, *scaled, alpha), 0.0)
         gradients = oracle.divergence_grads(kind, *scaled, alpha, g)
+        scales = oracle.gradient_scales(kind, *scaled, alpha, g)
     else:
         want = weight * torch.where(mask, oracle.divergence_rows(kind, *scaled, alpha), 0.0)
         want = want.sum() if output == "sum" else want
         unit = torch.ones(1, dtype=torch.float64)
         gradients = oracle.divergence_grads(kind, *scaled, alpha, unit)
-        gradients = tuple(weight * g.double().expand(3, 4).unsqueeze(-1) * each for each in gradients)
+        scales = oracle.gradient_scales(kind, *scaled, alpha, unit)
+        upstream = weight * g.double().expand(3, 4).unsqueeze(-1)
+        gradients, scales = (tuple(upstream * each for each in sides) for sides in (gradients, scales))
     check(loss, want, dtype)
-    for value, reference in zip(found, gradients, strict=True):
+    for value, reference, size in zip(found, gradients, scales, strict=True):
         assert value is not None
         assert value.dtype == dtype
-        check(value, torch.where(rows, scale * reference, 0.0), dtype)
+        check(value, torch.where(rows, scale * reference, 0.0), dtype, torch.where(rows, scale * size, 0.0))
 
 
 @pytest.mark.parametrize("apart", [1e-3, 5.0])

@@ -62,14 +62,19 @@ SMART_FAST_INLINE void deltas_of(const Divergence& args, const Center& center, c
 #pragma unroll
   for (int i = 1; i < size; ++i) least = fminf(least, t[i]);
   float x[size];
-  if (least == -Scalar::infinity || center.exact || args.from_difference) {
+  if (least == -Scalar::infinity || (center.exact && !args.from_difference)) {
     unpack<T>(args, chunk_x, chunk_t, x, t, delta);
     center_on(args, center, x, t, delta);
     return;
   }
   chunk_x.unpack(x);
+  if (args.from_difference) {
 #pragma unroll
-  for (int i = 0; i < size; ++i) delta[i] = args.scale * ((x[i] - t[i]) - center.shift);
+    for (int i = 0; i < size; ++i) delta[i] = args.scale * (x[i] - center.shift);
+  } else {
+#pragma unroll
+    for (int i = 0; i < size; ++i) delta[i] = args.scale * ((x[i] - t[i]) - center.shift);
+  }
 }
 
 // What is known of a row once it has been read; maxima are those of scaled logits.

@@ -62,19 +62,19 @@ SMART_FAST_INLINE void add_terms(const Divergence& args, const RowStatistics& st
     write_terms<T, KIND>(args, statistics, row, first, real, x, t, delta);
 }
 
-// Sums over a row whose |delta| are at most one, of exponentials e of t: where the loss follows from means over the row, of
-// e delta expm1(delta), e delta and e (expm1(delta) - delta), and else of e expm1(delta).
+// Sums over a row whose |delta| are at most one, with exponentials e of t: where the loss follows from means over the row, of
+// e delta, e (expm1(delta) - delta) and, if there are three, e delta expm1(delta); else of e expm1(delta).
 template <Kind KIND>
 struct NearSums {
-  static constexpr int count = Row<KIND>::one_read ? 3 : 1;
+  static constexpr int count = Row<KIND>::means > 0 ? Row<KIND>::means : 1;
   float values[count];
 
   SMART_FAST_INLINE void add(float e, float delta) {
     const float f = Formulas::f_near(delta), weighted = e * delta;
-    if constexpr (Row<KIND>::one_read) {
-      values[0] += weighted * (delta + f);
-      values[1] += weighted;
-      values[2] += e * f;
+    if constexpr (Row<KIND>::means > 0) {
+      values[0] += weighted;
+      values[1] += e * f;
+      if constexpr (Row<KIND>::means > 2) values[2] += weighted * (delta + f);
     } else {
       values[0] += weighted + e * f;
     }
@@ -84,17 +84,17 @@ struct NearSums {
     for (int k = 0; k < count; ++k) values[k] *= factor;
   }
   SMART_FAST_INLINE float expm1_sum() const {
-    if constexpr (Row<KIND>::one_read)
-      return values[1] + values[2];
+    if constexpr (Row<KIND>::means > 0)
+      return values[0] + values[1];
     else
       return values[0];
   }
   // Whether they make the loss of the row without cancellation; it is then in `first`.
   SMART_FAST_INLINE bool conclude(const Divergence& args, float sum_t, float& first) const {
-    if constexpr (Row<KIND>::one_read) {
-      const float inverse = 1.0f / sum_t, f = values[2] * inverse, delta = values[1] * inverse, u = delta + f;
-      first = Row<KIND>::first_of_means(u, f, delta, values[0] * inverse, args.alpha);
-      return args.terms == nullptr && u * u <= 0.5f * f;  // KL(q || p) is then at least half of f
+    if constexpr (Row<KIND>::means > 0) {
+      const float inverse = 1.0f / sum_t, delta = values[0] * inverse, f = values[1] * inverse, u = delta + f;
+      first = Row<KIND>::first_of_means(delta, f, values[count - 1] * inverse, args.alpha);
+      return args.terms == nullptr && u * u <= 0.5f * f;  // KL(q || p) is then most of f
     } else {
       return false;
     }
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(most_threads, 1) row_kernel(const Divergence a
       }
     }
     reduce_near(near, sum_t, group);
-    group.reduce<Sum>(sum_x);
+    if (group.any(max_d > 1.0f)) group.reduce<Sum>(sum_x);
     if (args.parts != nullptr) {
       if (group.rank() == 0 && valid)
         write_parts(args, row, real, center, largest[0], largest[1], max_d, sum_x[0], sum_t, near.expm1_sum());

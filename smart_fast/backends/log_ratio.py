@@ -6,8 +6,8 @@ With p = softmax(x) and q = softmax(t), everything is written in the log-ratio
     L = log1p(sum q expm1(delta))     where max |delta| <= 1
         lse(x) - lse(t) - c           elsewhere: expm1 would overflow
 
-so that losses of nearly equal sides keep their digits. c is what softmax does not see, the mean of x - t under q, or
-the difference of the maxima far apart: with the rounding error of x - t added back, a constant added to a row costs no
+so that losses of nearly equal sides keep their digits. c is what softmax does not see: the mean of x - t under q, or,
+far apart, the difference of the maxima. With the rounding error of x - t added back, a constant added to a row costs no
 digits. fp32 inside, float64 for float64 logits. For losses that need more than `smart_fast.backends.pytorch` (which is
 smart-pytorch's order of operations) and have no kernel at hand.
 """
