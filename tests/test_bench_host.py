@@ -13,13 +13,14 @@ from bench import host
 from tests.helpers import ROOT, once, run_python
 
 ATTEMPTS = 4
-#: The most that a case may cost, as a share of what it costs smart-pytorch, the model's own passes taken off. Wide of
-#: what is measured on an idle machine: tests run beside others.
+#: The most that a case may cost, as a share of what it costs smart-pytorch, the model's own passes taken off. Counted in
+#: instructions the shares are 1.19, 0.43, 0.75 and 0.33 (2.66 and 1.57 of Triton without plans); times in tests, beside
+#: other work, are less exact.
 BUDGETS = {
-    ("SMARTLoss", "triton"): 1.5,
+    ("SMARTLoss", "triton"): 1.6,
     ("SMARTLoss", "native"): 0.7,
-    ("sym_kl_loss", "triton"): 1.2,
-    ("sym_kl_loss", "native"): 0.6,
+    ("sym_kl_loss", "triton"): 1.1,
+    ("sym_kl_loss", "native"): 0.55,
 }
 
 MEASURE = """
