@@ -169,7 +169,7 @@ def show(costs: list[Cost], console: Console) -> None:
 
     for case in dict.fromkeys(each.case for each in costs):
         table = Table(title=case, title_justify="left")
-        for column in ("contestant", "median", "best", "of smart-pytorch's, model passes apart"):
+        for column in ("contestant", "median", "best", "beside the model, of smart-pytorch's"):
             table.add_column(column, justify="left" if column == "contestant" else "right")
         for each in costs:
             if each.case == case:
@@ -180,5 +180,5 @@ def show(costs: list[Cost], console: Console) -> None:
 
 def save(costs: list[Cost], environment: dict[str, Any], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": asdict(environment), "costs": [asdict(each) for each in costs]}
+    content = {"environment": environment, "costs": [asdict(each) for each in costs]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
