@@ -129,7 +129,7 @@ def test_defaults_without_a_table(kernel, width):
     if kernel == "perturb_stream":
         expected = launch.stream_tile(rows * width)
     elif kernel == "divergence_split":
-        expected = launch.split_tile(rows, width, ops._processors(DEVICE))
+        expected = launch.together(launch.split_tile(rows, width, ops._processors(DEVICE)), rows)
         name = name if launch.splits(expected, width) > 1 else KERNEL_OF["divergence_forward"]
     else:
         expected = (launch.flat_tile if kernel in tune_candidates.FLAT else launch.row_tile)(width)
