@@ -255,6 +255,20 @@ def check_numbers_are_passed_on() -> None:
         assert planned.plans == 1, count
 
 
+def check_numbers_are_not_computed_with() -> None:
+    """A plan would hold what came out for the first ones."""
+
+    def doubled(embed: Tensor, seed: Tensor, noise_var: float, wrap: Any) -> Tensor:
+        return ops.perturb(embed, seed, noise_var + noise_var, None, None, wrap)
+
+    try:
+        Planned(doubled)(torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64), number())
+    except TypeError as error:
+        assert "launchers pass numbers on" in str(error)
+    else:
+        raise AssertionError("planned")
+
+
 def check_one_tensor_twice() -> None:
     planned, spec = Planned(ops.divergence_forward), (None, "kl", "sum", 1.0, 1.0, 1.0, False, True)
     both = torch.zeros(2, 8)
