@@ -134,7 +134,13 @@ def kernels(call: Call) -> int:
 
 
 def host(call: Call) -> int:
-    from . import driver_stub, host
+    try:
+        from . import driver_stub
+    except ModuleNotFoundError as error:
+        call.parser.exit(1, f"python -m bench host needs {error.name}, whose launches it measures\n")
+    from smart_fast import available_backends
+
+    from . import host
     from .report import environment
 
     build_native(call.console)
@@ -142,8 +148,6 @@ def host(call: Call) -> int:
         call.console.print(f"[yellow]not run:[/] triton: {reason}", highlight=False)
         return 1
     torch.set_num_threads(1)
-    from smart_fast import available_backends
-
     backends = tuple(name for name in host.OURS if name == "triton" or available_backends()[name] is None)
     with host.stubbed():
         costs = host.measure(host.contestants(backends), rounds=30 if call.options.quick else host.ROUNDS)

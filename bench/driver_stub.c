@@ -71,6 +71,10 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   *module = (CUmodule)1;
   return CUDA_SUCCESS;
 }
+CUresult cuModuleUnload(CUmodule module) {
+  (void)module;
+  return CUDA_SUCCESS;
+}
 CUresult cuModuleGetFunction(CUfunction* f, CUmodule module, const char* name) {
   (void)module;
   if (function_count == MOST_FUNCTIONS) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -151,6 +155,11 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
 }
 CUresult cuDriverGetVersion(int* version) {
   *version = 13010;
+  return CUDA_SUCCESS;
+}
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  (void)stream;
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
 CUresult cuGetErrorString(CUresult error, const char** text) {

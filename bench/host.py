@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # a step is timed where rich is not installed, too
 
 REFERENCE, PASSES = "smart-pytorch", "model passes only"
 OURS = ("triton", "native")
-ROUNDS, CALLS = 200, 3
+ROUNDS, CALLS = 400, 1
 WIDTH, CLASSES = 8, 2
 LOGITS = (4, 10)
 
@@ -136,7 +136,8 @@ def stubbed() -> Iterator[Any]:
 
 
 def measure(runs: dict[str, dict[str, Run]], rounds: int = ROUNDS) -> list[Cost]:
-    """Every contestant of a case in turn, a few calls a round: what slows the machine down slows all of them."""
+    """Every contestant of a case in turn: what slows the machine down slows all of them. Time is that of the thread,
+    so that other programs' turns do not count."""
     found = []
     for case, each in runs.items():
         times: dict[str, list[float]] = {name: [] for name in each}
@@ -146,10 +147,10 @@ def measure(runs: dict[str, dict[str, Run]], rounds: int = ROUNDS) -> list[Cost]
         order = list(each)
         for _ in range(rounds):
             for name in order:
-                run, begin = each[name], time.perf_counter()
+                run, begin = each[name], time.thread_time()
                 for _ in range(CALLS):
                     run()
-                times[name].append((time.perf_counter() - begin) / CALLS)
+                times[name].append((time.thread_time() - begin) / CALLS)
             order.append(order.pop(0))
         found += costs(case, times)
     return found
@@ -168,7 +169,7 @@ def show(costs: list[Cost], console: Console) -> None:
 
     for case in dict.fromkeys(each.case for each in costs):
         table = Table(title=case, title_justify="left")
-        for column in ("contestant", "median", "best", "of smart-pytorch's, model passes apart"):
+        for column in ("contestant", "median", "best", "beside the model, of smart-pytorch's"):
             table.add_column(column, justify="left" if column == "contestant" else "right")
         for each in costs:
             if each.case == case:
@@ -179,5 +180,5 @@ def show(costs: list[Cost], console: Console) -> None:
 
 def save(costs: list[Cost], environment: dict[str, Any], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": asdict(environment), "costs": [asdict(each) for each in costs]}
+    content = {"environment": environment, "costs": [asdict(each) for each in costs]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -253,6 +254,16 @@ def check_numbers_are_passed_on() -> None:
         args = torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64), number(), None, None
         assert launched(planned, args)[0] == launched(ops.perturb, args)[0]
         assert planned.plans == 1, count
+
+
+def check_numbers_are_not_computed_with() -> None:
+    """A plan would hold what came out for the first ones."""
+
+    def doubled(embed: Tensor, seed: Tensor, noise_var: float, wrap: Any) -> Tensor:
+        return ops.perturb(embed, seed, noise_var + noise_var, None, None, wrap)
+
+    with pytest.raises(TypeError, match="launchers pass numbers on"):
+        Planned(doubled)(torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64), number())
 
 
 def check_one_tensor_twice() -> None:

@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("rich", reason="the bench extra")
+
+from rich.console import Console
+
 from bench import host
 from tests.helpers import ROOT, once, run_python
 
 ATTEMPTS = 4
-#: The most that a case may cost, as a share of what it costs smart-pytorch, the model's own passes taken off. Wide of
-#: what is measured on an idle machine: tests run beside others.
+#: The most that a case may cost, as a share of what it costs smart-pytorch, the model's own passes taken off. Counted
+#: in instructions the shares are 1.19, 0.43, 0.75 and 0.33 (2.66 and 1.57 of Triton without plans); times of
+#: tests, which run beside other work, are less exact.
 BUDGETS = {
-    ("SMARTLoss", "triton"): 1.5,
+    ("SMARTLoss", "triton"): 1.6,
     ("SMARTLoss", "native"): 0.7,
-    ("sym_kl_loss", "triton"): 1.2,
-    ("sym_kl_loss", "native"): 0.6,
+    ("sym_kl_loss", "triton"): 1.1,
+    ("sym_kl_loss", "native"): 0.55,
 }
 
 MEASURE = """
@@ -67,3 +72,11 @@ def test_costs_are_shares_of_what_is_beside_the_model() -> None:
     assert costs["native"].share == pytest.approx(0.25)
     assert costs["native"].best == 1.4
     assert costs[host.REFERENCE].share is None
+
+
+def test_costs_are_shown_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = [host.Cost("a head", "native", 2e-6, 1e-6, 0.25)]
+    host.show(costs, Console(width=100))
+    assert "25%" in capsys.readouterr().out
+    host.save(costs, {"device": "a CPU"}, tmp_path / "out" / "host.json")
+    assert json.loads((tmp_path / "out" / "host.json").read_text())["costs"][0]["share"] == 0.25

@@ -99,3 +99,17 @@ def test_rows_copy_only_what_they_must() -> None:
 def test_too_many_rows() -> None:
     with pytest.raises(ValueError, match="rows"):
         as_rows(torch.empty(1, 1).expand(2**31, 1))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 2), (8, 3), (64, 20), (64, 32), (512, 4), (2, 1024)])
+def test_few_short_rows_are_one_program(rows: int, width: int) -> None:
+    tile = launch.together(launch.row_tile(width), rows)
+    assert launch.grid(tile, rows, whole_rows=True) == 1
+    assert tile.rows == launch.next_power_of_two(tile.rows)
+    assert tile.rows * tile.block <= max(launch.TOGETHER, launch.TILE)
+    assert tile.rows * tile.block <= tile.warps * 32 * 4 or tile.rows == 1  # elements of a thread: no spills
+
+
+@pytest.mark.parametrize(("rows", "width"), [(513, 4), (65, 32), (3, 1024), (2, 30522), (1, 8192)])
+def test_other_rows_are_taken_as_ever(rows: int, width: int) -> None:
+    assert launch.together(launch.row_tile(width), rows) == launch.row_tile(width)

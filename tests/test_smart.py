@@ -493,7 +493,8 @@ def test_the_backend_reaches_losses_inside_a_lambda(monkeypatch):
     monkeypatch.setattr(
         "smart_fast.losses.logits.select", lambda backend, *a, **k: asked.append(backend) or select("torch", *a)
     )
-    monkeypatch.setattr("smart_fast.losses.logits.plain_divergence", lambda backend: None)
+    for short in ("plain_divergence", "loaded"):
+        monkeypatch.setattr(f"smart_fast.losses.logits.{short}", lambda *_: None)
     net, embed = nn.Linear(WIDTH, 3), embedding()
     SMARTLoss(net, lambda p, s: kl_loss(p, s) + js_loss(p, s, backend="torch"), backend="native")(embed, net(embed))
     assert asked == ["native", "torch"] * 2
@@ -509,7 +510,8 @@ def test_two_smart_losses_inside_each_other_keep_their_backends(monkeypatch):
     monkeypatch.setattr(
         "smart_fast.losses.logits.select", lambda backend, *a, **k: asked.append(backend) or select("torch", *a)
     )
-    monkeypatch.setattr("smart_fast.losses.logits.plain_divergence", lambda backend: None)
+    for short in ("plain_divergence", "loaded"):
+        monkeypatch.setattr(f"smart_fast.losses.logits.{short}", lambda *_: None)
     net, embed = nn.Linear(WIDTH, 3), embedding()
     inner = SMARTLoss(net, kl_loss, backend="torch", num_steps=0)
     outer = SMARTLoss(net, lambda p, s: inner(embed, s) + kl_loss(p, s), backend="native", num_steps=0)

@@ -124,12 +124,12 @@ def test_every_kernel_has_calls():
 @every_kernel
 @pytest.mark.parametrize("width", [1, 3, 768, 8193, 30522])
 def test_defaults_without_a_table(kernel, width):
-    rows = 2 if kernel == "divergence_split" else 200
+    rows = 2 if kernel == "divergence_split" else 600  # more than one program takes together
     name = KERNEL_OF[kernel]
     if kernel == "perturb_stream":
         expected = launch.stream_tile(rows * width)
     elif kernel == "divergence_split":
-        expected = launch.split_tile(rows, width, ops._processors(DEVICE))
+        expected = launch.together(launch.split_tile(rows, width, ops._processors(DEVICE)), rows)
         name = name if launch.splits(expected, width) > 1 else KERNEL_OF["divergence_forward"]
     elif kernel in ("ascend", "ascend_norm"):
         expected = launch.ascend_tile(width)

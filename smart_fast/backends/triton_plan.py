@@ -79,6 +79,13 @@ class _Number(float):
     def __mul__(self, constant: float) -> _Number:
         return _Number(float(self) * constant, self.place, constant)
 
+    def _refuse(self, *_: Any) -> Any:
+        raise TypeError("launchers pass numbers on, at most times one of KEYED: anything else a plan would not repeat")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _refuse
+    __neg__ = __abs__ = __bool__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
+    __hash__ = float.__hash__
+
 
 class _Launch(NamedTuple):
     compiled: Any
