@@ -49,13 +49,22 @@ def _warps(elements: int) -> int:
     return 2 if elements <= TILE else min(16, elements // 256)
 
 
+def _looped(width: int) -> Tile:
+    return Tile(1, LOOP_BLOCK, -(-width // LOOP_BLOCK), 8)
+
+
 def row_tile(width: int) -> Tile:
-    """For kernels that need whole rows: `ascend`, `divergence` forward of many rows, elementwise backward."""
+    """For kernels that need whole rows: `ascend`, `divergence` forward of many rows."""
     if width > MAX_BLOCK:
-        return Tile(1, LOOP_BLOCK, -(-width // LOOP_BLOCK), 8)
+        return _looped(width)
     block = max(4, next_power_of_two(width))
     rows = max(1, TILE // block)
     return Tile(rows, block, 1, _warps(rows * block))
+
+
+def elementwise_tile(width: int) -> Tile:
+    """For gradients of elementwise terms, which hold more of a row than others do."""
+    return _looped(width) if width > MAX_BLOCK // 2 else row_tile(width)
 
 
 def ascend_tile(width: int) -> Tile:
@@ -112,7 +121,7 @@ def splits(tile: Tile, width: int) -> int:
 def merge_tile(count: int) -> Tile:
     """For kernels that merge what the ``count`` programs of a row found."""
     block = next_power_of_two(count)
-    return Tile(max(1, MERGED // block), block, 1, 4)
+    return Tile(max(1, MERGED // block), block, 1, 16)
 
 
 def flat_tile(width: int) -> Tile:

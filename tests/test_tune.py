@@ -133,6 +133,8 @@ def test_defaults_without_a_table(kernel, width):
         name = name if launch.splits(expected, width) > 1 else KERNEL_OF["divergence_forward"]
     elif kernel in ("ascend", "ascend_norm"):
         expected = launch.ascend_tile(width)
+    elif kernel == "divergence_backward_elementwise":
+        expected = launch.elementwise_tile(width)
     else:
         expected = (launch.flat_tile if kernel in tune_candidates.FLAT else launch.row_tile)(width)
     if name == "divergence_forward_kernel":

@@ -376,7 +376,7 @@ def divergence_backward(
     flags = {"KIND": kind, "WANT_X": want_input, "WANT_T": want_target, **_loads(mask, scale, from_difference)}
     if output == "terms":
         rows = as_rows(input, target, free=grad)  # often expanded: any strides will do
-        tile = _tile("divergence_backward_elementwise", launch.row_tile, width, input)
+        tile = _tile("divergence_backward_elementwise", launch.elementwise_tile, width, input)
         wrap(divergence_backward_elementwise_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
             rows.tensors[2], *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
             *rows.strides[0], *rows.strides[1], *rows.strides[2], rows.tensors[2].stride(-1), alpha, scale, **flags,
