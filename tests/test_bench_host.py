@@ -56,6 +56,7 @@ def attempts(native: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return once(tmp_path_factory, "host", measured)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("case", "contestant"), BUDGETS)
 def test_small_calls_cost_the_host_little(attempts: Any, case: str, contestant: str) -> None:
     shares = []

@@ -107,7 +107,9 @@ def test_a_backend_that_lacks_a_kind_is_not_asked_for_it(native: Any, monkeypatc
     class Older(type(native)):  # type: ignore[misc]
         """A backend whose kernels know one divergence."""
 
-        kinds = frozenset({"kl"})
+        def __init__(self, extension: Any) -> None:
+            super().__init__(extension)
+            self.kinds = frozenset({"kl"})
 
         def divergence(self, *_: Any) -> Tensor:
             raise AssertionError("the kernels of another divergence ran")

@@ -160,7 +160,7 @@ def test_beyond_32_bits(first: int, device: torch.device) -> None:
 def _unknown(seed_ptr, out_ptr):
     tl.store(
         out_ptr + tl.arange(0, 4)[None, :],
-        noise_tile(tl.load(seed_ptr), tl.full((1, 1), 0, tl.int64), 0, 1, 4, True, "other"),
+        noise_tile(tl.load(seed_ptr), tl.full((1, 1), 0, tl.int64), 0, 1, 4, True, NOISE="other"),
     )
 
 

@@ -195,7 +195,7 @@ VOCABULARIES = (2, 3, 10, 100, 1000, 5000)
 DIFFERENCES = ("independent", "outlier", "scaled", "shifted", "reversed")
 FAMILIES = list(itertools.product(DIFFERENCES, SCALES, VOCABULARIES))
 #: A few of every kind of difference, every size and every width among them.
-FEW = [each for index, each in enumerate(FAMILIES) if index % 7 == 0]
+FEW = [each for index, each in enumerate(FAMILIES) if index % 11 == 0]
 #: Rounding that nobody avoids: of probabilities, which are at most one, and of a divergence where a gradient is its
 #: difference from log-ratios of that size.
 FLOOR = 4 * 2.0**-24
@@ -228,6 +228,8 @@ def of_smart_pytorch(spec: DivergenceSpec, x: Tensor, t: Tensor) -> tuple[Tensor
 )
 def test_no_gradient_is_three_times_worse(difference: str, size: float, width: int, served: Served) -> None:
     x, t = family(difference, size, width)
+    if served[0].name == "triton" and served[1].type == "cpu":  # interpreted, where rows are programs
+        x, t = x[:2], t[:2]
     for kind in DIVERGENCES:
         spec = DivergenceSpec(kind, "rows", ALPHA[kind])
         _, *got = compute(served, spec, x, t)
