@@ -53,9 +53,23 @@ def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "accuracy": _accuracy(results / "accuracy.json"),
         "quality": _quality(results / "quality.json"),
         "agreement": _agreement(results / "agreement-1.json", results / "agreement-2.json"),
+        "instructions": _instructions(results / "instructions.json"),
         "speed": "\n".join(_speed(report) for report in others if report.rows),
         "speed-lm": "\n".join(_language(report) for report in language if report.rows) or NOT_MEASURED,
     }
+
+
+def _instructions(path: pathlib.Path) -> str:
+    content = json.loads(path.read_text())
+    versions = content["environment"]["versions"]
+    lines = [
+        f"Predicted, not measured: counted in {content['target']} code that Triton {versions['triton']} makes.\n",
+        "| hot loop of | dtype | instructions an element | at copy speed | registers | blocks a multiprocessor |",
+        "|---|---|---|---|---|---|",
+    ]
+    columns = ("case", "dtype", "instructions", "budget", "registers", "blocks")
+    lines += ["| " + " | ".join(str(row[each]) for each in columns) + " |" for row in content["rows"]]
+    return "\n".join(lines) + "\n"
 
 
 def _newest(reports: Sequence[Report]) -> list[Report]:
