@@ -27,7 +27,6 @@ from .divergence_rows import (
     skewed,
     store_statistics,
     store_sums,
-    two_sums,
 )
 from .indexing import as_fp32, row_offset, rows_there
 
@@ -216,7 +215,7 @@ def divergence_backward_elementwise_kernel(
             more_one, more_two = upstream_terms(p, q, r, h, first, alpha, KIND)
             one += lane_sum(tl.where(inside, more_one, 0.0), ROWS, BLOCK)
             two += lane_sum(tl.where(inside, more_two, 0.0), ROWS, BLOCK)
-    one, two = two_sums(one, two)
+    one, two = tl.sum(one, axis=1), tl.sum(two, axis=1)
 
     for block in tl.range(BLOCKS, num_stages=STAGES):
         col = block * BLOCK + tl.arange(0, BLOCK)

@@ -143,16 +143,13 @@ def store_terms(
 @triton.jit
 def _four_sums(a, b, c, d):
     """The sums over the columns of four tiles, by one exchange between threads."""
-    sums = tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=1)
-    left, right = tl.split(sums)
+    rows: tl.constexpr = a.shape[0]
+    pairs = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (3, 2, 0, 1))
+    sums = tl.reshape(tl.sum(tl.reshape(pairs, [4 * rows, a.shape[1]]), axis=1), [2, 2, rows])
+    left, right = tl.split(tl.permute(sums, (2, 1, 0)))
     a, b = tl.split(left)
     c, d = tl.split(right)
     return a, b, c, d
-
-
-@triton.jit
-def two_sums(a, b):
-    return tl.split(tl.sum(tl.join(a, b), axis=1))
 
 
 @triton.jit
@@ -175,7 +172,7 @@ def first_look(
     max_x, max_t = _two_maxima(x, t)
     max_t = finite_max(max_t)
     e = exp((t - max_t[:, None]) * scale)
-    sum_t, sum_d = two_sums(e, e * d)
+    sum_t, sum_d = tl.sum(e, axis=1), tl.sum(e * d, axis=1)
     shift = finite_or_zero(sum_d / sum_t)
     if SCALED:
         max_x = max_x * scale
@@ -238,7 +235,7 @@ def _far_sums(
         sum_t += lane_sum(exp(t - base_t[:, None]), ROWS, BLOCK)
         top_x = tl.maximum(top_x, _lane_max(x, ROWS, BLOCK))
         top_t = tl.maximum(top_t, _lane_max(t, ROWS, BLOCK))
-    sum_x, sum_t = two_sums(sum_x, sum_t)
+    sum_x, sum_t = tl.sum(sum_x, axis=1), tl.sum(sum_t, axis=1)
     top_x, top_t = _two_maxima(top_x, top_t)
     return sum_x, sum_t, top_x, top_t
 
@@ -355,7 +352,7 @@ def finish_blocks(
             )
             one += more
             two += more_two
-    return two_sums(one, two)
+    return tl.sum(one, axis=1), tl.sum(two, axis=1)
 
 
 @triton.jit

@@ -57,6 +57,7 @@ def rehearsed(native, tmp_path_factory):
     return printed, Path(folder), seconds
 
 
+@pytest.mark.exhaustive
 def test_every_stage_leaves_lines(rehearsed):
     printed, folder, _ = rehearsed
     found = lines.read(folder / "gpu_check.jsonl")
@@ -75,6 +76,7 @@ def test_every_stage_leaves_lines(rehearsed):
     assert str(ROOT) not in (folder / "gpu_check.jsonl").read_text()
 
 
+@pytest.mark.exhaustive
 def test_the_dry_run_does_what_a_run_does(rehearsed):
     """Near and far rows, both backends, a compiled rival, a whole step: on tiny shapes."""
     found = lines.read(rehearsed[1] / "gpu_check.jsonl")
@@ -92,6 +94,7 @@ def test_the_dry_run_does_what_a_run_does(rehearsed):
     assert any(line["kind"] == "build" and line["what"].endswith("_kernel") for line in found)
 
 
+@pytest.mark.exhaustive
 def test_the_dry_run_takes_a_minute_and_few_files(rehearsed):
     _, folder, seconds = rehearsed
     assert seconds < A_MINUTE
