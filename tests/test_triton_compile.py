@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-#: Every specialization for the GPUs that the launch choices are made for, a quarter of them for those before and beside.
+#: Every specialization for the GPUs that launch choices are made for, a quarter of them for the others.
 SHARES = [
     ("sm_90", "0/2"), ("sm_90", "1/2"), ("sm_100", "0/2"), ("sm_100", "1/2"), ("sm_80", "0/4"), ("gfx942", "0/4"),
 ]  # fmt: skip
