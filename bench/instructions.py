@@ -161,7 +161,7 @@ def rows(text: str = "") -> list[dict[str, Any]]:
 def show(table: list[dict[str, Any]], console: Console) -> None:
     shown = Table(title=f"instructions an element, {TARGET}", box=box.SIMPLE_HEAD)
     for column in table[0] if table else ():
-        shown.add_column(column, no_wrap=True, justify="left" if column in ("case", "dtype") else "right")
+        shown.add_column(column, no_wrap=column != "case", justify="left" if column in ("case", "dtype") else "right")
     for row in table:
         over = row["instructions"] > row["limit"] or row["stack"]
         shown.add_row(*map(str, row.values()), style="red" if over else None)
