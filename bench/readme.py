@@ -60,6 +60,8 @@ def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
 
 
 def _instructions(path: pathlib.Path) -> str:
+    if not path.exists():
+        return "(No counts are committed yet: `python -m bench instructions` makes them.)\n"
     content = json.loads(path.read_text())
     versions = content["environment"]["versions"]
     lines = [
