@@ -131,28 +131,43 @@ def _fisher(wide: bool) -> Call:
     return call
 
 
-def _forward(kind: str, output: str, masked: bool = False, scale: float = 1.0) -> Call:
+def _upstream(x: Tensor, unit: Tensor, output: str) -> Tensor:
+    """The gradient of a sum, of rows, or of terms, expanded as autograd does."""
+    return unit.expand(x.shape) if output == "terms" else unit[0, 0] if output == "sum" else unit[:, 0]
+
+
+def _loss(kind: str, output: str) -> Call:
     def call(x, other, mask, unit, noise, stats, wrap=ops._plain):
-        spec = _spec(kind, output, scale)
-        return ops.divergence_forward(x, other, mask if masked else None, *spec, True, wrap=wrap)
+        return ops.divergence_forward(x, other, None, *_spec(kind, output), True, wrap=wrap)[:1]
+
+    return call
+
+
+def _forward(kind: str, output: str, masked: bool = False, scale: float = 1.0) -> Call:
+    """The loss, and gradients that its statistics make. Those themselves are not comparable: what they are relative to
+    is taken from a row's first block."""
+
+    def call(x, other, mask, unit, noise, stats, wrap=ops._plain):
+        spec, chosen = _spec(kind, output, scale), mask if masked else None
+        loss, stats = ops.divergence_forward(x, other, chosen, *spec, True, wrap=wrap)
+        upstream = _upstream(x, unit, output)
+        return loss, *ops.divergence_backward(upstream, x, other, stats, chosen, *spec, True, True, wrap=wrap)
 
     return call
 
 
 def _backward(kind: str, output: str, masked: bool = False) -> Call:
     def call(x, other, mask, unit, noise, stats, wrap=ops._plain):
-        # The gradient of a sum, or of rows, expanded as autograd does.
-        grad = unit.expand(x.shape) if output == "terms" else unit[0, 0] if output == "sum" else unit[:, 0]
-        spec = _spec(kind, output)
-        chosen = mask if masked else None
-        return ops.divergence_backward(grad, x, other, stats, chosen, *spec, True, True, wrap=wrap)
+        spec, chosen = _spec(kind, output), mask if masked else None
+        upstream = _upstream(x, unit, output)
+        return ops.divergence_backward(upstream, x, other, stats, chosen, *spec, True, True, wrap=wrap)
 
     return call
 
 
 _FORWARDS = (
-    _forward("sym_kl", "sum"), _forward("kl", "sum"), _forward("js", "sum"), _forward("kl", "rows", True, 0.5),
-    _forward("sym_kl", "terms", True),
+    _loss("sym_kl", "sum"), _forward("sym_kl", "sum"), _forward("kl", "sum"), _forward("js", "sum"),
+    _forward("kl", "rows", True, 0.5), _forward("sym_kl", "terms", True),
 )  # fmt: skip
 _CALLS: dict[str, tuple[Call, ...]] = {
     "perturb_stream": (_perturb(False, False),),

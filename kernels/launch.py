@@ -6,6 +6,7 @@ vocabulary, not per batch; a power of two where programs share a row, so that ba
 what was measured to be faster on a GPU takes their place (tuning.py).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_BLOCK = 8192
@@ -134,6 +135,20 @@ def flat_tile(width: int) -> Tile:
 def stream_tile(count: int) -> Tile:
     """For `perturb` on contiguous memory, seen as one row of ``count`` elements."""
     return Tile(1, 2048, -(-count // 2048), 4)
+
+
+#: Of each kernel of tuning.py, at a width (of perturb_stream: a number of elements), where none was measured.
+DEFAULTS: dict[str, Callable[[int], Tile]] = {
+    "perturb": flat_tile,
+    "perturb_stream": stream_tile,
+    "ascend_norm": ascend_tile,
+    "ascend": ascend_tile,
+    "divergence_forward": row_tile,
+    "divergence_split": row_tile,
+    "divergence_backward": flat_tile,
+    "divergence_backward_elementwise": elementwise_tile,
+    "fisher_direction": row_tile,
+}
 
 
 def grid(tile: Tile, rows: int, *, whole_rows: bool) -> int:

@@ -163,7 +163,8 @@ def compile_for(target: str, kernel: Any, arguments: dict[str, Any]) -> dict[str
     signature, constants, _ = sass.specialized(kernel, arguments)
     return {
         "kernel": kernel.fn.__name__,
-        "options": {k: v for k, v in constants.items() if k.isupper()} | {"num_warps": arguments["num_warps"]},
+        "options": {k: v for k, v in constants.items() if k.isupper()}
+        | {k: arguments[k] for k in ("num_warps", "maxnreg")},
         "types": [t for t in signature.values() if t.startswith("*")],
         "registers": registers,
         "stack": stack,

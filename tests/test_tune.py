@@ -99,7 +99,7 @@ def tiles_of(kernel, shape, dtype=FP32):
     recorder = Recorder(launches=False)
     x, other = torch.empty(2, *shape, dtype=dtype, device=DEVICE)
     mask, unit = torch.ones(shape[0], dtype=torch.bool, device=DEVICE), torch.ones(shape[0], 1, device=DEVICE)
-    seed, stats = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.empty(shape[0], 6, device=DEVICE)
+    seed, stats = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.empty(shape[0], 8, device=DEVICE)
     tune_targets._CALLS[kernel][0](x, other, mask, unit, seed, stats, wrap=recorder)
     return recorder.tiles
 
@@ -115,7 +115,13 @@ every_kernel = pytest.mark.parametrize("kernel", tuning.KERNELS)
 
 
 def test_every_kernel_has_calls():
-    assert set(tuning.KERNELS) == set(KERNEL_OF) == set(tune_targets._CALLS) == set(tune_targets.FIRST)
+    assert (
+        set(tuning.KERNELS)
+        == set(launch.DEFAULTS)
+        == set(KERNEL_OF)
+        == set(tune_targets._CALLS)
+        == set(tune_targets.FIRST)
+    )
 
 
 # ---- what launches read --------------------------------------------------------------------------------------------
@@ -126,17 +132,10 @@ def test_every_kernel_has_calls():
 def test_defaults_without_a_table(kernel, width):
     rows = 2 if kernel == "divergence_split" else 600  # more than one program takes together
     name = KERNEL_OF[kernel]
-    if kernel == "perturb_stream":
-        expected = launch.stream_tile(rows * width)
-    elif kernel == "divergence_split":
-        expected = launch.together(launch.split_tile(rows, width, ops._processors(DEVICE)), rows)
+    expected = launch.DEFAULTS[kernel](rows * width if kernel == "perturb_stream" else width)
+    if kernel == "divergence_split":
+        expected = launch.split_tile(rows, width, ops._processors(DEVICE))
         name = name if launch.splits(expected, width) > 1 else KERNEL_OF["divergence_forward"]
-    elif kernel in ("ascend", "ascend_norm"):
-        expected = launch.ascend_tile(width)
-    elif kernel == "divergence_backward_elementwise":
-        expected = launch.elementwise_tile(width)
-    else:
-        expected = (launch.flat_tile if kernel in tune_candidates.FLAT else launch.row_tile)(width)
     if name == "divergence_forward_kernel":
         expected = launch.together(expected, rows)
     rows, block, blocks, warps, stages = tiles_of(kernel, (rows, width))[name]
@@ -554,10 +553,7 @@ def test_targets_and_their_candidates():
         for choice in (default, *found, *tune_candidates.refinements(each.kernel, width, found[0])):
             assert tuning.checked(each.kernel, choice) == choice
             assert launch.chosen_tile(choice, width).block == choice.block
-        assert launch.chosen_tile(default, width) == (
-            launch.stream_tile(width) if each.kernel == "perturb_stream"
-            else (launch.flat_tile if each.kernel in tune_candidates.FLAT else launch.row_tile)(width)
-        )  # fmt: skip
+        assert launch.chosen_tile(default, width) == launch.DEFAULTS[each.kernel](width)
 
 
 COMPILE = """
@@ -565,7 +561,7 @@ import json, torch, compile_kernels as ck
 from smart_fast.kernels import tuning
 from smart_fast.kernels.launch import Choice
 x = torch.empty(4096, 30522, dtype=torch.bfloat16, device="meta")
-stats, seed = torch.empty(4096, 6, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+stats, seed = torch.empty(4096, 8, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
 spec = ("sym_kl", "sum", 1.0, 1.0, 1.0, False)
 for kernel, choice, call in (
     ("divergence_forward", Choice(2048, 8, 1, 3), lambda w: ck.ops.divergence_forward(x, x, None, *spec, True, wrap=w)),

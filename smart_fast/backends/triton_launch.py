@@ -100,10 +100,10 @@ def _choice(kernel: str, width: int, tensor: Tensor) -> launch.Choice | None:
     return None if table is None else table.find(kernel, width, tensor.dtype.itemsize)
 
 
-def _tile(kernel: str, default: Callable[[int], launch.Tile], width: int, tensor: Tensor) -> launch.Tile:
+def _tile(kernel: str, width: int, tensor: Tensor) -> launch.Tile:
     """What was measured for a kernel of `tuning.KERNELS` at the width and dtype of ``tensor``, or the default."""
     choice = _choice(kernel, width, tensor)
-    return default(width) if choice is None else launch.chosen_tile(choice, width)
+    return launch.DEFAULTS[kernel](width) if choice is None else launch.chosen_tile(choice, width)
 
 
 def _split_tile(rows: Rows, skew: int) -> tuple[launch.Tile, int]:
@@ -157,9 +157,9 @@ def perturb(
         # One long row: the element index is what counts, so that any width is aligned.
         rows = Rows(1, 1, 1, rows.tensors, ((0, 0, 0),))
         width = embed.numel()
-        tile = _tile("perturb_stream", launch.stream_tile, width, embed)
+        tile = _tile("perturb_stream", width, embed)
     else:
-        tile = _tile("perturb", launch.flat_tile, width, embed)
+        tile = _tile("perturb", width, embed)
     wrap(perturb_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
         rows.tensors[0], seed, _bytes(mask), unit, out, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
         noise_var, MASKED=mask is not None, IN_UNITS=unit is not None, ALIGNED=rows.count == 1 or _aligned(width),
@@ -199,7 +199,7 @@ def ascend_norm(
     shape = grad.shape if kind == "opaque" else (rows.count,)
     out = new_output(shape, torch.float32, grad.device)
     norm, group = (None, 1) if norm is None else _grouped(norm, rows.count // grad.shape[0], kind, update)
-    tile = _tile("ascend_norm", launch.ascend_tile, width, grad)
+    tile = _tile("ascend_norm", width, grad)
     from_seed = noise.dtype == torch.int64
     wrap(norm_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], noise, noise if from_seed else rows.tensors[0], norm, _bytes(mask), unit, out, rows.count,
@@ -232,7 +232,7 @@ def ascend(
         moved_norm = None if moved_norm is None else _grouped(moved_norm, members, kind, update)[0]
     out = new_output(embed.shape, embed.dtype, embed.device)
     noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
-    tile = _tile("ascend", launch.ascend_tile, width, embed)
+    tile = _tile("ascend", width, embed)
     from_seed = noise.dtype == torch.int64
     wrap(ascend_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         *rows.tensors, noise, noise if from_seed else rows.tensors[0], norm, moved_norm, _bytes(mask), unit, out,
@@ -259,8 +259,9 @@ def divergence_forward(
     skew = 0 if output == "terms" else _skew(rows)
     tile, splits = _split_tile(rows, skew)
     if splits == 1:
-        tile = launch.covering(_tile("divergence_forward", lambda width: tile, width, input), width, skew)
-        if output == "sum" and type(rows.count) is int:  # a symbolic number of rows stays one
+        tile = launch.covering(_tile("divergence_forward", width, input), width, skew)
+        measured = _choice("divergence_forward", width, input) is not None
+        if output == "sum" and not measured and type(rows.count) is int:  # a symbolic number of rows stays one
             tile = launch.together(tile, rows.count)
     merge = launch.merge_tile(splits)
     last = launch.grid(tile if splits == 1 else merge, rows.count, whole_rows=True)
@@ -376,7 +377,7 @@ def divergence_backward(
     flags = {"KIND": kind, "WANT_X": want_input, "WANT_T": want_target, **_loads(mask, scale, from_difference)}
     if output == "terms":
         rows = as_rows(input, target, free=grad)  # often expanded: any strides will do
-        tile = _tile("divergence_backward_elementwise", launch.elementwise_tile, width, input)
+        tile = _tile("divergence_backward_elementwise", width, input)
         wrap(divergence_backward_elementwise_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
             rows.tensors[2], *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
             *rows.strides[0], *rows.strides[1], *rows.strides[2], rows.tensors[2].stride(-1), alpha, scale, **flags,
@@ -388,7 +389,7 @@ def divergence_backward(
         grad, grad_strides = rows.tensors[2], rows.strides[2]
     else:
         rows, grad_strides = as_rows(input, target), (0, 0, 0)
-    tile, skew = _tile("divergence_backward", launch.flat_tile, width, input), _skew(rows)
+    tile, skew = _tile("divergence_backward", width, input), _skew(rows)
     tile = launch.covering(tile, width, skew + 1 if skew else 0)
     wrap(divergence_backward_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
         grad, *rows.tensors[:2], _bytes(mask), stats, dx, dt, rows.count, width, rows.size1, rows.size2,
@@ -403,7 +404,7 @@ def fisher_direction(logits: Tensor, wide: bool, wrap: Wrap = _plain) -> Tensor:
     width = logits.shape[-1]
     rows = as_rows(logits)
     out = new_output(logits.shape, torch.float32 if wide else logits.dtype, logits.device)
-    tile = _tile("fisher_direction", launch.row_tile, width, logits)
+    tile = _tile("fisher_direction", width, logits)
     wrap(fisher_direction_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], out, rows.count, width, rows.size1, rows.size2, *rows.strides[0], ROWS=tile.rows,
         BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
