@@ -1,11 +1,12 @@
 """Row-wise divergences of logits, with gradients, in formulas that do not cancel.
 
-Per row, with logits x (input) and t (target), p = softmax(x), q = softmax(t), d = x - t, everything follows from the
-log-ratio r = log p - log q = d - D:
+Per row, with logits x (input) and t (target), p = softmax(x), q = softmax(t) and delta = x - t - c, everything follows
+from the log-ratio r = log p - log q = delta - L:
 
-    D = log1p(sum q * expm1(d))       while max |d| <= 1,
-    D = logsumexp(x) - logsumexp(t)   otherwise;
+    L = log1p(sum q * expm1(delta))       while max |delta| <= 1,
+    L = logsumexp(x) - logsumexp(t) - c   otherwise,
 
+with a constant c of the row, which softmax does not see, near all x - t where these are alike (divergence_rows.py);
 and from f(r) = expm1(r) - r >= 0, whose series is exact near zero. For |r| < 1 the terms are written in r, for larger
 |r| in p and q, so that neither nearly equal nor far apart distributions lose precision, and probabilities that
 underflow contribute their limit:
@@ -32,12 +33,13 @@ One difference remains: far apart, v and KL(p || m) (u and KL(q || m)) of jsd ar
 of p (of q), and the gradient of such a row, nearly zero, is exact to the last digit of that, not to its own.
 
 A divergence is one branch on KIND in each of: `row_terms`, `elementwise_terms`, `loss_of_sums`, `row_gradients`,
-`upstream_terms` and `elementwise_gradients`. A KIND without one does not compile.
+`upstream_terms` and `elementwise_gradients`. A KIND without one does not compile. Those in WITH_MOMENTS have one in
+`loss_of_moments` too.
 
 Logits of minus infinity on both sides (masked classes) contribute nothing. A row that is minus infinity throughout is
 NaN, as its softmax. Arithmetic is fp32 for every dtype.
 
-Logits may be scaled (by 1 / temperature) as they are read, and d may be given in place of x (FROM_DIFFERENCE).
+Logits may be scaled (by 1 / temperature) as they are read, and x - t may be given in place of x (FROM_DIFFERENCE).
 """
 
 import triton
@@ -282,11 +284,11 @@ def elementwise_gradients(p, q, r, h, first, one, two, alpha, KIND: tl.constexpr
 def loss_of_moments(sum_t, sum_delta, sum_f, sum_product, log_ratio, alpha, KIND: tl.constexpr):
     """``(loss, settled)`` of near rows from the sums of `parts_of_blocks`, where it has moments.
 
-    With means over q, D' the log-ratio of `log_ratio_of`, and u = expm1(delta) = delta + f(delta):
+    With means over q, and u = expm1(delta) = delta + f(delta):
 
-        KL(q || p) = E[f] - f(D')        KL(q || p) + KL(p || q) = (E[u delta] - E[u] E[delta]) / (1 + E[u])
+        KL(q || p) = E[f] - f(L)        KL(q || p) + KL(p || q) = (E[u delta] - E[u] E[delta]) / (1 + E[u])
 
-    Each subtracts what the shift is short of D, squared: settled rows are those in which that is small enough.
+    Each subtracts the square of what c is short of c + L: settled rows are those in which that is small enough.
     """
     inverse = 1.0 / sum_t
     mean_f = sum_f * inverse

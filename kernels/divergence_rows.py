@@ -164,7 +164,7 @@ def first_look(
 ):  # fmt: skip
     """``(max_x, max_t, shift)`` of the first block of a row: references for the sums over all of it.
 
-    The shift (unscaled) is the mean of x - t under the softmax of t, near D where the block is like the row.
+    The shift (unscaled) is the mean of x - t under the softmax of t, near that of the row where the block is like it.
     """
     col = first + tl.arange(0, BLOCK)
     zero = tl.zeros([ROWS], tl.float32)
@@ -247,8 +247,10 @@ def _any_row(flags):
 
 @triton.jit
 def _astray(base, top):
-    """Whether exponentials relative to ``base`` overflow, or vanish, where the largest exponent is ``top``."""
-    return (tl.abs(finite_max(top) - base) > REACH) & (base != finite_max(top))
+    """Whether exponentials relative to ``base`` come near overflow, where the largest exponent is ``top``, or vanish,
+    for which a first block of minus infinities is the only reason."""
+    beyond = finite_max(top) - base
+    return (beyond > REACH) | (beyond < 0.0)
 
 
 @triton.jit

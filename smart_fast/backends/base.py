@@ -179,8 +179,8 @@ class Backend(Protocol):
         each slice chooses for itself; and sum exp(t - max t) expm1(delta), meaningful while max abs(delta) is at most
         one.
 
-        Any number within one of a maximum of logits will do in its place. Slices without a finite logit: minus infinity
-        in place of these two, and zeros.
+        In place of a maximum of logits any number will do that sums of exponentials relative to it bear: Triton's may
+        be 60 below. Slices without a finite logit: minus infinity in place of these two, and zeros.
         """
         ...
 
