@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,13 +133,14 @@ def test_what_reaching_in_looks_like() -> None:
 
 
 def test_kernels_import_kernels() -> None:
+    """The kernels stand by themselves: Triton and the standard library, no torch and nothing of smart_fast."""
+    allowed = {"triton", *sys.stdlib_module_names}
     for path in (ROOT / "kernels").glob("*.py"):
-        if path.name != "tuning.py":  # which is no kernel: it finds the files of measured launch choices
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Import):
-                    assert all(each.name.split(".")[0] in ("triton", "math") for each in node.names), path.name
-                elif isinstance(node, ast.ImportFrom) and not node.level:
-                    assert node.module.split(".")[0] in ("__future__", "triton", "typing", "dataclasses"), path.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {each.name.split(".")[0] for each in node.names} <= allowed, path.name
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module.split(".")[0] in allowed, path.name
 
 
 def test_smart_loss_is_one_screen() -> None:
