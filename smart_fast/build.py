@@ -1,6 +1,7 @@
 """Building and finding the compiled operators of the native backend. Nothing here runs when smart_fast is imported.
 
-One extension per content of csrc/, torch version and Python, in torch's own extension cache (TORCH_EXTENSIONS_DIR).
+One extension per content of csrc/, torch version, Python and instruction set, in torch's own extension cache
+(TORCH_EXTENSIONS_DIR).
 A file lock that the system releases when its holder dies makes concurrent builds wait for one another; a stamp written
 last tells a finished build from one that was interrupted.
 """
@@ -23,17 +24,17 @@ from typing import Any
 
 import torch
 
-#: No -march=native: the binary may be built on another machine; csrc/cpu picks the instruction set when it runs.
+#: No -march=native: a binary may run on other machines; csrc/cpu picks the instruction set when it runs.
 #: -fopenmp without linking a runtime: torch has loaded one, whose threads are the ones to use.
 FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"] + (
     ["-fopenmp"] if sys.platform == "linux" else []
 )
+#: By widest instruction set. Each is a third of the compiler's work on csrc/cpu.
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 CPU_SOURCES = (
     "operators.cpp",  # includes all that include torch's headers
     "cpu/dispatch.cpp",
-    "cpu/portable.cpp",
-    "cpu/avx2.cpp",
-    "cpu/avx512.cpp",
+    *(f"cpu/{each}.cpp" for each in INSTRUCTION_SETS),
 )
 _SUFFIXES = (".h", ".cpp", ".cuh", ".cu")
 _STAMP = "smart_fast.built"
@@ -65,6 +66,14 @@ def cuda_sources(directory: Path) -> list[Path]:
     return sorted((directory / "cuda").glob("*.cu")) + sorted((directory / "cuda").glob("*.cpp"))
 
 
+def instruction_set() -> str | None:
+    """The one that is compiled on first use: the widest of this CPU. None stands for all of them, to choose from when
+    the extension runs: so SMART_FAST_INSTRUCTION_SETS=all asks, and so a build at installation is."""
+    if os.environ.get("SMART_FAST_INSTRUCTION_SETS") == "all":
+        return None
+    return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "portable")
+
+
 def build_directory() -> Path | None:
     """Where this version of the extension is built, in torch's extension cache; None without sources."""
     directory = sources()
@@ -73,7 +82,8 @@ def build_directory() -> Path | None:
     digest = hashlib.sha256()
     for path in sorted(each for each in directory.rglob("*") if each.suffix in _SUFFIXES):
         digest.update(path.relative_to(directory).as_posix().encode() + b"\0" + path.read_bytes())
-    for detail in (torch.__version__, sys.implementation.cache_tag, " ".join(FLAGS), bool(cuda_sources(directory))):
+    cuda = bool(cuda_sources(directory))
+    for detail in (torch.__version__, sys.implementation.cache_tag, " ".join(FLAGS), instruction_set(), cuda):
         digest.update(f"\0{detail}".encode())
     return _cache() / f"smart_fast_native_{digest.hexdigest()[:12]}"
 
@@ -191,6 +201,9 @@ def _compile(directory: Path, csrc: Path) -> ModuleType:
     # torch's own lock file, left by a process that died: whoever builds this holds our lock first.
     (directory / "lock").unlink(missing_ok=True)
     cuda = cuda_sources(csrc)
+    only = instruction_set()
+    skipped = () if only is None else tuple(f"cpu/{each}.cpp" for each in INSTRUCTION_SETS if each != only)
+    defined = ["-DSMART_FAST_CUDA"] * bool(cuda) + [f"-DSMART_FAST_ONLY={only}"] * (only is not None)
     _say(f"compiling the native backend{' with CUDA' if cuda else ''}, once (about half a minute) … ", end="")
     start = time.monotonic()
     try:
@@ -199,8 +212,9 @@ def _compile(directory: Path, csrc: Path) -> ModuleType:
 
             module: Any = cpp_extension.load(
                 name=directory.name,
-                sources=[str(csrc / each) for each in CPU_SOURCES] + [str(each) for each in cuda],
-                extra_cflags=FLAGS + (["-DSMART_FAST_CUDA"] if cuda else []),
+                sources=[str(csrc / each) for each in CPU_SOURCES if each not in skipped]
+                + [str(each) for each in cuda],
+                extra_cflags=FLAGS + defined,
                 extra_include_paths=[str(csrc)],
                 build_directory=str(directory),
                 with_cuda=bool(cuda),

@@ -25,6 +25,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if "not exhaustive" not in config.option.markexpr:
+        os.environ.setdefault("SMART_FAST_INSTRUCTION_SETS", "all")  # all of csrc/cpu is compiled and tested
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> None:
     torch.manual_seed(0)

@@ -125,20 +125,27 @@ def test_both_paths_are_exact(
 
 @pytest.mark.parametrize(("scale", "relative"), [(0.5, True), *exhaustively((0.5, False), (1.0, True))])
 @pytest.mark.parametrize("kind", ["jsd", *exhaustively("kl", "sym_kl", "js")])
+@pytest.mark.parametrize("output", ["rows", *exhaustively(*(each for each in OUTPUTS if each != "rows"))])
 def test_scaled_and_relative(
-    kind: str, scale: float, relative: bool, backend: ModuleType, device: torch.device, path: None, poison: None
+    output: str,
+    kind: str,
+    scale: float,
+    relative: bool,
+    backend: ModuleType,
+    device: torch.device,
+    path: None,
+    poison: None,
 ) -> None:
     shape = (2, 3, 70)
     mask = torch.tensor([[True, True, False], [False, False, True]], device=device)
-    for output in OUTPUTS:
-        spec = DivergenceSpec(kind, output, 0.7, 0.3, scale, relative)
-        any_g = upstream(output, shape, device)
-        # Gradients of a constant upstream gradient are of the size of x - t.
-        constant = torch.full((), 1.5, device=device).expand(any_g.shape)
-        for apart, g, garbage in ((1e-5, constant, math.nan), (0.5, any_g, math.inf)):
-            x, t = pair(shape, apart, device, relative)
-            dirty = [torch.where(mask.unsqueeze(-1), each, garbage) for each in (x, t)]
-            check(compute(backend, spec, *dirty, g, mask), expected(spec, x, t, g, mask), 2e-6)
+    spec = DivergenceSpec(kind, output, 0.7, 0.3, scale, relative)
+    any_g = upstream(output, shape, device)
+    # Gradients of a constant upstream gradient are of the size of x - t.
+    constant = torch.full((), 1.5, device=device).expand(any_g.shape)
+    for apart, g, garbage in ((1e-5, constant, math.nan), (0.5, any_g, math.inf)):
+        x, t = pair(shape, apart, device, relative)
+        dirty = [torch.where(mask.unsqueeze(-1), each, garbage) for each in (x, t)]
+        check(compute(backend, spec, *dirty, g, mask), expected(spec, x, t, g, mask), 2e-6)
 
 
 @pytest.mark.exhaustive

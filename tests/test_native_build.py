@@ -96,11 +96,22 @@ def test_two_processes_at_once(probe, tmp_path):
 
 @needs_tools
 def test_sources_torch_and_flags_name_the_build(probe, monkeypatch):
+    monkeypatch.delenv("SMART_FAST_INSTRUCTION_SETS", raising=False)
     first = native_build.build_directory()
     monkeypatch.setattr(native_build, "FLAGS", ["-O1"])
     second = native_build.build_directory()
     (probe / "extra.h").write_text("")
-    assert len({first, second, native_build.build_directory()}) == 3
+    third = native_build.build_directory()
+    monkeypatch.setenv("SMART_FAST_INSTRUCTION_SETS", "all")
+    assert native_build.instruction_set() is None
+    assert len({first, second, third, native_build.build_directory()}) == 4
+
+
+@pytest.mark.parametrize(("torch_says", "expected"), [("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", "portable")])
+def test_the_widest_instruction_set_alone_is_compiled(torch_says, expected, monkeypatch):
+    monkeypatch.delenv("SMART_FAST_INSTRUCTION_SETS", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torch_says)
+    assert native_build.instruction_set() == expected
 
 
 FALLBACK = """

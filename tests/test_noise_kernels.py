@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -57,19 +58,22 @@ def test_philox_known_answer() -> None:
 
 
 def test_distribution(backend: ModuleType, device: torch.device, large_tiles: None) -> None:
-    sample = noise_like(backend, row_major(1_000_000, device=device), 42).cpu().double().numpy()
+    interpreted = backend.name == "triton" and triton_launch.INTERPRETED
+    count = 100_000 if interpreted else 1_000_000
+    sample = noise_like(backend, row_major(count, device=device), 42).cpu().double().numpy()
+    spread = 1 / math.sqrt(count)
     assert stats.kstest(sample, "norm").pvalue > 1e-3
-    assert abs(sample.mean()) < 4e-3
-    assert abs(sample.std() - 1) < 3e-3
-    assert abs(stats.skew(sample)) < 1e-2
-    assert abs(stats.kurtosis(sample)) < 2e-2
+    assert abs(sample.mean()) < 4 * spread
+    assert abs(sample.std() - 1) < 3 * spread
+    assert abs(stats.skew(sample)) < 10 * spread
+    assert abs(stats.kurtosis(sample)) < 20 * spread
     # The four lanes of a counter, neighboring counters, and far tails.
     lanes = sample.reshape(-1, 4)
     correlation = np.corrcoef(np.concatenate([lanes[:-1], lanes[1:]], axis=1).T)
-    assert np.abs(correlation - np.eye(8)).max() < 1e-2
+    assert np.abs(correlation - np.eye(8)).max() < 10 * spread
     squares = np.corrcoef(lanes.T**2)
-    assert np.abs(squares - np.eye(4)).max() < 1e-2
-    assert 4.2 < np.abs(sample).max() < 6.8
+    assert np.abs(squares - np.eye(4)).max() < 10 * spread
+    assert 4.0 < np.abs(sample).max() < 6.8
 
 
 def test_seeds_and_rows_are_independent(backend: ModuleType, device: torch.device, large_tiles: None) -> None:
