@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from .backends import log_ratio
 from .backends.base import Backend, DivergenceSpec, Step
 from .losses import chunks, sharded
+from .noise import draw_seed
 from .training import compiling
 
 
@@ -91,7 +92,8 @@ def perturb(
     """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
     if _has_nodes(backend):
         return backend.perturb_fresh(embed, generator, noise_var, mask, keep_noise, unit)
-    perturbed, noise = backend.perturb_fresh(embed.detach(), generator, noise_var, mask, keep_noise, unit)
+    seed = draw_seed(embed.device, generator)
+    perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise, unit)
     return _shift(embed, perturbed, mask), noise
 
 

@@ -33,6 +33,8 @@ class Record:
         self.changes: list[Tensor] = []
         self._sums: dict[str, Tensor] = {}
         self._warned = False
+        #: Whether somebody was told that settings are too small for half precision.
+        self.told = False
 
     def take(
         self, backends: Sequence[Backend], embeds: Sequence[Tensor], masks: Sequence[Tensor | None],

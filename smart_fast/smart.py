@@ -52,7 +52,6 @@ class SMARTLoss(nn.Module):
         for name, value in vars(Options.given(positional, named)).items():
             setattr(self, name, value)
         self.steps = 0
-        self._warned = False
         self.record = diagnostics.Record()
         self._prepared = prepare(self, None)
 
@@ -84,7 +83,9 @@ class SMARTLoss(nn.Module):
                     Tensor, torch.clone, (embed, state, args, mask, kwargs)
                 )
                 return self.forward(embed, state, *args, mask=mask, **kwargs)
-        prepared = self._prepared = prepare(self, self._prepared)
+        prepared = prepare(self, self._prepared)
+        if prepared is not self._prepared:  # a module's attributes are set slowly
+            self._prepared = prepared
         number = self.steps
         if self.training and not torch.compiler.is_compiling():  # a number that changes would be compiled anew
             self.steps = number + 1
@@ -105,8 +106,7 @@ class SMARTLoss(nn.Module):
         states.check_match("loss_last_fn", self.loss_last_fn, state)
         if any(each.numel() == 0 for each in embeds):
             return states.nothing(embeds, state, self.parameters())
-        self._warned = self._warned or precision.warns_of_lost_noise(embeds, chosen)
-
+        self.record.told = self.record.told or precision.warns_of_lost_noise(embeds, chosen)
         each_embed = range(len(embeds))
         units = [token_rms(each) if chosen.scale == "relative" else None for each in embeds]
         backends = [select(chosen.backend, each, numbers=step.tensors) for each in embeds]

@@ -104,7 +104,7 @@ class Backend(Protocol):
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`perturb` by noise, or a seed, drawn from ``generator``."""
+        """`perturb` by noise, or a seed, drawn from ``generator``. Compilers only see it where `nodes` is "always"."""
         ...
 
     def ascend(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import draw_seed
 from . import steps
 from .base import DivergenceSpec, Nodes, Step, new_output
 
@@ -60,9 +59,7 @@ class Native:
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """By a seed that, in eager mode, the operator draws as `smart_fast.noise` would."""
-        if torch.compiler.is_compiling():
-            return self.perturb(embed, draw_seed(embed.device, generator), float(noise_var), mask, keep_noise, unit)
+        """By a seed that the operator draws as `smart_fast.noise` would."""
         perturbed, noise = self.extension.perturb(embed, generator, float(noise_var), mask, keep_noise, unit)
         return perturbed, noise
 
