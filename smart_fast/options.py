@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -187,5 +187,12 @@ def signature(init: Callable[..., None]) -> inspect.Signature:
 
 
 NAMES = tuple(each.name for each in fields(Options))
-#: The values of all options that stand on a module, in the order of `NAMES`.
-values = attrgetter(*NAMES)
+_attributes, _items = attrgetter(*NAMES), itemgetter(*NAMES)
+
+
+def values(module: Any) -> tuple[Any, ...]:
+    """Those of all options that stand on ``module``, in the order of `NAMES`."""
+    try:
+        return _items(vars(module))  # attributes of a module take three times as long
+    except KeyError:  # one is a module itself, which stands elsewhere
+        return _attributes(module)

@@ -38,14 +38,16 @@ class Perturbed:
 
     def gradients(self, passes: Passes, perturbed: Sequence[Tensor]) -> list[Tensor]:
         """Where a loss scale is at work they are in fp32 and have been divided by it."""
-        if self.wrapped and torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if self.wrapped and compiling:
             return ddp_fsdp.eagerly(self.gradients, passes, perturbed)
         clean = states.detach(passes.state)
         rescaled = self.loss_scale is None and not self.faithful and precision.underflows(perturbed[0], self.dtype)
-        in_group, frozen = ddp_fsdp.in_use(), self._freezes()
+        in_group = ddp_fsdp.in_use()
+        frozen = not compiling and self._freezes()  # the graph of a compiler holds only gradients that are used
         outside = not torch.is_grad_enabled() or in_group or frozen or not self.dropout
         as_it_is = not rescaled and self.loss_scale is None and self.dtype is None
-        if as_it_is and not outside and not torch.compiler.is_compiling():  # the usual case: nothing around the call
+        if as_it_is and not outside and not compiling:  # the usual case: nothing around the call
             return self.input_gradients(
                 lambda *inputs: passes.compare(passes.run(*inputs), clean),
                 [autograd.track(each) for each in perturbed],
@@ -81,8 +83,6 @@ class Perturbed:
         return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
 
     def _freezes(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False  # the graph holds only gradients that are used
         return modes.is_compiled(self.eval_fn) if self.freeze_parameters is None else self.freeze_parameters
 
 

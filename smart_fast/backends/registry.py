@@ -241,14 +241,14 @@ def loaded(backend: str, input: Tensor, target: Tensor, kind: str) -> Backend | 
 
 
 def plain_divergence(backend: str) -> Callable[..., Tensor | None] | None:
-    """The short way to a divergence in eager mode (`Native.plain_divergence`), if ``backend`` has one. What "auto"
-    gives to others is none of its business."""
+    """The short way to a divergence (`Native.plain_divergence`), if ``backend`` has one; for eager mode. What
+    "auto" gives to others is none of its business."""
     if backend == "auto":
         backend = default_backend()
     if backend == "torch" or backend == "triton":
         return None
     found = state.found.get("native")
-    if found is None or isinstance(found, str) or torch.compiler.is_compiling() or found.plain_divergence is None:
+    if found is None or isinstance(found, str) or found.plain_divergence is None:
         return None
     if backend == "auto":
         return functools.partial(found.plain_divergence, fewer_than=elements("native", "cuda"))
