@@ -57,7 +57,7 @@ def divergence_forward_kernel(
     weight = as_fp32(weight)
     scale = as_fp32(scale)
 
-    max_x, sum_x, max_t, sum_t, widest, shift, sum_u, sum_delta, sum_f, sum_product = parts_of_blocks(
+    max_x, sum_x, max_t, sum_t, widest, shift, sum_u, sum_delta, sum_f, sum_product, sum_fourth = parts_of_blocks(
         x_ptr, t_ptr, x_base, t_base, skew, real, 0, width, scale, MASKED, FROM_DIFFERENCE, SCALED, SKEW, MOMENTS, ROWS,
         BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
@@ -69,14 +69,16 @@ def divergence_forward_kernel(
     first = tl.zeros([ROWS], tl.float32)
     second = tl.zeros([ROWS], tl.float32)
     settled = first != first
-    if MOMENTS:
-        first, settled = loss_of_moments(sum_t, sum_delta, sum_f, sum_product, log_ratio, alpha, KIND)
+    if MOMENTS > 0:
+        first, settled = loss_of_moments(
+            sum_t, sum_delta, sum_f, sum_product, sum_fourth, log_ratio, widest, alpha, KIND
+        )
         settled = settled & (widest <= 1.0)
         if BLOCK == 4:
             first = tl.where(width == 1, 0.0, first)
         if MASKED:
             first = tl.where(real, first, 0.0)
-    if any_of(real & (settled == 0), MOMENTS):
+    if any_of(real & (settled == 0), MOMENTS > 0):
         walked, second = finish_blocks(
             x_ptr, t_ptr, out_ptr, x_base, t_base, skew, row, valid, real, 0, width, scale, alpha,
             max_x, inv_x, max_t, inv_t, shift, log_ratio, KIND, OUTPUT, MASKED, FROM_DIFFERENCE, SCALED, SKEW, ROWS,

@@ -47,8 +47,8 @@ import triton.language as tl
 
 #: What the functions on KIND know.
 KINDS = ("kl", "sym_kl", "js", "jsd")
-#: Those of `loss_of_moments`: one reading makes the loss of near rows.
-WITH_MOMENTS = ("kl", "sym_kl")
+#: Those of `loss_of_moments`, with the order of the moments: one reading makes the loss of near rows.
+WITH_MOMENTS = {"kl": 2, "sym_kl": 2, "js": 4}
 
 NEG_INF = tl.constexpr(float("-inf"))
 
@@ -281,25 +281,37 @@ def elementwise_gradients(p, q, r, h, first, one, two, alpha, KIND: tl.constexpr
 
 
 @triton.jit
-def loss_of_moments(sum_t, sum_delta, sum_f, sum_product, log_ratio, alpha, KIND: tl.constexpr):
+def loss_of_moments(sum_t, sum_delta, sum_f, sum_product, sum_fourth, log_ratio, widest, alpha, KIND: tl.constexpr):
     """``(loss, settled)`` of near rows from the sums of `parts_of_blocks`, where it has moments.
 
-    With means over q, and u = expm1(delta) = delta + f(delta):
+    With means over q, u = expm1(delta) = delta + f(delta), P = E[u delta] and F = E[f]:
 
-        KL(q || p) = E[f] - f(L)        KL(q || p) + KL(p || q) = (E[u delta] - E[u] E[delta]) / (1 + E[u])
+        KL(q || p) = F - f(L)           KL(q || p) + KL(p || q) = (P - E[u] E[delta]) / (1 + E[u])
+        js = (KL(q || p) + KL(p || q)) / 4 + E[expm1(r) r^3] / 96        to 2e-7 for |r| <= 0.1
 
-    Each subtracts the square of what c is short of c + L: settled rows are those in which that is small enough.
+    and E[expm1(r) r^3], r = delta - L, from that of delta, 6 (P - 2 F) for E[delta^3] and 2 F for E[delta^2]: within
+    4e-7 of js while |L| w (w + 6 |L|) <= 2e-5, w the largest |delta|. Each subtracts the square of what c is short of
+    c + L: settled rows are those in which that is small enough.
     """
     inverse = 1.0 / sum_t
     mean_f = sum_f * inverse
     mean_delta = sum_delta * inverse
     mean_u = mean_delta + mean_f
+    product = sum_product * inverse
+    settled = mean_u * mean_u <= mean_f
     forward = mean_f - f_near(log_ratio)
+    both = (product - mean_u * mean_delta) / (1.0 + mean_u)
     if KIND == "kl":
         loss = forward
     elif KIND == "sym_kl":
-        both = (sum_product * inverse - mean_u * mean_delta) / (1.0 + mean_u)
         loss = both + (alpha - 1.0) * forward
+    elif KIND == "js":
+        size = tl.abs(log_ratio)
+        settled = settled & (widest <= 0.1) & (size * widest * (widest + 6.0 * size) <= 2e-5)
+        square = 0.125 * log_ratio * log_ratio
+        moved = square * (mean_f * (1.0 - 0.5 * log_ratio) - 2.0 * square)
+        moved -= 0.25 * log_ratio * (product - 2.0 * mean_f)
+        loss = alpha * (0.25 * both + (sum_fourth * inverse * (1.0 / 96) + moved))
     else:
         tl.static_assert(False, "a divergence without moments")
-    return loss, mean_u * mean_u <= mean_f
+    return loss, settled

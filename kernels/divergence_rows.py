@@ -186,12 +186,13 @@ def _near_sums(
     FROM_DIFFERENCE: tl.constexpr, SCALED: tl.constexpr, SKEW: tl.constexpr, MOMENTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """With e = exp(t - base), u = expm1(delta) and f = u - delta: the sums of e, e delta, e f and e u delta (zero
-    without MOMENTS), and the largest |delta| and t."""
+    """With e = exp(t - base), u = expm1(delta) and f = u - delta: the sums of e, e delta, e f, e u delta (zero but for
+    MOMENTS 2 and 4) and e u delta^3 (zero but for 4), and the largest |delta| and t."""
     sum_e = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     sum_delta = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     sum_f = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     sum_product = tl.zeros([ROWS, BLOCK // 4], tl.float32)
+    sum_fourth = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     widest = tl.zeros([ROWS, BLOCK // 4], tl.float32)
     top = tl.full([ROWS, BLOCK // 4], float("-inf"), tl.float32)
     for block in tl.range(BLOCKS, num_stages=STAGES):
@@ -205,13 +206,20 @@ def _near_sums(
         sum_e += lane_sum(e, ROWS, BLOCK)
         sum_delta += lane_sum(weighted, ROWS, BLOCK)
         sum_f += lane_sum(e * f, ROWS, BLOCK)
-        if MOMENTS:
-            sum_product += lane_sum(weighted * (delta + f), ROWS, BLOCK)
+        if MOMENTS >= 2:
+            product = weighted * (delta + f)
+            sum_product += lane_sum(product, ROWS, BLOCK)
+            if MOMENTS >= 4:
+                sum_fourth += lane_sum(product * (delta * delta), ROWS, BLOCK)
         widest = tl.maximum(widest, _lane_max(tl.abs(delta), ROWS, BLOCK))
         top = tl.maximum(top, _lane_max(t, ROWS, BLOCK))
     sum_e, sum_delta, sum_f, sum_product = _four_sums(sum_e, sum_delta, sum_f, sum_product)
+    if MOMENTS >= 4:
+        fourth = tl.sum(sum_fourth, axis=1)
+    else:
+        fourth = tl.zeros([ROWS], tl.float32)
     widest, top = _two_maxima(widest, top)
-    return sum_e, sum_delta, sum_f, sum_product, widest, top
+    return sum_e, sum_delta, sum_f, sum_product, fourth, widest, top
 
 
 @triton.jit
@@ -261,11 +269,12 @@ def parts_of_blocks(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What is known of BLOCKS blocks of columns from ``first`` on: ``(base_x, sum_x, base_t, sum_t, widest, shift,
-    sum_u, sum_delta, sum_f, sum_product)``.
+    sum_u, sum_delta, sum_f, sum_product, sum_fourth)``.
 
     The sums of exponentials are relative to the bases, which are within REACH of the maxima. ``widest`` is the largest
     |delta|, delta = x - t - shift (scaled). While it is at most one, ``sum_u`` is the sum of e expm1(delta), with
-    e = exp(t - base_t), and the last three are those of e delta, e f(delta) and, if MOMENTS, of e expm1(delta) delta.
+    e = exp(t - base_t), and the last four are those of `_near_sums`: of e delta, e f(delta) and, by MOMENTS, of
+    e expm1(delta) delta and e expm1(delta) delta^3.
     Otherwise the shift given is the difference of the maxima: log-ratios of classes that count on both sides are not
     far from that.
     """
@@ -278,6 +287,7 @@ def parts_of_blocks(
     sum_delta = tl.zeros([ROWS], tl.float32)
     sum_f = tl.zeros([ROWS], tl.float32)
     sum_product = tl.zeros([ROWS], tl.float32)
+    sum_fourth = tl.zeros([ROWS], tl.float32)
     if any_of(real, MASKED):
         base_x, base_t, shift = first_look(
             x_ptr, t_ptr, x_base, t_base, skew, real, first, width, scale, FROM_DIFFERENCE, SCALED, SKEW, ROWS, BLOCK
@@ -286,7 +296,7 @@ def parts_of_blocks(
         tries: tl.constexpr = 1 if BLOCKS == 1 else 2
         attempt = 0
         while attempt < tries:
-            sum_t, sum_delta, sum_f, sum_product, widest, top = _near_sums(
+            sum_t, sum_delta, sum_f, sum_product, sum_fourth, widest, top = _near_sums(
                 x_ptr, t_ptr, x_base, t_base, skew, real, first, width, shift, scale, base_t, FROM_DIFFERENCE, SCALED,
                 SKEW, MOMENTS, ROWS, BLOCK, BLOCKS, STAGES,
             )  # fmt: skip
@@ -318,7 +328,7 @@ def parts_of_blocks(
                 gap = gap / scale
             shift = tl.where(far, gap, shift)
         base_x = tl.where(far, base_x, near_x)
-    return base_x, sum_x, base_t, sum_t, widest, shift, sum_delta + sum_f, sum_delta, sum_f, sum_product
+    return base_x, sum_x, base_t, sum_t, widest, shift, sum_delta + sum_f, sum_delta, sum_f, sum_product, sum_fourth
 
 
 @triton.jit

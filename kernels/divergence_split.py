@@ -98,9 +98,9 @@ def divergence_parts_kernel(
     x_base, skew = skewed(x_base, SKEW)
     t_base, _ = skewed(t_base, SKEW)
     first = split * (BLOCK * BLOCKS)
-    max_x, sum_x, max_t, sum_t, widest, shift, sum_u, _, _, _ = parts_of_blocks(
+    max_x, sum_x, max_t, sum_t, widest, shift, sum_u, _, _, _, _ = parts_of_blocks(
         x_ptr, t_ptr, x_base, t_base, skew, real, first, width, as_fp32(scale), MASKED, FROM_DIFFERENCE, SCALED, SKEW,
-        False, ROWS, BLOCK, BLOCKS, STAGES,
+        0, ROWS, BLOCK, BLOCKS, STAGES,
     )  # fmt: skip
     # Without a finite logit there is nothing that sums could be relative to.
     max_x = tl.where(sum_x == 0.0, float("-inf"), max_x)

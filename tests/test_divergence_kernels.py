@@ -169,6 +169,20 @@ def test_nearly_equal(kind: str, apart: float, reduction: str, device: torch.dev
         assert got[0] > 0
 
 
+@pytest.mark.parametrize("width", [3, 9000, *exhaustively(50, 1000)])
+@pytest.mark.parametrize("kind", ["sym_kl", "js", *exhaustively("kl", "jsd")])
+def test_where_one_reading_is_enough_and_where_not(kind: str, width: int, device: torch.device, poison: None) -> None:
+    """From differences whose moments tell the loss to those that take a second walk, of flat and of peaked rows; and
+    where the first block is a bad guide to the mean difference."""
+    for size in (3e-3, 2e-2, 6e-2, 0.12):
+        x, t = pair((3, width), size, device)
+        t[1] *= 6
+        x[1] = t[1] + size * torch.randn(width, device=device)
+        x[2, width // 2 :] += size / 4
+        got = loss_and_grads(kind, x, t, "sum", 0.7)
+        check(got, expected(kind, x, t, "sum", 0.7, None), 2e-6)
+
+
 def test_reference_cancels_where_we_do_not(device: torch.device) -> None:
     """What the formulas are for: smart-pytorch's sum in fp32 is off by more than its own value."""
     x, t = pair((8, 1000), 1e-5, device)

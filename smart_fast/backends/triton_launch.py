@@ -271,10 +271,11 @@ def divergence_forward(
     out = new_output((rows.count,) if form != output else shape[output], dtype, input.device)
     stats = new_output((rows.count, STATISTICS) if keep else (0,), torch.float32, input.device)
     if splits == 1:
+        moments = 0 if output == "terms" else WITH_MOMENTS.get(kind, 0)
         wrap(divergence_forward_kernel)[(last,)](
             *rows.tensors, _bytes(mask), out, stats, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
             *rows.strides[1], alpha, weight, scale, KIND=kind, OUTPUT=form, SKEW=skew,
-            MOMENTS=kind in WITH_MOMENTS and output != "terms", KEEP=keep, **_loads(mask, scale, from_difference),
+            MOMENTS=moments, KEEP=keep, **_loads(mask, scale, from_difference),
             ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
         )  # fmt: skip
     else:
