@@ -72,7 +72,7 @@ def project(head: Head, hidden: Tensor) -> Tensor:
     return logits
 
 
-def width(head: Head, hidden: Tensor) -> int:
+def _width(head: Head, hidden: Tensor) -> int:
     """V. Modules that do not say are called for one token of the kind of ``hidden`` ``[..., H]``."""
     if isinstance(head, Weights):
         return head.weight.shape[0]
@@ -83,8 +83,8 @@ def width(head: Head, hidden: Tensor) -> int:
         return project(head, hidden.new_zeros(1, hidden.shape[-1])).shape[1]
 
 
-def check(input: Any, target: Any, head: Head, other: Head | None) -> tuple[torch.dtype, torch.dtype]:
-    """Check shapes, dtypes and devices of both sides; returns the dtypes of their GEMMs.
+def check(input: Any, target: Any, head: Head, other: Head | None) -> tuple[int, tuple[torch.dtype, torch.dtype]]:
+    """Check shapes, dtypes and devices of both sides; returns V and the dtypes of their GEMMs.
 
     ``other`` projects the target, None: ``head`` does.
 
@@ -93,26 +93,27 @@ def check(input: Any, target: Any, head: Head, other: Head | None) -> tuple[torc
         ValueError: shapes that do not match, two devices, two vocabularies, a weight that is not whole.
     """
     for name, hidden in (("input", input), ("target", target)):
-        _check_real(name, hidden)
-        check_same_device(name, hidden.device, "input", input.device)
+        _check_real(name, hidden, input)
     if input.dim() == 0 or (input.shape != target.shape if other is None else input.shape[:-1] != target.shape[:-1]):
         expected = "the same shape [..., H]" if other is None else "shapes [..., H] and [..., H_target], the same ..."
         raise ValueError(
             f"input and target must be hidden states of {expected}, got {tuple(input.shape)} and {tuple(target.shape)}"
         )
+    words = _check_weight("", "input", head, input)
     if other is None:
-        _check_weights("", "input", head, input)
+        _check_bias("", head)
         dtype = _dtype(input=input, target=target, **_named("", head))
-        return dtype, dtype
-    _check_weights("", "input", head, input)
-    _check_weights("target_", "target", other, target)
-    widths = width(head, input), width(other, target)
-    if widths[0] != widths[1]:
+        return words, (dtype, dtype)
+    others = _check_weight("target_", "target", other, target)
+    if words != others:
         raise ValueError(
             "both sides must have one vocabulary (and one order of its words), "
-            f"got {widths[0]} words of the input's head and {widths[1]} of the target's"
+            f"got {words} words of the input's head and {others} of the target's"
         )
-    return _dtype(input=input, **_named("", head)), _dtype(target=target, **_named("target_", other))
+    _check_bias("", head)
+    _check_bias("target_", other)
+    ours, theirs = _dtype(input=input, **_named("", head)), _dtype(target=target, **_named("target_", other))
+    return words, (ours, theirs)
 
 
 def _named(prefix: str, head: Head) -> dict[str, Tensor]:
@@ -121,16 +122,16 @@ def _named(prefix: str, head: Head) -> dict[str, Tensor]:
     return {f"{prefix}{name}": each for name, each in head._asdict().items() if each is not None}
 
 
-def _check_real(name: str, tensor: Any) -> None:
+def _check_real(name: str, tensor: Any, input: Any) -> None:
     if check_tensor(name, tensor).is_complex():
         raise TypeError(f"{name} must be real, got {tensor.dtype}")
     if sharded.is_dtensor(tensor):  # sharded for data or over the vocabulary? Only the caller knows
         raise TypeError(f"{name} must be a plain tensor, got a DTensor: pass its local part and process_group, or all")
+    check_same_device(name, tensor.device, "input", input.device)
 
 
-def _check_weights(prefix: str, side: str, head: Head, hidden: Tensor) -> None:
-    if not isinstance(head, Weights):
-        return
+def _check_weight(prefix: str, side: str, head: Head, hidden: Tensor) -> int:
+    """V of a head whose weight fits ``hidden``."""
     for name, tensor in _named(prefix, head).items():
         if isinstance(tensor, Tensor) and tensor.numel() == 0:
             raise ValueError(
@@ -138,19 +139,21 @@ def _check_weights(prefix: str, side: str, head: Head, hidden: Tensor) -> None:
                 "leave of one outside of its module's forward pass; gather it around the loss "
                 "(deepspeed.zero.GatheredParameters, FullyShardedDataParallel.summon_full_params)"
             )
-        _check_real(name, tensor)
-        check_same_device(name, tensor.device, "input", hidden.device)
-    weight, bias = head
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        sharded_flat = ": a flat one is a shard; gather it around the loss" if weight.dim() == 1 else ""
+        _check_real(name, tensor, hidden)
+    if isinstance(head, Weights) and (head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[-1]):
+        flat = ": a flat one is a shard; gather it around the loss" if head.weight.dim() == 1 else ""
         raise ValueError(
             f"{prefix}weight must have shape [V, {hidden.shape[-1]}], H being that of {side}, "
-            f"got {tuple(weight.shape)}{sharded_flat}"
+            f"got {tuple(head.weight.shape)}{flat}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
+    return _width(head, hidden)
+
+
+def _check_bias(prefix: str, head: Head) -> None:
+    if isinstance(head, Weights) and head.bias is not None and head.bias.shape != head.weight.shape[:1]:
         raise ValueError(
-            f"{prefix}bias must have shape ({weight.shape[0]},), one for each row of {prefix}weight, "
-            f"got {tuple(bias.shape)}"
+            f"{prefix}bias must have shape ({head.weight.shape[0]},), one for each row of {prefix}weight, "
+            f"got {tuple(head.bias.shape)}"
         )
 
 

@@ -266,6 +266,8 @@ def _heads(weight: Any, bias: Any, target: Any, target_bias: Any) -> tuple[Head,
     if isinstance(head, Weights):  # what is None is shared
         target = head.weight if target is None else target
         target_bias = head.bias if target_bias is None else target_bias
+        if target is head.weight and target_bias is head.bias:
+            return head, None
     elif target is None:
         raise ValueError("target_bias must come with a weight of the target where the head is a module")
     return head, Weights(target, target_bias)
@@ -278,7 +280,7 @@ def _linear(
 ) -> Tensor:  # fmt: skip
     check_choice("reduction", reduction, REDUCTIONS)
     backend = backend_of_caller() if backend is None else check_name(backend)
-    dtypes = heads.check(input, target, head, other)
+    words, dtypes = heads.check(input, target, head, other)
     if mask is not None:
         check_mask(mask, input.shape, input.device, "input")
     alpha = divergence(kind).check(alpha)
@@ -302,10 +304,10 @@ def _linear(
 
     tokens = input.shape[:-1]
     count = math.prod(tokens)
-    widths = [heads.width(head, input)]
+    widths = [words]
     if process_group is not None:
         same = count, input.shape[-1], chunk_bytes or 0
-        widths = sharded.agree("(tokens, H, chunk_bytes)", same, widths[0], process_group, input.device)
+        widths = sharded.agree("(tokens, H, chunk_bytes)", same, words, process_group, input.device)
     tensors = input, target, *(each.weight for each in (head, other) if isinstance(each, Weights))
     itemsize = max(dtype.itemsize for dtype in dtypes)
     plan = Plan(
