@@ -296,6 +296,23 @@ def test_autocast() -> None:
     check(got, expected("jsd", given, "mean", cap=3.0), 8e-2)
 
 
+@pytest.mark.exhaustive
+@HEADS
+def test_compiled(heads: int) -> None:
+    """In one graph."""
+    given = tensors(heads)
+    compiled = torch.compile(
+        lambda tensors: linear_jsd_loss(**tensors, logit_softcap=2.0, backend="torch"),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    want = run("jsd", given, logit_softcap=2.0, backend="torch")
+    got = [compiled(given)]
+    got += torch.autograd.grad(got[0], list(given.values()))
+    for value, reference in zip(got, want.values(), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-14)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -245,6 +245,16 @@ def test_smart_on_hidden_states(name: str) -> None:
     check(*found, 1e-8)
 
 
+def test_the_ascent_spends_nothing_on_the_module() -> None:
+    model = Body(Adapted())
+    embed = torch.randn(5, 6)
+    ascent_alone = SMARTLoss(model, LinearDivergence(model.head), lambda x, t: (x - t).sum(), backend="torch")
+    with Products() as seen:
+        ascent_alone(embed, model(embed).detach())
+    assert (5, VOCABULARY) in seen.shapes
+    assert (VOCABULARY, RANK) not in seen.shapes
+
+
 def test_the_module_is_held_and_not_registered() -> None:
     model = Body(Adapted())
     smart = SMARTLoss(model, LinearDivergence(model.head, kind="kl", target=model.head.base))
@@ -278,6 +288,10 @@ def test_errors() -> None:
         LinearDivergence(head, target=nn.Linear(HIDDEN, 41))(*given)
     identity = nn.Identity()
     identity.forward = lambda hidden: (hidden,)
+    liar = Adapted()
+    liar.out_features = 41
+    with pytest.raises(ValueError, match="one vocabulary, the heads made 40 and 41 logits"):
+        LinearDivergence(liar, target=nn.Linear(HIDDEN, 41))(*given)
     with pytest.raises(ValueError, match=r"logits \[n, V\] of hidden states \[\d+, 12\], Identity made tuple"):
         LinearDivergence(identity)(*given)
     with pytest.raises(ValueError, match=r"Flatten made shape \(\d+,\)"):

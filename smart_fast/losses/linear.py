@@ -67,7 +67,7 @@ def linear_kl_loss(
         chunk_bytes: the size of one chunk of logits; three (kl and jsd: four; with a softcap some ten, in fp32)
             matrices of that size are alive at once. None: 64 MiB, 256 MiB on a GPU, but between 256 and 4096 tokens.
         backend: as in `kl_loss`. The GEMMs are always torch's.
-        process_group: the `torch.distributed` group over which ``weight`` and ``bias`` are sharded: each process
+        process_group: the `torch.distributed` group over which weights and biases are sharded: each process
             passes its rows ``[V_local, H]``, the same hidden states and mask, and gets the loss of the whole. Gradients
             to hidden states are summed over the group in the backward pass, in which every process must take part
             with the same upstream gradient; those to weight and bias are local.

@@ -43,6 +43,10 @@ def _chunk(plan: Plan, input: Tensor, target: Tensor, head: Head, other: Head | 
     else:
         first = project(head, input)
     logits = project(head if other is None else other, target)
+    if first.shape != logits.shape:
+        raise ValueError(
+            f"both sides must have one vocabulary, the heads made {first.shape[1]} and {logits.shape[1]} logits"
+        )
     return autograd.projected_divergence(plan, first, logits, mask)
 
 
