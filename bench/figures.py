@@ -56,7 +56,7 @@ def speed(report: Report, theme: Theme) -> Figure:
         axes.set_title(GROUPS[group], loc="left")
     last = panels[-1, 0]
     last.xaxis.set_major_formatter(lambda number, _: f"{number:g} x")
-    figure.supxlabel("how many times as fast smart-fast native is (right of the dashed line: faster)", fontsize=10)
+    last.set_xlabel("smart-fast native is so many times as fast")
     _legend(figure, last)
     return figure
 
