@@ -45,14 +45,18 @@ class Tap:
         self._handles = [each.register_forward_hook(self._hook, with_kwargs=True) for each in modules]
 
     def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if (self._seen is None and not self._replacements) or (self._of_ids and not _takes_ids(args, kwargs)):
+        if self._of_ids and not _takes_ids(args, kwargs):
             return output
         if self._seen is not None:
+            if not torch.is_grad_enabled():
+                return output
             found = _tensor_of(module, output)
-            if self._leaves and not found.requires_grad and torch.is_grad_enabled():
+            if self._leaves and not found.requires_grad:
                 found = found.detach().requires_grad_()
                 output = _with_tensor(output, found)
             self._seen.append(Seen(module, found))
+            return output
+        if not self._replacements:
             return output
         self._calls += 1
         new = self._replacements[self._calls - 1] if self._calls <= len(self._replacements) else None
@@ -60,7 +64,7 @@ class Tap:
 
     @contextlib.contextmanager
     def recording(self, leaves: bool = False) -> Iterator[list[Seen]]:
-        """Within the context, calls of the modules are appended to the list that it gives, in their order.
+        """Within the context, calls that build a graph are appended to the list that it gives, in their order.
 
         ``leaves``: outputs without a graph (of frozen embeddings) become leaves that require grad.
         """
