@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from .backends import log_ratio
 from .backends.base import Backend, DivergenceSpec, Step
-from .losses import chunks, sharded
+from .losses import passes, sharded
+from .losses.chunks import Operands, Plan
+from .losses.softcap import Capped
 from .training import compiling
 
 
@@ -261,54 +263,97 @@ class _LinearDivergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
-        plan: chunks.Plan, total: bool,
-    ) -> Tensor:  # fmt: skip
-        wanted = chunks.Wanted(*ctx.needs_input_grad[:4])
-        tensors = input, target, weight, bias, mask
-        with torch.autocast(input.device.type, enabled=False):
-            loss, stats, ctx.gradients = chunks.losses(
-                plan, *tensors, keep=any(wanted), now=wanted if total and any(wanted) else None
+    def forward(ctx: Any, plan: Plan, total: bool, *tensors: Tensor | None) -> Tensor:
+        operands = Operands(*tensors)  # type: ignore[arg-type]
+        wanted = passes.Wanted(*ctx.needs_input_grad[2:8])
+        with torch.autocast(operands.input.device.type, enabled=False):
+            loss, stats, ctx.gradients = passes.losses(
+                plan, operands, keep=any(wanted), now=wanted if total and any(wanted) else None
             )
         if any(wanted):
-            ctx.save_for_backward(*tensors, stats)
+            ctx.save_for_backward(*operands, stats)
             ctx.plan, ctx.total = plan, total
         return loss.sum() if total else loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, bias, mask, stats = ctx.saved_tensors
-        wanted = chunks.Wanted(*ctx.needs_input_grad[:4])
+        *tensors, stats = ctx.saved_tensors
+        operands = Operands(*tensors)
+        wanted = passes.Wanted(*ctx.needs_input_grad[2:8])
         # Used up: a second backward pass computes its own.
         sums, ctx.gradients = ctx.gradients, None
         common = grad
-        with torch.autocast(input.device.type, enabled=False):
+        with torch.autocast(operands.input.device.type, enabled=False):
             if sums is None:
-                rows = grad.expand(input.shape[:1])
-                if mask is not None:
-                    rows = torch.where(mask, rows, 0.0)
+                rows = grad.expand(operands.input.shape[:1])
+                if operands.mask is not None:
+                    rows = torch.where(operands.mask, rows, 0.0)
                 # In half precision products of upstream gradients and hidden states could overflow or vanish.
                 common = rows.abs().amax()
                 common = torch.where(common == 0, 1.0, common)
-                sums = chunks.gradients(ctx.plan, input, target, weight, bias, mask, stats, rows / common, wanted)
+                sums = passes.gradients(ctx.plan, operands, stats, rows / common, wanted)
                 grad = grad if ctx.total else rows
-            dtypes = input.dtype, target.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-            found = chunks.finished(ctx.plan, sums, wanted, grad, common, dtypes)
-        return *found, None, None, None
+            dtypes = [None if each is None else each.dtype for each in operands[:6]]
+            found = passes.finished(ctx.plan, sums, wanted, grad, common, dtypes)
+        return None, None, *found, None
 
 
-def linear_divergence(
-    plan: chunks.Plan, input: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
-    total: bool,
-) -> Tensor:  # fmt: skip
-    """The divergence of ``input @ weight.T + bias`` from ``target @ weight.T + bias``, summed or for each of N tokens.
-
-    ``input`` and ``target`` ``[N, H]``, ``weight`` ``[V, H]``, ``bias`` ``[V]``, ``mask`` ``[N]``.
-    """
-    tensors: tuple[Tensor | None, ...] = input, target, weight, bias
+def linear_divergence(plan: Plan, operands: Operands, total: bool) -> Tensor:
+    """The divergence of the logits of ``operands``, summed or for each of N tokens."""
     if not torch.is_grad_enabled():  # inside the Function that is not to be seen, and gradients come with the loss
-        tensors = tuple(None if each is None else each.detach() for each in tensors)
-    loss: Tensor = _LinearDivergence.apply(*tensors, mask, plan, total)
+        operands = Operands(*(None if each is None else each.detach() for each in operands))  # type: ignore[arg-type]
+    loss: Tensor = _LinearDivergence.apply(plan, total, *operands)
     return loss
+
+
+class _ProjectedDivergence(torch.autograd.Function):
+    """Losses of rows of raw logits, as a head gave them: before their scale and softcap."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, logits: Tensor, mask: Tensor | None, plan: Plan) -> Tensor:
+        keep = any(ctx.needs_input_grad[:2])
+        sides, _ = _as_compared(plan, first, logits)
+        rows, stats = plan.backend.divergence_forward(*sides, plan.spec(plan.alpha), mask, keep, keep)
+        if keep:
+            ctx.save_for_backward(first, logits, mask, stats)
+            ctx.plan = plan
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        first, logits, mask, stats = ctx.saved_tensors
+        plan, (want_first, want_logits) = ctx.plan, ctx.needs_input_grad[:2]
+        sides, capped = _as_compared(plan, first, logits)
+        # The target's logits are part of the input's where those are given as a difference.
+        want_input = want_first or (want_logits and plan.shared)
+        dx, dt = plan.backend.divergence_backward(
+            grad, *sides, stats, plan.spec(plan.alpha), mask, want_input, want_logits
+        )
+        to_first, to_logits = dx, dt
+        if capped is not None:
+            to_first = None if dx is None else dx * capped.slope(0)
+            to_logits = None if dt is None else dt * capped.slope(1)
+        if plan.shared and dx is not None and dt is not None:
+            to_logits = dx + dt if capped is None else (dx + dt) * capped.slope(1) + dx * capped.slope(2)
+        return (
+            to_first.to(first.dtype) if want_first and to_first is not None else None,
+            to_logits.to(logits.dtype) if want_logits and to_logits is not None else None,
+            None, None,
+        )  # fmt: skip
+
+
+def _as_compared(plan: Plan, first: Tensor, logits: Tensor) -> tuple[tuple[Tensor, Tensor], Capped | None]:
+    """Both sides as the backend takes them."""
+    if plan.inner is None:
+        return (first, logits), None
+    capped = Capped(first, logits, plan.inner, plan.shared, plan.precision)
+    return (capped.difference, capped.target), capped
+
+
+def projected_divergence(plan: Plan, first: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+    """The divergence of each row ``[n]`` of raw logits ``[n, V]``; ``first`` are the input's or (``plan.shared``) by
+    how much they exceed the target's."""
+    rows: Tensor = _ProjectedDivergence.apply(first, logits, mask, plan)
+    return rows

@@ -223,10 +223,41 @@ def linear_losses(rank, world):
 
 
 @check
+def linear_losses_of_two_heads(rank, world):
+    """And of capped logits, of one head and of two."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes):
+        return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+    given = {"input": draw(*SHAPE, HIDDEN), "weight": draw(WIDTH, HIDDEN), "bias": draw(WIDTH)}
+    shared = given | {"target": given["input"] + 0.3 * draw(*SHAPE, HIDDEN)}
+    two = given | {"target": draw(*SHAPE, 5), "target_weight": draw(WIDTH, 5), "target_bias": draw(WIDTH)}
+    part = bounds(world, rank)
+    for loss_fn in LINEAR.values():
+        for tensors, options in ((two, {}), (two, {"logit_softcap": 2.0}), (shared, {"logit_softcap": 2.0})):
+            for reduction in ("mean", "none"):
+                leaves = {name: each.clone().requires_grad_() for name, each in tensors.items()}
+                slices = {name: each[part] if each.shape[0] == WIDTH else each for name, each in leaves.items()}
+                options |= {"reduction": reduction, "backend": "torch", "chunk_bytes": 4 * 8 * WIDTH}
+                loss = loss_fn(**slices, **options, process_group=dist.group.WORLD)
+                upstream = torch.rand(loss.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+                found = torch.autograd.grad(loss, list(slices.values()), upstream)
+                reference = loss_fn(**leaves, **options)
+                want = torch.autograd.grad(reference, list(leaves.values()), upstream)
+                close(loss, reference)
+                for value, whole_one in zip(found, want, strict=True):
+                    close(value, whole_one[part] if whole_one.shape[0] == WIDTH else whole_one, 1e-11)
+
+
+@check
 def linear_losses_of_different_tokens(rank, world):
     hidden = torch.ones(2 + (rank == 1), HIDDEN)
     with pytest.raises(ValueError, match=r"\(tokens, H, chunk_bytes\) must be the same in every process"):
         smart_fast.linear_kl_loss(hidden, hidden, torch.ones(3, HIDDEN), process_group=dist.group.WORLD)
+    called = smart_fast.LinearDivergence(torch.nn.Identity(), process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="process_group must be None for a head that is called, as Identity is"):
+        called(hidden, hidden)
 
 
 @check

@@ -16,7 +16,7 @@ import smart_fast
 from smart_fast import autograd
 from smart_fast.backends import log_ratio, pytorch, registry
 from smart_fast.backends.base import DIVERGENCES, DivergenceSpec
-from smart_fast.losses import chunks, divergences, linear, logits, sharded
+from smart_fast.losses import chunks, divergences, linear, logits, passes, sharded
 from tests.helpers import ROOT
 
 LINEAR = {kind: getattr(smart_fast, f"linear_{kind}_loss") for kind in divergences.NAMES}
@@ -69,7 +69,7 @@ def test_public_functions_have_the_defaults_of_the_table(kind: str) -> None:
 
 
 def plan(kind: str) -> chunks.Plan:
-    return chunks.Plan(pytorch.PYTORCH, kind, 0.5, 1.0, torch.float32, 4)
+    return chunks.Plan(pytorch.PYTORCH, kind, 0.5, 1.0, (torch.float32,) * 2, 4)
 
 
 X = torch.randn(2, 3)
@@ -86,7 +86,7 @@ UNKNOWN: dict[str, Callable[[], Any]] = {
         X, X, torch.zeros(2, 7), DivergenceSpec("mse", "rows"), None
     ),
     "autograd": lambda: autograd.divergence(pytorch.PYTORCH, X, X, "mse", "sum", 1.0, None),
-    "chunks": lambda: chunks.losses(plan("mse"), X, X, torch.ones(4, 3), None, None, False, None),
+    "passes": lambda: passes.losses(plan("mse"), chunks.Operands(X, X, torch.ones(4, 3)), False, None),
     "module": lambda: linear.LinearDivergence(torch.ones(4, 3), kind="mse"),
 }
 

@@ -97,3 +97,14 @@ def test_training(
     assert values[-1][0] < 0.7 * values[0][0]
     assert all(0 < smoothness < 1 for _, smoothness in values)
     assert float(re.fullmatch(r"(?:accuracy|explained variance) (\S+)", last)[1]) > METRICS[name]
+
+
+@pytest.mark.exhaustive
+def test_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / "distillation.py"), run_name="__main__")
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = [float(re.fullmatch(r"step \d+: divergence (\S+)", line)[1]) for line in lines]
+    assert len(found) == 6
+    assert 0 < found[-1] < 0.3 * found[0]
+    assert float(re.fullmatch(r"agreement with the teacher (\S+)", last)[1]) > 0.9

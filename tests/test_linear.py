@@ -246,7 +246,7 @@ def test_masked_tokens_may_hold_anything(
     kind: str, reduction: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if on_gpu:  # where masked tokens keep their places
-        monkeypatch.setattr(chunks, "_kept", lambda mask: (None, mask))
+        monkeypatch.setattr(chunks, "kept", lambda mask: (None, mask))
     given, mask = tensors(), some_tokens((3, 5))
     want = run(kind, given, reduction, mask=mask)
     dirty = [each.detach().clone() for each in given]
