@@ -159,6 +159,39 @@ def test_ways_of_supervised_fine_tuning(data: Dataset, settings: dict[str, Any],
     assert found[0] == pytest.approx(found[-1], rel=1e-4)
 
 
+def test_bregman_with_the_fused_head(tmp_path: Path) -> None:
+    """The teacher's passes are the teacher's, with the fused head and without; after one step it lags behind."""
+    model, found = llama(), []
+    for loss in ({}, {"compute_loss_func": whole_logits}):
+        settings = {"smart_weight": 0.0, "smart_proximal_weight": 3.0, "smart_backend": "torch", "max_steps": 3}
+        trainer, gradients = sft(tmp_path, copy.deepcopy(model), learning_rate=1.0, **settings, **loss)
+        found.append((logged(trainer, "smart_proximal"), gradients))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3, abs=1e-9)
+    assert found[0][0][0] == pytest.approx(0.0, abs=1e-9)
+    assert found[0][0][2] > found[0][0][1] > 1e-4
+    assert_close(found[0][1], found[1][1])
+
+
+SCALED = {
+    "Gemma2": {"final_logit_softcapping": 0.5, "head_dim": 8, "num_key_value_heads": 1},
+    "Cohere": {"logit_scale": 3.0, "num_key_value_heads": 1},
+    "Granite": {"logits_scaling": 0.25, "num_key_value_heads": 1},
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", SCALED)
+def test_heads_that_scale_their_logits(name: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, intermediate_size=32, pad_token_id=0, **SCALED[name])
+    model, found = getattr(transformers, f"{name}ForCausalLM")(config), []
+    for loss in ({}, {"compute_loss_func": whole_logits}):
+        trainer, gradients = sft(tmp_path, copy.deepcopy(model), **SETTINGS, **loss)
+        found.append((logged(trainer, "smart_loss"), gradients))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert_close(found[0][1], found[1][1])
+
+
 @pytest.mark.exhaustive
 def test_half_precision(tmp_path: Path) -> None:
     """The body runs in the autocast that Trainer puts around the model's forward pass."""

@@ -83,6 +83,14 @@ class ModelRegularizer:
     def _remember(self, model: nn.Module, args: Any) -> None:
         self._rewind = remember_generators(next(model.parameters()).device)
 
+    def forget(self) -> None:
+        """Let go of the graph of the last clean pass."""
+        self._seen, self._body_calls = [], []
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """That in which the body of the model ran in the clean pass: autocast may begin in the model's forward."""
+        return self._body_calls[0].precision() if self._body_calls else contextlib.nullcontext()
+
     def compared(
         self,
         forward: Callable[[], Any],
@@ -93,7 +101,7 @@ class ModelRegularizer:
     ) -> Comparison:
         """What of the outputs of the clean pass is compared; arguments and errors as in `__call__`."""
         logits, calls = logits_of(outputs), self._body_calls
-        if logits is None and len(calls) == 1 and isinstance(self._body.head, nn.Module):
+        if logits is None and len(calls) == 1 and self._body.head is not None:
             if self.arguments.smart_ascent == "fisher":
                 raise ValueError("smart_ascent='fisher' needs logits, which the model's outputs do not hold")
             items = Items.of_tokens(self.model, calls[0].states, labels, attention_mask, shift_labels)
@@ -132,7 +140,8 @@ class ModelRegularizer:
             TypeError: outputs without logits, of a model that has no head on a body.
         """
         compared = self.compared(forward, outputs, labels, attention_mask, shift_labels)
-        seen, self._seen, self._body_calls = self._seen, [], []
+        seen = self._seen
+        self.forget()
         of = sides(self.model, seen)
         chosen = [
             i for i, side in enumerate(of) if self.embeddings not in ("encoder", "decoder") or side == self.embeddings

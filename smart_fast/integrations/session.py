@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..methods.bregman import BregmanProximal, symmetric_kl
 from .arguments import SMARTArguments
 from .calls import Call, Watch
+from .hidden import Hidden
 from .model import ModelRegularizer
-from .outputs import Logits, Smoothness, squared_error
+from .outputs import Smoothness, squared_error
 
 __all__ = ["Session", "Term"]
 
@@ -51,6 +52,7 @@ class Session:
             self._regularizer = ModelRegularizer(model, self.arguments, self.embeddings)
         if self._proximal is None and self.arguments.smart_proximal_weight != 0:
             self._proximal = BregmanProximal(wrapper or model, beta=self.arguments.smart_proximal_beta)
+            _let_go_of_patches(self._proximal.teacher)
             if "proximal" in self._loaded:
                 self._proximal.load_state_dict(self._loaded.pop("proximal"))
 
@@ -84,21 +86,24 @@ class Session:
         )
         if self._proximal is not None and arguments.smart_proximal_weight != 0:
             compared = self._regularizer.compared(call.repeat, call.outputs, labels, mask, shifted)
-            found["smart_proximal"] = Term(arguments.smart_proximal_weight, self._restraint(call, compared))
+            with self._regularizer.precision():
+                found["smart_proximal"] = Term(arguments.smart_proximal_weight, self._restraint(call, compared))
         if arguments.runs(step):
             diagnose = arguments.diagnoses(step) and step != self._diagnosed
             wanted = figures if diagnose else None
             value = self._regularizer(call.repeat, call.outputs, labels, mask, shifted, decoder_mask, figures=wanted)
             found["smart_loss"] = Term(arguments.smart_weight, value)
             self._diagnosed = step
+        else:
+            self._regularizer.forget()
         return found, figures
 
     def _restraint(self, call: Call, compared: Any) -> Smoothness:
         """The Bregman term, over the items of the regularizer."""
-        if not isinstance(compared, Logits):
-            raise ValueError("smart_proximal_weight needs logits, which the model's outputs do not hold")
         proximal, items = self._proximal, compared.items
         assert proximal is not None
+        if isinstance(compared, Hidden):
+            return Smoothness(compared.restraint(proximal.teacher), items.count)
         if items.kind == "numbers":
             proximal.loss_fn = squared_error
         else:
@@ -133,3 +138,11 @@ class Session:
         if self._regularizer is not None:
             self._regularizer.close()
             self._regularizer = None
+
+
+def _let_go_of_patches(teacher: nn.Module) -> None:
+    """Forward methods that TRL and accelerate put on a model, and that would run the model in its copy. (Those that
+    move layers between devices stay.)"""
+    for each in teacher.modules():
+        if not hasattr(each, "_hf_hook"):
+            vars(each).pop("forward", None)
