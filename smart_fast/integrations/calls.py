@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from .tap import is_encoder_decoder
 
@@ -52,12 +52,18 @@ class Call:
 
     def repeat(self) -> Any:
         """The call again, without labels: the loss of the task is not wanted."""
-        return self.model(*self.args, **self.kwargs)
+        args, kwargs = tree_map_only(Tensor, _own, (self.args, self.kwargs))
+        return self.model(*args, **kwargs)
 
     @property
     def batch_size(self) -> int:
         """The first dimension of what it gave."""
         return next(each.shape[0] for each in tree_iter(self.outputs) if isinstance(each, Tensor) and each.dim())
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Ids are copied, since some models (FSMT) shift them in place, under the feet of the clean pass's graph."""
+    return tensor if tensor.is_floating_point() else tensor.clone()
 
 
 def is_label(name: str) -> bool:

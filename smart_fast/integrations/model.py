@@ -51,7 +51,7 @@ class ModelRegularizer:
         self.embeddings = arguments.smart_embeddings if embeddings is None else embeddings
         self.modules, of_ids = find(model, self.embeddings)
         self._own = own_embeddings(model)
-        empty = next((name for name, each in model.named_parameters() if each.numel() == 0), None)
+        empty = next((name for name, each in model.named_parameters() if each.shape == (0,)), None)
         if empty is not None:
             raise ValueError(
                 f"parameter {empty} is empty: models whose parameters are there only while their module runs (DeepSpeed"
