@@ -88,7 +88,7 @@ class Hidden:
         self._options: dict[str, Any] = {
             "reduction": "sum",
             "mask": items.rows,
-            "logit_scale": _scale(config),
+            "logit_scale": _factor_of(config),
             "logit_softcap": getattr(config, "final_logit_softcapping", None),
         }
 
@@ -125,7 +125,7 @@ class Hidden:
         return self._call.precision()
 
 
-def _scale(config: Any) -> float:
+def _factor_of(config: Any) -> float:
     """What a model multiplies its logits by: the names that transformers' configurations have for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if (factor := getattr(config, name, None)) is not None:
