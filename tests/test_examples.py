@@ -67,6 +67,7 @@ METRICS = {
     "sequence_classification": 0.85,
     "token_classification": 0.95,
     "regression": 0.8,
+    "sft": 0.8,
 }
 
 
@@ -77,7 +78,7 @@ def test_training(
     """In this process, since importing transformers takes longer than they do."""
     if name != "pytorch_loop":
         pytest.importorskip("transformers")
-        pytest.importorskip("lightning" if name == "lightning_callback" else "accelerate")
+        pytest.importorskip({"lightning_callback": "lightning", "sft": "trl"}.get(name, "accelerate"))
     if name == "accelerate_loop":
         from accelerate.state import AcceleratorState
 
