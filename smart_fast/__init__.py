@@ -17,6 +17,7 @@ from .losses.logits import hellinger_loss, js_loss, jsd_loss, kl_loss, stable_sy
 from .methods.alice import AliceLoss  # noqa: E402
 from .methods.bregman import BregmanProximal, paper_beta  # noqa: E402
 from .norms import inf_norm, l1_norm, l2_norm, sentence_norm  # noqa: E402
+from .perturbing import Perturbation, perturbation  # noqa: E402
 from .smart import SMARTLoss  # noqa: E402
 from .training.checkpointing import checkpointed  # noqa: E402
 
@@ -27,6 +28,7 @@ __all__ = [
     "BackendFallbackWarning",
     "BregmanProximal",
     "LinearDivergence",
+    "Perturbation",
     "SMARTLoss",
     "ascent_ratio",
     "available_backends",
@@ -44,6 +46,7 @@ __all__ = [
     "linear_kl_loss",
     "linear_sym_kl_loss",
     "paper_beta",
+    "perturbation",
     "recipes",
     "sentence_norm",
     "set_default_backend",

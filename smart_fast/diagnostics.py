@@ -48,7 +48,7 @@ class Record:
         for i, embed in enumerate(embeds):
             unit = found.units[i]
             before, after = (
-                autograd.noise_values(found.backends[i], embed, each[i], step.noise_var, masks[i], unit)
+                autograd.noise_values(found.backends[i], embed, each[i], step.noise_var, masks[i], unit, step.noise)
                 for each in (found.first, found.noises)
             )
             self._add(embed, masks[i], before, after, found.perturbed[i], found.grads[i], step, unit)

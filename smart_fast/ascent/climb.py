@@ -47,7 +47,9 @@ def climb(
     for embed, mask in zip(embeds, masks, strict=True):
         backend = select(options.backend, embed, numbers=step.tensors)
         unit = token_rms(embed) if relative else None
-        moved, noise = start(backend, embed, step.noise_var, options.generator, mask, num_steps > 0 or keep, unit)
+        moved, noise = start(
+            backend, embed, step.noise_var, options.generator, mask, num_steps > 0 or keep, unit, step.noise
+        )
         perturbed.append(moved)
         noises.append(noise)
         first.append(noise)
