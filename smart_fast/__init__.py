@@ -12,6 +12,7 @@ from . import loss as loss  # noqa: E402
 from . import recipes  # noqa: E402
 from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
 from .diagnostics import ascent_ratio  # noqa: E402
+from .layers import at_layer  # noqa: E402
 from .losses.linear import LinearDivergence, linear_js_loss, linear_jsd_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
 from .losses.logits import hellinger_loss, js_loss, jsd_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
 from .methods.alice import AliceLoss  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "Perturbation",
     "SMARTLoss",
     "ascent_ratio",
+    "at_layer",
     "available_backends",
     "checkpointed",
     "empty_cache",
