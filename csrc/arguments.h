@@ -53,6 +53,8 @@ inline Kind kind_of(string_view name) { return choice_of<Kind>(name, kind_names,
 inline Norm norm_of(string_view name) { return choice_of<Norm>(name, norm_names, "norm", "norms"); }
 inline Update update_of(string_view name) { return choice_of<Update>(name, update_names, "update", "updates"); }
 
+inline Noise noise_kind_of(string_view name) { return choice_of<Noise>(name, noise_names, "noise", "noises"); }
+
 enum class Output { terms, rows, sum };
 constexpr const char* output_names[] = {"terms", "rows", "sum"};
 

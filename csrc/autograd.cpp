@@ -70,13 +70,14 @@ variable_list only_once(variable_list gradients, const char* what) {
 // ---- embeddings ----------------------------------------------------------------------------------------------------
 
 using PerturbSignature = std::tuple<Tensor, Tensor>(const Tensor&, optional<at::Generator>, double,
-                                                    const optional<Tensor>&, bool, const optional<Tensor>&);
+                                                    const optional<Tensor>&, bool, const optional<Tensor>&, string_view);
 
 std::tuple<Tensor, Tensor> call_perturb(const Tensor& embed, const optional<at::Generator>& generator, double noise_var,
-                                        const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
+                                        const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
+                                        string_view noise_kind) {
   static const auto handle = operator_handle<PerturbSignature>("smart_fast::native_perturb_fresh");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return handle.call(embed, generator, noise_var, mask, keep_noise, unit);
+  return handle.call(embed, generator, noise_var, mask, keep_noise, unit, noise_kind);
 }
 
 // embed -> embed + something constant: the gradient passes through, except at masked rows.
@@ -106,33 +107,34 @@ std::tuple<Tensor, Tensor> shifting(const Tensor& embed, const optional<Tensor>&
 }
 
 std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
-                                         const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
-  return shifting(embed, mask, call_perturb(embed, generator, noise_var, mask, keep_noise, unit));
+                                         const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
+                                         string_view noise_kind) {
+  return shifting(embed, mask, call_perturb(embed, generator, noise_var, mask, keep_noise, unit, noise_kind));
 }
 
 using AscendSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
                                                    const optional<Tensor>&, const optional<Tensor>&,
                                                    const optional<Tensor>&, string_view, string_view, double, double,
-                                                   string_view, double, bool);
+                                                   string_view, double, bool, string_view);
 
 std::tuple<Tensor, Tensor> call_ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                        const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
                                        const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                        string_view scope, double noise_var, double step_size, string_view update,
-                                       double epsilon, bool keep_noise) {
+                                       double epsilon, bool keep_noise, string_view noise_kind) {
   static const auto handle = operator_handle<AscendSignature>("smart_fast::native_ascend");
   const at::AutoDispatchBelowADInplaceOrView below;
   return handle.call(embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, noise_var, step_size, update, epsilon,
-                     keep_noise);
+                     keep_noise, noise_kind);
 }
 
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                   const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
                                   const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise) {
+                                  double epsilon, bool keep_noise, string_view noise_kind) {
   return shifting(embed, mask, call_ascend(embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, noise_var,
-                                           step_size, update, epsilon, keep_noise));
+                                           step_size, update, epsilon, keep_noise, noise_kind));
 }
 
 // ---- divergences ---------------------------------------------------------------------------------------------------

@@ -103,14 +103,15 @@ void parallel(int64_t chunks, int64_t elements_per_chunk, int64_t scratch, const
 // ---- operators -----------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, uint64_t seed, double noise_var,
-                                       const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
+                                       const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
+                                       string_view noise_kind) {
   const View view({embed});
   Tensor out = new_output(embed.sizes(), embed.scalar_type());
   Tensor noise = keep_noise ? new_output(embed.sizes(), at::kFloat) : nothing(at::kFloat);
   Tensor holder;
   cpu::Perturb args = {view.shape, view.rows[0], mask_bytes(mask, view.shape.rows, holder),
-                       row_units(unit, view.shape.rows), seed, float(noise_var), out.mutable_data_ptr(),
-                       keep_noise ? noise.mutable_data_ptr<float>() : nullptr, stream(out)};
+                       row_units(unit, view.shape.rows), seed, noise_kind_of(noise_kind), float(noise_var),
+                       out.mutable_data_ptr(), keep_noise ? noise.mutable_data_ptr<float>() : nullptr, stream(out)};
   const auto run = cpu::kernels().perturb;
   parallel((embed.numel() + cpu::perturb_chunk - 1) / cpu::perturb_chunk, cpu::perturb_chunk, 0,
            [&](int64_t begin, int64_t end, float*) { run(args, begin, end); });
@@ -118,8 +119,9 @@ std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, uint64_t seed, doubl
 }
 
 std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
-                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
-  return run_perturb(embed, uint64_t(*seed.const_data_ptr<int64_t>()), noise_var, mask, keep_noise, unit);
+                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
+                                   string_view noise_kind) {
+  return run_perturb(embed, uint64_t(*seed.const_data_ptr<int64_t>()), noise_var, mask, keep_noise, unit, noise_kind);
 }
 
 // The seed that torch.randint(2**63 - 1, (1,)) would draw.
@@ -130,8 +132,9 @@ uint64_t draw(const optional<at::Generator>& generator) {
 }
 
 std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
-                                         const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
-  return run_perturb(embed, draw(generator), noise_var, mask, keep_noise, unit);
+                                         const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
+                                         string_view noise_kind) {
+  return run_perturb(embed, draw(generator), noise_var, mask, keep_noise, unit, noise_kind);
 }
 
 // Norms of groups of rows from the partial norms of the rows.
@@ -144,7 +147,7 @@ std::vector<float> group_norms(const Tensor& partial, int64_t group, Norm norm, 
 
 Tensor ascend_norm(const Tensor& grad, const Tensor& noise, const optional<Tensor>& norm,
                       const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind, double noise_var,
-                      double step_size, string_view update) {
+                      double step_size, string_view update, string_view noise_kind) {
   const View view({grad});
   const Shape& shape = view.shape;
   cpu::Ascend args = {};
@@ -153,6 +156,7 @@ Tensor ascend_norm(const Tensor& grad, const Tensor& noise, const optional<Tenso
   Tensor mask_holder, noise_holder;
   args.mask = mask_bytes(mask, shape.rows, mask_holder);
   args.noise = noise_or_seed(noise, grad.numel(), noise_holder, args.seed);
+  args.kind = noise_kind_of(noise_kind);
   args.noise_var = float(noise_var);
   args.step_size = float(step_size);
   args.update = update_of(update);
@@ -177,7 +181,7 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
                                   const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
                                   const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise) {
+                                  double epsilon, bool keep_noise, string_view noise_kind) {
   const View view({embed, grad});
   const Shape& shape = view.shape;
   Tensor out = new_output(embed.sizes(), embed.scalar_type());
@@ -189,6 +193,7 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
   Tensor mask_holder, noise_holder, norm_holder;
   args.mask = mask_bytes(mask, shape.rows, mask_holder);
   args.noise = noise_or_seed(noise, embed.numel(), noise_holder, args.seed);
+  args.kind = noise_kind_of(noise_kind);
   args.noise_var = float(noise_var);
   args.step_size = float(step_size);
   args.epsilon = float(epsilon);
@@ -395,15 +400,15 @@ pybind11::dict built_with() {
 TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   library.def("native_perturb(Tensor embed, Tensor seed, float noise_var, Tensor? mask, bool keep_noise,"
-              " Tensor? unit=None) -> (Tensor, Tensor)", tags);
+              " Tensor? unit=None, str noise_kind=\"normal\") -> (Tensor, Tensor)", tags);
   // Draws its own seed. The second result is what ascend takes as noise: its values, or on a GPU the seed.
   library.def("native_perturb_fresh(Tensor embed, Generator? generator, float noise_var, Tensor? mask, bool keep_noise,"
-              " Tensor? unit=None) -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
+              " Tensor? unit=None, str noise_kind=\"normal\") -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
   library.def("native_ascend_norm(Tensor grad, Tensor noise, Tensor? norm, Tensor? mask, Tensor? unit, str kind,"
-              " float noise_var, float step_size, str update) -> Tensor", tags);
+              " float noise_var, float step_size, str update, str noise_kind=\"normal\") -> Tensor", tags);
   library.def("native_ascend(Tensor embed, Tensor grad, Tensor noise, Tensor? norm, Tensor? moved_norm, Tensor? mask,"
               " Tensor? unit, str kind, str scope, float noise_var, float step_size, str update, float epsilon,"
-              " bool keep_noise) -> (Tensor, Tensor)", tags);
+              " bool keep_noise, str noise_kind=\"normal\") -> (Tensor, Tensor)", tags);
   library.def("native_divergence(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
               " float weight, float scale, bool from_difference) -> Tensor", tags);
   library.def("native_divergence_forward(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"

@@ -31,25 +31,26 @@ auto operator_handle(const char* name) {
 }
 
 std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const optional<at::Generator>& generator, double noise_var,
-                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
+                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
+                                   string_view noise_kind) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, optional<at::Generator>, double, const optional<Tensor>&,
-                                               bool, const optional<Tensor>&);
+                                               bool, const optional<Tensor>&, string_view);
   static const auto handle = operator_handle<Signature>("smart_fast::native_perturb_fresh");
-  return handle.call(embed, generator, noise_var, mask, keep_noise, unit);
+  return handle.call(embed, generator, noise_var, mask, keep_noise, unit, noise_kind);
 }
 
 std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const Tensor& noise,
                                   const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
                                   const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise) {
+                                  double epsilon, bool keep_noise, string_view noise_kind) {
   using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const optional<Tensor>&,
                                                const optional<Tensor>&, const optional<Tensor>&,
                                                const optional<Tensor>&, string_view, string_view, double, double,
-                                               string_view, double, bool);
+                                               string_view, double, bool, string_view);
   static const auto handle = operator_handle<Signature>("smart_fast::native_ascend");
   return handle.call(embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, noise_var, step_size, update, epsilon,
-                     keep_noise);
+                     keep_noise, noise_kind);
 }
 
 // A tensor and nothing else: no subclass, which may bring rules of its own.

@@ -1,9 +1,11 @@
-// Counter-based normal noise: Philox-4x32 followed by Box-Muller. The counter map is that of kernels/philox.py:
+// Counter-based noise: Philox-4x32, followed by Box-Muller where it is to be normal. The counter map is that of kernels/philox.py:
 //
 //     key     = (seed mod 2**32, seed >> 32)
 //     counter = (i mod 2**32, i >> 32, 0, 0)      with i = e // 4, e the row-major index of an element
 //     words   = Philox-4x32-7(counter, key)
-//     n0, n1  = box_muller(w0, w1);  n2, n3 = box_muller(w2, w3);  noise = n[e % 4]
+//     normal    n0, n1 = box_muller(w0, w1);  n2, n3 = box_muller(w2, w3)
+//     uniform   n0 … n3 = uniform(w0) … uniform(w3)
+//     noise   = n[e % 4]
 //
 // Seven rounds are the fewest that pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 //
@@ -15,7 +17,7 @@
 
 #include <cstdint>
 
-#include "platform.h"
+#include "rows.h"
 
 namespace smart_fast {
 
@@ -60,15 +62,23 @@ SMART_FAST_INLINE void box_muller(typename M::U a, typename M::U b, float scale,
   y = M::flip_sign(M::select(odd, cos, sin), b & 0x80000000u) * radius;
 }
 
-// The initial noises. No operator takes one yet: it is chosen here.
-enum class Noise : int { normal };
-constexpr const char* noise_names[] = {"normal"};
+// A number uniform on [-sqrt(3), sqrt(3)] times `scale`, so that its standard deviation is `scale`: the word as a signed
+// one in fp32, times sqrt(3) / 2**31, then times `scale`, rounded each time as everywhere.
+template <class M>
+SMART_FAST_INLINE typename M::F uniform(typename M::U word, float scale) {
+  return M::from_signed(word) * 8.065489942588044e-10f * scale;
+}
 
 // Two independent numbers of the noise from two words of a counter, times `scale`.
-template <class M, Noise NOISE = Noise::normal>
+template <class M, Noise NOISE>
 SMART_FAST_INLINE void draw_noise(typename M::U a, typename M::U b, float scale, typename M::F& x, typename M::F& y) {
-  static_assert(NOISE == Noise::normal, "unknown noise");
-  box_muller<M>(a, b, scale, x, y);
+  static_assert(NOISE == Noise::normal || NOISE == Noise::uniform, "unknown noise");
+  if constexpr (NOISE == Noise::uniform) {
+    x = uniform<M>(a, scale);
+    y = uniform<M>(b, scale);
+  } else {
+    box_muller<M>(a, b, scale, x, y);
+  }
 }
 
 }  // namespace smart_fast

@@ -36,10 +36,12 @@ SMART_FAST_INLINE float inverse_of(float size) { return 1.0f / (size < 1e-37f ? 
 // What operators call the choices that kernels are compiled for, in the order of their numbers.
 enum class Kind : int { kl, sym_kl, js, jsd };
 enum class Norm : int { inf, l2, l1, opaque };
-enum class Update : int { smart_pytorch, sift, paper };
+enum class Update : int { smart_pytorch, sift, paper, sign };
+enum class Noise : int { normal, uniform };
 constexpr const char* kind_names[] = {"kl", "sym_kl", "js", "jsd"};
 constexpr const char* norm_names[] = {"inf", "l2", "l1", "opaque"};
-constexpr const char* update_names[] = {"smart-pytorch", "sift", "paper"};
+constexpr const char* update_names[] = {"smart-pytorch", "sift", "paper", "sign"};
+constexpr const char* noise_names[] = {"normal", "uniform"};
 
 // The norm of a group of rows from their partial norms, on the host: true norms for paper, else l2 of squares.
 inline float group_norm(const float* partial, int64_t group, Norm norm, Update update) {
@@ -69,7 +71,7 @@ struct Constant {
   static constexpr auto value = VALUE;
 };
 
-// Calls visit(Constant<...>()) with the kind, norm or update that a number stands for. A number that stands for none gives
+// Calls visit(Constant<...>()) with the kind, norm, update or noise that a number stands for. A number that stands for none gives
 // `unknown()`: it is never taken for another. These are the only lists of what there is.
 template <class Visit, class Unknown>
 SMART_FAST_HOST_INLINE auto with_kind(Kind kind, const Visit& visit, const Unknown& unknown) {
@@ -108,6 +110,18 @@ SMART_FAST_HOST_INLINE auto with_update(Update update, const Visit& visit, const
       return visit(Constant<Update::sift>());
     case Update::paper:
       return visit(Constant<Update::paper>());
+    case Update::sign:
+      return visit(Constant<Update::sign>());
+  }
+  return unknown();
+}
+template <class Visit, class Unknown>
+SMART_FAST_HOST_INLINE auto with_noise(Noise noise, const Visit& visit, const Unknown& unknown) {
+  switch (noise) {
+    case Noise::normal:
+      return visit(Constant<Noise::normal>());
+    case Noise::uniform:
+      return visit(Constant<Noise::uniform>());
   }
   return unknown();
 }

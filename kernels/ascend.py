@@ -6,6 +6,7 @@ a row (1 if there are none):
     smart-pytorch  m = noise + step_size * u * g            noise <- m / (norm(m) + epsilon * u)
     sift           m = g                                    noise <- noise + step_size * u * m / (norm(m) + epsilon * u)
     paper          m = noise / u + step_size * g / norm(g)  noise <- u * (the point nearest to m with norm <= epsilon)
+    sign           m = noise + step_size * u * sign(g)      noise <- m clipped to +-epsilon * u
 
 Token norms need one kernel. A norm over more than a row needs `norm_kernel` first, which leaves either one partial
 norm per row or, for a norm that only Python can compute, m itself; for l2 and paper twice, of g and of m. Floor: read
@@ -22,19 +23,21 @@ from .indexing import as_fp32, load_unit, row_offset, rows_there
 from .philox import noise_tile
 
 #: What the functions on UPDATE and NORM know. Any other name does not compile.
-UPDATES = ("smart-pytorch", "sift", "paper")
+UPDATES = ("smart-pytorch", "sift", "paper", "sign")
 NORMS = ("inf", "l2", "l1")
 
 
 @triton.jit
 def _noise_tile(
-    noise_ptr, seed, noise_var, unit, row, real, block, width, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr,
+    noise_ptr, seed, noise_var, unit, row, real, block, width, NOISE: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """The current noise of a tile: regenerated before the first step, read back afterwards. Zero where masked."""
+    """The current noise of a tile: the one that NOISE names, regenerated before the first step; later on "kept", read
+    back. Zero where masked."""
     first = (row * width)[:, None]
-    if FROM_SEED:
-        noise = noise_tile(seed, first, block, ROWS, BLOCK, ALIGNED, BITS) * (as_fp32(noise_var) * unit)[:, None]
+    if NOISE != "kept":
+        noise = noise_tile(seed, first, block, ROWS, BLOCK, ALIGNED, BITS, NOISE)
+        noise = noise * (as_fp32(noise_var) * unit)[:, None]
     else:
         col = block * BLOCK + tl.arange(0, BLOCK)
         noise = tl.load(noise_ptr + first + col[None, :], mask=real[:, None] & (col < width)[None, :], other=0.0)
@@ -125,14 +128,12 @@ def _group_norm(
 @triton.jit
 def _tile(
     grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
-    UPDATE: tl.constexpr, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UPDATE: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``(noise, m)`` of a tile, m zero where masked or outside. ``norm``: of the gradient, read by paper only."""
     grad = _grad_tile(grad_ptr, base, real, finite, block, width, BLOCK)
     bits: tl.constexpr = grad_ptr.dtype.element_ty.primitive_bitwidth
-    noise = _noise_tile(
-        noise_ptr, seed, noise_var, unit, row, real, block, width, FROM_SEED, ALIGNED, ROWS, BLOCK, bits
-    )
+    noise = _noise_tile(noise_ptr, seed, noise_var, unit, row, real, block, width, NOISE, ALIGNED, ROWS, BLOCK, bits)
     if UPDATE == "sift":
         measured = grad
     elif UPDATE == "paper":
@@ -142,6 +143,9 @@ def _tile(
         measured = tl.where(known[:, None], measured, 0.0)  # an embedding of zeros has no noise
     elif UPDATE == "smart-pytorch":
         measured = noise + (as_fp32(step_size) * unit)[:, None] * grad
+    elif UPDATE == "sign":
+        step = (as_fp32(step_size) * unit)[:, None]
+        measured = noise + tl.where(grad > 0.0, step, tl.where(grad < 0.0, -step, 0.0))
     else:
         tl.static_assert(False, "unknown update")
     inside = real[:, None] & (block * BLOCK + tl.arange(0, BLOCK) < width)[None, :]
@@ -179,6 +183,13 @@ def _projected(measured, shrink, epsilon, NORM: tl.constexpr):
 
 
 @triton.jit
+def _clipped(measured, epsilon, unit):
+    """The new noise of sign."""
+    radius = (as_fp32(epsilon) * unit)[:, None]
+    return tl.minimum(tl.maximum(measured, -radius), radius)
+
+
+@triton.jit
 def _factor(size, epsilon):
     """What brings m, whose l2 norm is ``size``, into the ball."""
     radius = as_fp32(epsilon)
@@ -196,7 +207,7 @@ def _above(measured, threshold):
 @triton.jit
 def _shrink(
     grad_ptr, base, noise_ptr, seed, noise_var, step_size, epsilon, unit, norm, finite, row, real, width,
-    NORM: tl.constexpr, FROM_SEED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What the projection of each row takes: a factor (l2), or the threshold that all absolute values lose (l1).
@@ -209,14 +220,14 @@ def _shrink(
         for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
             _, measured = _tile(
                 grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
-                "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
+                "paper", NOISE, ALIGNED, ROWS, BLOCK,
             )  # fmt: skip
             size = _accumulate(size, measured, NORM)
         return _factor(tl.sqrt(size), epsilon)
     elif NORM == "l1":
         _, first = _tile(
             grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, 0, width,
-            "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
+            "paper", NOISE, ALIGNED, ROWS, BLOCK,
         )  # fmt: skip
         threshold = tl.zeros([ROWS], tl.float32)
         count = tl.full([ROWS], -1.0, tl.float32)  # 0 once it stays: in the loop's own state, as Triton 3.7 needs it
@@ -225,7 +236,7 @@ def _shrink(
             for block in range(1, BLOCKS):
                 _, measured = _tile(
                     grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
-                    "paper", FROM_SEED, ALIGNED, ROWS, BLOCK,
+                    "paper", NOISE, ALIGNED, ROWS, BLOCK,
                 )  # fmt: skip
                 more, sizes = _above(measured, threshold)
                 above, total = above + more, total + sizes
@@ -241,7 +252,7 @@ def norm_kernel(
     grad_ptr, noise_ptr, seed_ptr, norm_ptr, mask_ptr, unit_ptr, out_ptr,
     rows, width, size1, size2, grad_stride0, grad_stride1, grad_stride2, group, noise_var, step_size,
     UPDATE: tl.constexpr, NORM: tl.constexpr, GIVEN: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    FROM_SEED: tl.constexpr, MASKED: tl.constexpr, IN_UNITS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+    NOISE: tl.constexpr, MASKED: tl.constexpr, IN_UNITS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes one partial norm of m per row (``out``: fp32 ``[rows]``), or m itself (fp32 ``[rows, width]``).
@@ -269,7 +280,7 @@ def norm_kernel(
         for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
             _, measured = _tile(
                 grad_ptr, base, noise_ptr, seed, noise_var, step_size, unit, given, finite, row, real, block, width,
-                OF, FROM_SEED, ALIGNED, ROWS, BLOCK,
+                OF, NOISE, ALIGNED, ROWS, BLOCK,
             )  # fmt: skip
             if NORM == "opaque":
                 col = block * BLOCK + tl.arange(0, BLOCK)
@@ -290,7 +301,7 @@ def ascend_kernel(
     embed_stride0, embed_stride1, embed_stride2, grad_stride0, grad_stride1, grad_stride2,
     group, noise_var, step_size, epsilon,
     UPDATE: tl.constexpr, NORM: tl.constexpr, SCOPE: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-    FROM_SEED: tl.constexpr, KEEP_NOISE: tl.constexpr, MASKED: tl.constexpr, IN_UNITS: tl.constexpr,
+    NOISE: tl.constexpr, KEEP_NOISE: tl.constexpr, MASKED: tl.constexpr, IN_UNITS: tl.constexpr,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes ``out`` = embed + the updated noise, and that noise itself (fp32) when KEEP_NOISE.
@@ -315,7 +326,9 @@ def ascend_kernel(
 
     finite = _finite_rows(grad_ptr, grad_base, real, width, ROWS, BLOCK, BLOCKS, STAGES)
     norm = tl.zeros([ROWS], tl.float32)
-    if SCOPE == "given":
+    if UPDATE == "sign":  # asks for none
+        pass
+    elif SCOPE == "given":
         norm = tl.load(norm_ptr + row, mask=valid, other=0.0)
     elif SCOPE == "group":
         norm = _group_norm(norm_ptr, row, valid, group, UPDATE, NORM, GROUP_BLOCK)
@@ -328,7 +341,7 @@ def ascend_kernel(
             else:
                 _, measured = _tile(
                     grad_ptr, grad_base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block,
-                    width, UPDATE, FROM_SEED, ALIGNED, ROWS, BLOCK,
+                    width, UPDATE, NOISE, ALIGNED, ROWS, BLOCK,
                 )  # fmt: skip
             norm = _accumulate(norm, measured, NORM)
         if NORM == "l2":
@@ -343,7 +356,7 @@ def ascend_kernel(
         else:
             shrink = _shrink(
                 grad_ptr, grad_base, noise_ptr, seed, noise_var, step_size, epsilon, unit, norm, finite, row, real,
-                width, NORM, FROM_SEED, ALIGNED, ROWS, BLOCK, BLOCKS, STAGES,
+                width, NORM, NOISE, ALIGNED, ROWS, BLOCK, BLOCKS, STAGES,
             )  # fmt: skip
 
     for block in tl.range(BLOCKS, num_stages=STAGES, loop_unroll_factor=BLOCKS if BLOCKS <= 4 else 1):
@@ -353,10 +366,12 @@ def ascend_kernel(
             embed = tl.load(embed_ptr + embed_base[:, None] + col[None, :], mask=everywhere).to(tl.float32)
         noise, measured = _tile(
             grad_ptr, grad_base, noise_ptr, seed, noise_var, step_size, unit, norm, finite, row, real, block, width,
-            UPDATE, FROM_SEED, ALIGNED, ROWS, BLOCK,
+            UPDATE, NOISE, ALIGNED, ROWS, BLOCK,
         )  # fmt: skip
         if UPDATE == "paper":
             moved = _projected(measured, shrink, epsilon, NORM) * unit[:, None]
+        elif UPDATE == "sign":
+            moved = _clipped(measured, epsilon, unit)
         else:
             moved = _divided(noise, measured, norm, step_size, epsilon, unit, UPDATE)
         moved = tl.where(real[:, None], moved, 0.0)

@@ -1,4 +1,4 @@
-"""perturb: embed + noise_var * unit * normal(seed), the noise never in memory. Floor: read embed, write the result."""
+"""perturb: embed + noise_var * unit * noise(seed), the noise never in memory. Floor: read embed, write the result."""
 
 import triton
 import triton.language as tl
@@ -27,6 +27,7 @@ def perturb_kernel(
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    NOISE: tl.constexpr,
 ):
     """Writes ``out`` (``[rows, width]``, contiguous) from ``embed`` (rows at ``row_offset``, dense last dimension).
 
@@ -46,7 +47,7 @@ def perturb_kernel(
     base = row_offset(row, size1, size2, stride0, stride1, stride2)
     embed = tl.load(embed_ptr + base[:, None] + col[None, :], mask=inside).to(tl.float32)
     bits: tl.constexpr = embed_ptr.dtype.element_ty.primitive_bitwidth
-    noise = noise_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED, bits)
+    noise = noise_tile(tl.load(seed_ptr), (row * width)[:, None], block, ROWS, BLOCK, ALIGNED, bits, NOISE)
     noise = noise * (as_fp32(noise_var) * load_unit(unit_ptr, row, rows, IN_UNITS, ROWS))[:, None]
     if MASKED:
         real = tl.load(mask_ptr + row, mask=row < rows, other=0) != 0

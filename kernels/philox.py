@@ -1,4 +1,4 @@
-"""Counter-based normal noise: Philox-4x32 followed by Box-Muller.
+"""Counter-based noise: Philox-4x32, followed by Box-Muller where it is to be normal.
 
 The counter map is the one thing every implementation must agree on. For a 64-bit seed and the logical (row-major)
 index ``e`` of an element of the tensor that receives the noise:
@@ -6,7 +6,8 @@ index ``e`` of an element of the tensor that receives the noise:
     key     = (seed mod 2**32, seed >> 32)
     counter = (i mod 2**32, i >> 32, 0, 0)      with i = e // 4
     words   = Philox-4x32-7(counter, key)       four 32-bit words w0 … w3
-    n0, n1  = box_muller(w0, w1);  n2, n3 = box_muller(w2, w3)
+    normal    n0, n1 = box_muller(w0, w1);  n2, n3 = box_muller(w2, w3)
+    uniform   n0 … n3 = uniform(w0) … uniform(w3)
     noise   = n[e % 4]
 
 Seven rounds are the fewest that pass BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011,
@@ -18,7 +19,7 @@ import triton.language as tl
 
 ROUNDS = tl.constexpr(7)
 #: The initial noises that `noise4` knows, a row of `smart_fast.noise.NOISES` each. Any other name does not compile.
-NOISES = ("normal",)
+NOISES = ("normal", "uniform")
 
 
 @triton.jit
@@ -52,6 +53,13 @@ def _signed(x, word):
 
 
 @triton.jit
+def uniform(word):
+    """A number uniform on [-sqrt(3), sqrt(3)], so that its standard deviation is one: the word as a signed one, which
+    is uniform on [-2**31, 2**31), in fp32, times sqrt(3) / 2**31. Two roundings, the same on every device."""
+    return word.to(tl.int32, bitcast=True).to(tl.float32) * 8.065489942588044e-10
+
+
+@triton.jit
 def noise4(seed, group, NOISE: tl.constexpr):
     """The four numbers of each ``group`` = element index // 4 (int64 tensor), as four tensors of its shape."""
     low = group.to(tl.uint32)
@@ -61,6 +69,8 @@ def noise4(seed, group, NOISE: tl.constexpr):
     if NOISE == "normal":
         n0, n1 = box_muller(a, b)
         n2, n3 = box_muller(c, d)
+    elif NOISE == "uniform":
+        n0, n1, n2, n3 = uniform(a), uniform(b), uniform(c), uniform(d)
     else:
         tl.static_assert(False, "unknown noise")
     return n0, n1, n2, n3

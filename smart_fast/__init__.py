@@ -12,11 +12,13 @@ from . import loss as loss  # noqa: E402
 from . import recipes  # noqa: E402
 from .backends import BackendFallbackWarning, available_backends, empty_cache, set_default_backend  # noqa: E402
 from .diagnostics import ascent_ratio  # noqa: E402
+from .layers import at_layer  # noqa: E402
 from .losses.linear import LinearDivergence, linear_js_loss, linear_jsd_loss, linear_kl_loss, linear_sym_kl_loss  # noqa: E402
 from .losses.logits import hellinger_loss, js_loss, jsd_loss, kl_loss, stable_sym_kl_loss, sym_kl_loss  # noqa: E402
 from .methods.alice import AliceLoss  # noqa: E402
 from .methods.bregman import BregmanProximal, paper_beta  # noqa: E402
 from .norms import inf_norm, l1_norm, l2_norm, sentence_norm  # noqa: E402
+from .perturbing import Perturbation, perturbation  # noqa: E402
 from .smart import SMARTLoss  # noqa: E402
 from .training.checkpointing import checkpointed  # noqa: E402
 
@@ -27,8 +29,10 @@ __all__ = [
     "BackendFallbackWarning",
     "BregmanProximal",
     "LinearDivergence",
+    "Perturbation",
     "SMARTLoss",
     "ascent_ratio",
+    "at_layer",
     "available_backends",
     "checkpointed",
     "empty_cache",
@@ -44,6 +48,7 @@ __all__ = [
     "linear_kl_loss",
     "linear_sym_kl_loss",
     "paper_beta",
+    "perturbation",
     "recipes",
     "sentence_norm",
     "set_default_backend",

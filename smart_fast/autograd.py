@@ -90,24 +90,26 @@ def perturb(
     mask: Tensor | None,
     keep_noise: bool,
     unit: Tensor | None = None,
+    noise_kind: str = "normal",
 ) -> tuple[Tensor, Tensor]:
-    """``embed`` plus fresh noise, and that noise, as `ascend` of the same backend takes it (if ``keep_noise``)."""
+    """``embed`` plus fresh noise of a ``noise_kind`` (`smart_fast.noise.NOISES`), and that noise, as `ascend` of the
+    same backend takes it (if ``keep_noise``)."""
     if _has_nodes(backend):
-        return backend.perturb_fresh(embed, generator, noise_var, mask, keep_noise, unit)
+        return backend.perturb_fresh(embed, generator, noise_var, mask, keep_noise, unit, noise_kind)
     seed = draw_seed(embed.device, generator)
-    perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise, unit)
-    return _shift(embed, perturbed, mask), noise
+    perturbed, noise = backend.perturb(embed.detach(), seed, float(noise_var), mask, keep_noise, unit, noise_kind)
+    return shift(embed, perturbed, mask), noise
 
 
 def noise_values(
     backend: Backend, embed: Tensor, noise: Tensor, noise_var: Any, mask: Tensor | None,
-    unit: Tensor | None,
+    unit: Tensor | None, noise_kind: str = "normal",
 ) -> Tensor:  # fmt: skip
     """The noise itself, where `perturb` gave its seed."""
     if noise.dtype != torch.int64:
         return noise
     zeros = torch.zeros_like(embed, dtype=torch.float32)
-    return backend.perturb(zeros, noise, float(noise_var), mask, False, unit)[0]
+    return backend.perturb(zeros, noise, float(noise_var), mask, False, unit, noise_kind)[0]
 
 
 def _has_nodes(backend: Backend) -> bool:
@@ -124,14 +126,35 @@ def ascend(
     if _has_nodes(backend):
         return backend.ascend(embed, grad, noise, step, mask, keep_noise, unit)
     perturbed, noise_out = backend.ascend(embed.detach(), grad.detach(), noise, step, mask, keep_noise, unit)
-    return _shift(embed, perturbed, mask), noise_out
+    return shift(embed, perturbed, mask), noise_out
 
 
-def _shift(embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
+def shift(embed: Tensor, perturbed: Tensor, mask: Tensor | None) -> Tensor:
+    """``perturbed``, ``embed`` plus something constant, with a graph back to it where one is wanted."""
     if torch.is_grad_enabled() and embed.requires_grad:
         shifted: Tensor = _Shift.apply(embed, perturbed, mask)
         return shifted
     return perturbed
+
+
+class _Owe(torch.autograd.Function):
+    """A tensor whose gradient is increased by a constant on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, perturbed: Tensor, owed: Tensor) -> Tensor:
+        ctx.save_for_backward(owed)
+        return perturbed.view_as(perturbed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (owed,) = ctx.saved_tensors
+        return grad + owed.to(grad.dtype), None
+
+
+def owe(perturbed: Tensor, owed: Tensor, mask: Tensor | None) -> Tensor:
+    """``perturbed``, through which a backward pass adds ``owed`` (at unmasked rows) to the gradient it brings."""
+    owing: Tensor = _Owe.apply(perturbed, owed if mask is None else torch.where(mask.unsqueeze(-1), owed, 0.0))
+    return owing
 
 
 class _Divergence(torch.autograd.Function):

@@ -57,6 +57,20 @@ def check_embeddings(
     return embeds, masks
 
 
+def check_bounds(name: str, bounds: Any) -> tuple[Any, Any]:
+    """A pair of finite numbers or tensors, the first not above the second; (None, None) for None."""
+    if bounds is None:
+        return None, None
+    if not isinstance(bounds, (tuple, list)):
+        raise TypeError(f"{name} must be a pair (low, high) or None, got {type(bounds).__name__}")
+    if len(bounds) != 2:
+        raise ValueError(f"{name} must be a pair (low, high), got {len(bounds)} of them")
+    low, high = (check_number(f"{name}[{k}]", each) for k, each in enumerate(bounds))
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor) and low > high:
+        raise ValueError(f"{name} must not have a low above its high, got {bounds}")
+    return low, high
+
+
 def check_same_device(name: str, device: torch.device, other: str, other_device: torch.device) -> None:
     if device != other_device:
         raise ValueError(f"{name} and {other} must be on one device, got {device} and {other_device}")

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map_only
 
 from . import autograd
 from .ascent import modes
+from .ascent.climb import Climbed
 from .backends import log_ratio, updates
-from .backends.base import Backend, DivergenceSpec, Step
+from .backends.base import DivergenceSpec, Step
 from .losses import states
 from .norms import l2_norm
 
@@ -37,21 +38,20 @@ class Record:
         self.told = False
 
     def take(
-        self, backends: Sequence[Backend], embeds: Sequence[Tensor], masks: Sequence[Tensor | None],
-        first: Sequence[Tensor], last: Sequence[Tensor], perturbed: Sequence[Tensor], grads: Sequence[Tensor | None],
-        step: Step, units: Sequence[Tensor | None],
+        self, embeds: Sequence[Tensor], masks: Sequence[Tensor | None], found: Climbed, step: Step
     ) -> None:  # fmt: skip
-        """Those of a call: for each embedding its noise before and after the ascent, as its backend keeps it, the
-        result, and the gradient of the last step."""
+        """Those of a call: for each embedding its noise before and after the ascent, the result, and the gradient of
+        the last step."""
         if torch.compiler.is_compiling():
             raise RuntimeError("diagnose does not work inside torch.compile: diagnose in eager mode")
         self._sums, self.changes = {}, []
         for i, embed in enumerate(embeds):
+            unit = found.units[i]
             before, after = (
-                autograd.noise_values(backends[i], embed, each[i], step.noise_var, masks[i], units[i])
-                for each in (first, last)
+                autograd.noise_values(found.backends[i], embed, each[i], step.noise_var, masks[i], unit, step.noise)
+                for each in (found.first, found.noises)
             )
-            self._add(embed, masks[i], before, after, perturbed[i], grads[i], step, units[i])
+            self._add(embed, masks[i], before, after, found.perturbed[i], found.grads[i], step, unit)
 
     def _add(
         self, embed: Tensor, mask: Tensor | None, first: Tensor, last: Tensor, perturbed: Tensor, grad: Tensor | None,

@@ -15,8 +15,17 @@ def draw_normal(embed: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.empty_like(embed).normal_(generator=generator)
 
 
-#: The initial noises, one row each: what draws one. kernels/philox.py and csrc/philox.h make the same ones from a seed.
-NOISES: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {"normal": draw_normal}
+def draw_uniform(embed: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Values like ``embed``, uniform on [-sqrt(3), sqrt(3)]: their standard deviation is one, as that of the others."""
+    return torch.empty_like(embed).uniform_(-(3.0**0.5), 3.0**0.5, generator=generator)
+
+
+#: The initial noises, one row each: what draws one, of mean zero and standard deviation one. kernels/philox.py and
+#: csrc/philox.h make theirs from a seed.
+NOISES: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
+    "normal": draw_normal,
+    "uniform": draw_uniform,
+}
 
 
 def draw_noise(embed: Tensor, generator: torch.Generator | None, noise: str = "normal") -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .ascent import DIRECTIONS, precision
-from .backends import check_name
+from .backends import check_name, updates
 from .backends.base import UPDATES, Step
 from .checks import check_bool, check_callable, check_choice, check_count, check_number
+from .noise import NOISES
 from .norms import Norm, inf_norm
 
 SCALES = ("absolute", "relative")
@@ -30,17 +31,20 @@ class Options:
         num_steps: number of ascent steps K, K >= 0. The cost is that of ``1 + K`` forward passes and
             ``1 + K`` backward passes of ``eval_fn``, K of them to the input only.
         step_size: length of the step along the gradient.
-        epsilon: added to the norm before dividing by it; with ``update="paper"`` the radius of the ball.
+        epsilon: added to the norm before dividing by it; with ``update="paper"`` and ``"sign"`` the radius of the ball.
         noise_var: standard deviation of the initial noise (the name is smart-pytorch's).
         backend: ``"torch"``, ``"triton"``, ``"native"``, or ``"auto"``: the fastest one for the tensors at hand.
         update: ``"smart-pytorch"``, noise <- s / (norm(s) + epsilon) with s = noise + step_size * g; or ``"sift"``,
             noise <- noise + step_size * g / (norm(g) + epsilon); or ``"paper"`` (its Algorithm 1),
-            noise + step_size * g / norm(g) projected onto the ball of radius epsilon.
+            noise + step_size * g / norm(g) projected onto the ball of radius epsilon; or ``"sign"``,
+            noise + step_size * sign(g) clipped to +-epsilon, whatever the norm.
         ascent: ``"perturbed"``: the gradient of ``loss_fn`` at the perturbed embedding; or ``"fisher"``: the product of
             softmax(state) - onehot(argmax state) with the Jacobian of the clean state, without a perturbed pass, for
             one step. ``embed`` must then require grad, and ``state`` be computed from it.
         scale: ``"absolute"``; or ``"relative"``: noise_var, step_size and epsilon are in units of the root mean square
             of each token's embedding, so that one setting suits word embeddings and normalized ones.
+        noise: the initial noise: ``"normal"``; or ``"uniform"``, on +-sqrt(3) noise_var, whose standard deviation is
+            the same.
         ascent_dtype: `torch.bfloat16` or `torch.float16`: the passes of the ascent run under autocast in it. The final
             pass keeps the precision of the caller.
         generator: where noise is drawn from; None: torch's default generator of the embedding's device. It must live
@@ -66,7 +70,7 @@ class Options:
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a negative ``num_steps``, a non-finite number, an unknown ``backend``, ``update``, ``ascent``,
-            ``scale`` or ``ascent_dtype``.
+            ``scale``, ``noise`` or ``ascent_dtype``.
     """
 
     norm_fn: Norm = inf_norm
@@ -79,6 +83,7 @@ class Options:
     update: str = "smart-pytorch"
     ascent: str = "perturbed"
     scale: str = "absolute"
+    noise: str = "normal"
     ascent_dtype: torch.dtype | None = None
     generator: torch.Generator | None = None
     loss_scale: float | torch.amp.GradScaler | None = None
@@ -99,11 +104,12 @@ class Options:
         check_name(self.backend)
         check_choice("update", self.update, UPDATES)
         check_choice("ascent", self.ascent, tuple(DIRECTIONS))
-        if self.update == "paper" and not isinstance(self.epsilon, Tensor) and self.epsilon < 0:
+        if updates.rule(self.update).ball and not isinstance(self.epsilon, Tensor) and self.epsilon < 0:
             raise ValueError(f"epsilon, the radius of a ball, must not be negative, got {self.epsilon}")
         if self.ascent == "fisher" and self.num_steps > 1:
             raise ValueError(f"ascent='fisher' takes one step: num_steps must be 0 or 1, got {self.num_steps}")
         check_choice("scale", self.scale, SCALES)
+        check_choice("noise", self.noise, tuple(NOISES))
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {type(self.generator).__name__}")
         precision.check_ascent_dtype(self.ascent_dtype)
@@ -138,7 +144,7 @@ class Options:
         """What an ascent step takes."""
         numbers = self.noise_var, self.step_size, self.epsilon
         tensors = tuple(each for each in numbers if isinstance(each, Tensor))
-        return Step(self.norm_fn, *numbers, self.update, tensors)
+        return Step(self.norm_fn, *numbers, self.update, tensors, self.noise)
 
     def skips(self, number: int, training: bool) -> bool:
         """Whether call ``number`` in that mode gives zero.

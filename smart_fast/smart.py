@@ -13,11 +13,10 @@ from torch.utils._pytree import tree_map_only
 from . import autograd, diagnostics
 from .ascent import modes, precision
 from .ascent.base import Passes
-from .backends import select
+from .ascent.climb import climb
 from .checks import check_embeddings
 from .losses import states
 from .losses.logits import compare
-from .noise import token_rms
 from .options import Options, signature
 from .prepared import Prepared, prepare
 
@@ -100,33 +99,17 @@ class SMARTLoss(nn.Module):
     def _regularizer(self, prepared: Prepared, run: Callable[..., Any], embed: Any, state: Any, mask: Any) -> Tensor:
         chosen = prepared.options
         embeds, masks = check_embeddings(embed, mask, chosen.generator)
-        num_steps, step, keep = chosen.num_steps, prepared.step, chosen.diagnose
-        if num_steps > 0:
-            states.check_match("loss_fn", self.loss_fn, state)
-        states.check_match("loss_last_fn", self.loss_last_fn, state)
-        if any(each.numel() == 0 for each in embeds):
-            return states.nothing(embeds, state, self.parameters())
+        states.check_matches(self.loss_fn if chosen.num_steps > 0 else None, self.loss_last_fn, state)
+        for each in embeds:
+            if each.numel() == 0:
+                return states.nothing(embeds, state, self.parameters())
         self.record.told = self.record.told or precision.warns_of_lost_noise(embeds, chosen)
-        each_embed = range(len(embeds))
-        units = [token_rms(each) if chosen.scale == "relative" else None for each in embeds]
-        backends = [select(chosen.backend, each, numbers=step.tensors) for each in embeds]
         climbed = partial(compare, "loss_fn", self.loss_fn, backend=chosen.backend, ascent=True)
-        passes, go_on = Passes(run, climbed, embeds, state), num_steps > 0 or keep
-        started = [
-            autograd.perturb(backends[i], embeds[i], step.noise_var, chosen.generator, masks[i], go_on, units[i])
-            for i in each_embed
-        ]
-        perturbed: list[Any] = [each for each, _ in started]
-        noises: list[Any] = [noise for _, noise in started]
-        grads: list[Any] = [None] * len(embeds)
-        for taken in range(1, num_steps + 1):
-            grads = prepared.direction.gradients(passes, perturbed)
-            for i in each_embed:
-                perturbed[i], noises[i] = autograd.ascend(
-                    backends[i], embeds[i], grads[i], noises[i], step, masks[i], taken < num_steps or keep, units[i]
-                )
-        if keep:
-            self.record.take(backends, embeds, masks, [n for _, n in started], noises, perturbed, grads, step, units)
+        passes = Passes(run, climbed, embeds, state)
+        found = climb(prepared.direction, passes, masks, chosen, prepared.step, chosen.diagnose)
+        if chosen.diagnose:
+            self.record.take(embeds, masks, found, prepared.step)
+        perturbed = found.perturbed
         if torch.is_grad_enabled():
             perturbed = [autograd.track(each) for each in perturbed]
         return compare("loss_last_fn", self.loss_last_fn, run(*perturbed), state, chosen.backend)

@@ -89,7 +89,10 @@ def _record_ascent(dtype: torch.dtype, width: int, masked: bool, every: bool, wr
     unit = torch.empty(2, 3, 1, device="meta")
     for embed in (x, strided):
         ops.perturb(embed, seed, 1e-5, mask, None, wrap=wrap)
-    ops.perturb(strided, seed, 1e-5, mask, unit, wrap=wrap)
+    ops.perturb(strided, seed, 1e-5, mask, unit, "uniform", wrap=wrap)
+    signs = (1e-5, 1e-3, "sign", 1e-6, True, "uniform")
+    for noise in (seed, kept) if every else (seed,):
+        ops.ascend(strided, x, noise, None, None, mask, unit, "inf", "row", *signs, wrap=wrap)
     for update, kind, noise in itertools.product(
         ("smart-pytorch", "sift") if every else ("sift",), ("inf", "l2", "l1") if every else ("l2",), (seed, kept)
     ):

@@ -42,7 +42,7 @@ def _numbers(choice: str) -> dict[str, int]:
     return {name: number for number, name in enumerate(re.findall(r'"(.*?)"', names[1]))}
 
 
-KINDS, NORMS, UPDATES = _numbers("kind"), _numbers("norm"), _numbers("update")
+KINDS, NORMS, UPDATES, NOISES = _numbers("kind"), _numbers("norm"), _numbers("update"), _numbers("noise")
 STATISTICS, PARTS, SHARES = 8, 7, 2
 #: Compute capability, multiprocessors, bytes of shared memory of a multiprocessor and, with the attribute, of a block.
 DEVICE = (8, 4, 64 * 1024, 64 * 1024)  # what tests run on unless they say otherwise
@@ -70,12 +70,12 @@ _Seed = _structure(
 )  # fmt: skip
 _Perturb = _structure(
     "Perturb", shape=_Shape, embed=_Rows, mask=_Pointer, unit=_Pointer, seed=_Seed, seed_out=_Pointer,
-    noise_var=_Float, out=_Pointer, noise_out=_Pointer,
+    kind=_Int, noise_var=_Float, out=_Pointer, noise_out=_Pointer,
 )  # fmt: skip
 _Ascend = _structure(
     "Ascend", shape=_Shape, embed=_Rows, grad=_Rows, mask=_Pointer, unit=_Pointer, seed=_Pointer, noise=_Pointer,
-    noise_var=_Float, step_size=_Float, epsilon=_Float, update=_Int, norm=_Int, norms=_Pointer, moved_norms=_Pointer,
-    partial_norms=ctypes.c_bool, group=_Long, out=_Pointer, noise_out=_Pointer, measured=_Pointer,
+    kind=_Int, noise_var=_Float, step_size=_Float, epsilon=_Float, update=_Int, norm=_Int, norms=_Pointer,
+    moved_norms=_Pointer, partial_norms=ctypes.c_bool, group=_Long, out=_Pointer, noise_out=_Pointer, measured=_Pointer,
 )  # fmt: skip
 _Divergence = _structure(
     "Divergence", shape=_Shape, x=_Rows, t=_Rows, mask=_Pointer, kind=_Int, alpha=_Float, weight=_Float, scale=_Float,
@@ -190,15 +190,15 @@ class Emulated:
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool = False,
-        unit: Tensor | None = None,
+        unit: Tensor | None = None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         alive, shape, (rows,) = self._rows(embed)
         mask = None if mask is None else mask.contiguous()
         out = new_output(embed.shape, embed.dtype)
         noise = new_output(embed.shape, torch.float32) if keep_noise else None
         args = _Perturb(
-            shape, rows, _pointer(mask), _pointer(unit), _Seed(given=_pointer(seed)), None, noise_var, _pointer(out),
-            _pointer(noise),
+            shape, rows, _pointer(mask), _pointer(unit), _Seed(given=_pointer(seed)), None, NOISES[noise_kind],
+            noise_var, _pointer(out), _pointer(noise),
         )  # fmt: skip
         self._call("perturb", args)
         del alive
@@ -209,16 +209,16 @@ class Emulated:
         """The noise of a generator's state, and the seed that was drawn from it."""
         alive, shape, (rows,) = self._rows(embed)
         out, seed = new_output(embed.shape, embed.dtype), torch.full((1,), -1)
-        args = _Perturb(shape, rows, None, None, _Seed(**state), _pointer(seed), noise_var, _pointer(out), None)
+        args = _Perturb(shape, rows, None, None, _Seed(**state), _pointer(seed), 0, noise_var, _pointer(out), None)
         self._call("perturb", args)
         del alive
         return out, seed
 
     def ascend_norm(
         self, grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
-        noise_var: float, step_size: float, update: str,
+        noise_var: float, step_size: float, update: str, noise_kind: str = "normal",
     ) -> Tensor:  # fmt: skip
-        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, unit)
+        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, noise_kind, unit)
         if norm is not None:
             args.group = args.shape.rows // len(grad)
             args.norms, _norm = self._norms(norm, args)
@@ -232,10 +232,11 @@ class Emulated:
     def move(
         self, embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None,
         mask: Tensor | None, unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float,
-        update: str, epsilon: float, keep_noise: bool,
+        update: str, epsilon: float, keep_noise: bool, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The operator ``native_ascend``."""
-        alive, args = self._ascend_arguments(grad, noise, mask, kind, noise_var, step_size, update, unit, embed)
+        numbers = noise_var, step_size
+        alive, args = self._ascend_arguments(grad, noise, mask, kind, *numbers, update, noise_kind, unit, embed)
         args.epsilon, args.norms = epsilon, _pointer(norm)
         if scope == "group":
             args.group = args.shape.rows // len(embed)
@@ -252,13 +253,14 @@ class Emulated:
 
     def _ascend_arguments(
         self, grad: Tensor, noise: Tensor, mask: Tensor | None, kind: str, noise_var: float, step_size: float,
-        update: str, unit: Tensor | None, embed: Tensor | None = None,
+        update: str, noise_kind: str, unit: Tensor | None, embed: Tensor | None = None,
     ) -> tuple:  # fmt: skip
         alive, shape, rows = self._rows(*([grad] if embed is None else [embed, grad]))
         mask = None if mask is None else mask.contiguous()
         args = _Ascend(
-            shape=shape, embed=rows[0], grad=rows[-1], mask=_pointer(mask), unit=_pointer(unit), noise_var=noise_var,
-            step_size=step_size, update=UPDATES[update], norm=NORMS[kind], group=1,
+            shape=shape, embed=rows[0], grad=rows[-1], mask=_pointer(mask), unit=_pointer(unit),
+            kind=NOISES[noise_kind], noise_var=noise_var, step_size=step_size, update=UPDATES[update],
+            norm=NORMS[kind], group=1,
         )  # fmt: skip
         setattr(args, "seed" if noise.dtype == torch.int64 else "noise", _pointer(noise))
         return (alive, mask), args
@@ -282,9 +284,9 @@ class Emulated:
         unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         def noise_alone(
-            embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None
+            embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None, noise_kind: str
         ) -> Tensor:
-            return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
+            return self.perturb(embed, seed, noise_var, mask, False, unit, noise_kind)[0]
 
         return steps.ascend(self.ascend_norm, self.move, noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from smart_fast import SMARTLoss, available_backends, sym_kl_loss
+from smart_fast import SMARTLoss, available_backends, l2_norm, perturbation, sym_kl_loss
 from tests.parallel_worker import launch
 
 ROWS, LENGTH, WIDTH, WORDS, CLASSES = 8, 4, 8, 11, 3
@@ -180,6 +180,39 @@ DDP_MODES = (
     {"static_graph": True},
     {"static_graph": True, "gradient_as_bucket_view": True},
 )
+
+
+@functools.cache
+def accumulated(step, num_steps):
+    """Gradients of `free` in one process: those of one process's passes, which know nothing of each other."""
+    model = build(Net)
+    free(model, *batch(step), num_steps)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def free(model, tokens, labels, generator, num_steps):
+    """A clean pass, an ascent whose gradients of parameters accumulate (FreeLB), and the pass at its end."""
+    words = getattr(model, "module", model).words
+    embed = words(tokens)
+
+    def loss_of(x):
+        return nn.functional.cross_entropy(model(embed=x), labels)
+
+    clean = loss_of(embed)  # DDP now waits for a backward pass, and the ascent's must not be taken for it
+    found = perturbation(
+        loss_of, embed, num_steps=num_steps, step_size=0.5, epsilon=0.4, noise_var=0.1, norm=l2_norm,
+        scale="absolute", generator=generator, backend="torch", accumulate=True,
+    )  # fmt: skip
+    (clean + loss_of(found.perturbed) / (num_steps + 1)).backward()
+
+
+@check
+def ddp_accumulated(rank, world):
+    """The mean over processes of what each has accumulated and gets from its last pass, once."""
+    for num_steps, options in itertools.product(ASCENTS, ({}, {"gradient_as_bucket_view": True})):
+        model = DistributedDataParallel(build(Net), **options)
+        free(model, *share(rank, world, 0), num_steps)
+        compare(model, accumulated(0, num_steps))
 
 
 @check

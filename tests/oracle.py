@@ -167,6 +167,16 @@ def gradient_scales(kind: str, x: Tensor, t: Tensor, alpha: float, upstream: Ten
 
 
 @functools.lru_cache(maxsize=32)  # Python is slow, and tests ask for the same noise again: not to be written to
+def philox_uniform(seed: int, count: int, start: int = 0) -> np.ndarray:
+    """The uniform noise of elements start … start + count - 1, float64: words as signed numbers of standard deviation
+    one; rounded to fp32 before they are scaled, as the definition has it."""
+    first, last = start // 4, (start + count - 1) // 4
+    words = np.array([_philox((i & 0xFFFFFFFF, i >> 32, 0, 0), seed) for i in range(first, last + 1)], dtype=np.uint32)
+    signed = words.view(np.int32).astype(np.float32).astype(np.float64)
+    return (signed * (math.sqrt(3) / 2**31)).reshape(-1)[start - 4 * first :][:count]
+
+
+@functools.lru_cache(maxsize=32)
 def philox_normal(seed: int, count: int, start: int = 0) -> np.ndarray:
     """The noise of elements start … start + count - 1, float64: Philox-4x32-7 and Box-Muller from their papers.
 
@@ -235,6 +245,8 @@ def ascend(noise: Tensor, grad: Tensor, update: str, kind: str, scope: str, step
         norm = norm_rows(kind, scope, grad)
         step = noise + step_size * unit * torch.where(norm > 0, grad / norm, 0.0)
         return unit * ball_projection(kind, scope, torch.where(unit > 0, step / unit, 0.0), epsilon)
+    if update == "sign":
+        return torch.minimum(torch.maximum(noise + step_size * unit * grad.sign(), -epsilon * unit), epsilon * unit)
     if update == "sift":
         step = unit * grad / (norm_rows(kind, scope, grad) + epsilon * unit)
         moved = noise + step_size * torch.where(unit > 0, step, 0.0)

@@ -92,7 +92,14 @@ def perturb_calls() -> Iterator[Make]:
             rows = view[0]
             mask = torch.ones(rows, dtype=torch.bool) if masked else None
             unit = torch.ones(*rows, 1) if united else None
-            return strided(*view), torch.zeros(1, dtype=torch.int64), number(), mask, unit
+            return (
+                strided(*view),
+                torch.zeros(1, dtype=torch.int64),
+                number(),
+                mask,
+                unit,
+                "uniform" if united else "normal",
+            )
 
         yield make
 
@@ -102,7 +109,7 @@ def norm_calls() -> Iterator[Make]:
 
         def make(kind: str = kind, update: str = update) -> tuple[Any, ...]:
             grad = torch.zeros(2, 3, 16)
-            return grad, torch.zeros(2, 3, 16), None, None, None, kind, number(), number(), update
+            return grad, torch.zeros(2, 3, 16), None, None, None, kind, number(), number(), update, "normal"
 
         yield make
 
@@ -115,7 +122,7 @@ def ascend_calls() -> Iterator[Make]:
         def make(view: Any = view, seeded: bool = seeded, keep: bool = keep) -> tuple[Any, ...]:
             noise = torch.zeros(1, dtype=torch.int64) if seeded else torch.zeros(*view[0], view[1])
             numbers = number(), number()
-            update = "smart-pytorch", number(), keep
+            update = "smart-pytorch", number(), keep, "uniform" if seeded else "normal"
             grad = torch.zeros(*view[0], view[1])
             return strided(*view), grad, noise, None, None, None, None, "inf", "row", *numbers, *update
 
@@ -124,7 +131,20 @@ def ascend_calls() -> Iterator[Make]:
     def grouped() -> tuple[Any, ...]:
         embed, grad, noise, norm = torch.zeros(2, 3, 16), torch.zeros(2, 3, 16), torch.zeros(2, 3, 16), torch.zeros(6)
         numbers = number(), number(), "sift", number()
-        return embed, grad, noise, norm, None, torch.ones(2, 3, dtype=torch.bool), None, "l2", "group", *numbers, True
+        return (
+            embed,
+            grad,
+            noise,
+            norm,
+            None,
+            torch.ones(2, 3, dtype=torch.bool),
+            None,
+            "l2",
+            "group",
+            *numbers,
+            True,
+            "normal",
+        )
 
     yield grouped
 
@@ -251,7 +271,7 @@ def check_numbers_are_passed_on() -> None:
     """A schedule of them neither makes plans nor sees the first ones again."""
     planned = Planned(ops.perturb)
     for count in range(20):
-        args = torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64), number(), None, None
+        args = torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64), number(), None, None, "normal"
         assert launched(planned, args)[0] == launched(ops.perturb, args)[0]
         assert planned.plans == 1, count
 
@@ -260,7 +280,7 @@ def check_numbers_are_not_computed_with() -> None:
     """A plan would hold what came out for the first ones."""
 
     def doubled(embed: Tensor, seed: Tensor, noise_var: float, wrap: Any) -> Tensor:
-        return ops.perturb(embed, seed, noise_var + noise_var, None, None, wrap)
+        return ops.perturb(embed, seed, noise_var + noise_var, None, None, "normal", wrap)
 
     with pytest.raises(TypeError, match="launchers pass numbers on"):
         Planned(doubled)(torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64), number())
@@ -275,6 +295,7 @@ def check_one_tensor_twice() -> None:
 
 def check_streams() -> None:
     planned, args = Planned(ops.perturb), (torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64), 1.0, None, None)
+    args = (*args, "normal")
     planned(*args)
     for stream in (7, 11, 0):
         STUB.stream = stream
@@ -288,6 +309,7 @@ def check_hooks_see_every_launch() -> None:
         seen.append(metadata.get()["name"])
 
     planned, args = Planned(ops.perturb), (torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64), 1.0, None, None)
+    args = (*args, "normal")
     planned(*args)
     triton.knobs.runtime.launch_enter_hook.add(hook)
     try:
@@ -306,7 +328,7 @@ def check_few_are_kept_and_threads_share_them() -> None:
         try:
             for count in range(200):
                 embed = torch.zeros(1 + (seed + count) % 5, 8)
-                out = planned(embed, torch.zeros(1, dtype=torch.int64), 1.0, None, None)
+                out = planned(embed, torch.zeros(1, dtype=torch.int64), 1.0, None, None, "normal")
                 assert out.shape == embed.shape
         except Exception:
             wrong.append(traceback.format_exc())

@@ -12,14 +12,16 @@ from torch import Tensor
 
 import smart_fast
 from smart_fast import SMARTLoss, autograd, inf_norm, kl_loss, l1_norm, l2_norm, sentence_norm, sym_kl_loss
-from smart_fast.backends import pytorch
+from smart_fast.backends import base, pytorch
 from smart_fast.backends.base import Step
 from smart_fast.noise import draw_seed
 from tests import oracle
 from tests.helpers import exhaustively
 
 NORMS = {"inf": inf_norm, "l2": l2_norm, "l1": l1_norm}
-UPDATES = ("smart-pytorch", "sift", "paper")
+UPDATES = ("smart-pytorch", "sift", "paper")  # "sign", which asks for no norm, has tests of its own
+EVERY_UPDATE = [*UPDATES, *exhaustively("sign")]
+BALLS = ("paper", "sign")
 SCOPES = ("row", "group")
 #: Radii that are neither reached by nothing nor by everything that these tests project.
 RADII = {"inf": 0.02, "l2": 0.2, "l1": 0.4}
@@ -33,7 +35,7 @@ def norm_of(kind: str, scope: str) -> smart_fast.norms.Norm:
 
 
 def step_of(kind: str, scope: str, update: str, **changes: float) -> Step:
-    numbers = {"noise_var": 1e-2, "step_size": 0.5, "epsilon": RADII[kind] if update == "paper" else 1e-6} | changes
+    numbers = {"noise_var": 1e-2, "step_size": 0.5, "epsilon": RADII[kind] if update in BALLS else 1e-6} | changes
     return Step(norm_of(kind, scope), numbers["noise_var"], numbers["step_size"], numbers["epsilon"], update)
 
 
@@ -79,7 +81,7 @@ def run(
 @pytest.mark.parametrize("relative", [False, *exhaustively(True)])
 @pytest.mark.parametrize("masked", [True, *exhaustively(False)])
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", EVERY_UPDATE)
 @pytest.mark.parametrize("kind", NORMS)
 def test_updates(
     kind: str, update: str, scope: str, masked: bool, relative: bool, backend: ModuleType, device: torch.device,
@@ -95,6 +97,58 @@ def test_updates(
             embed = embed.nan_to_num(0.0)
             unit = None if unit is None else torch.where(mask.unsqueeze(-1), unit, math.nan)
         run(backend, embed, grad, step_of(kind, scope, update), kind, scope, mask, unit)
+
+
+def test_every_update_is_tested() -> None:
+    assert {*UPDATES, "sign"} == set(base.UPDATES)
+
+
+@pytest.mark.parametrize("width", [7, *exhaustively(1, 768, 9001)])
+@pytest.mark.parametrize("relative", [True, *exhaustively(False)])
+def test_signs(relative: bool, width: int, backend: ModuleType, device: torch.device, poison: None) -> None:
+    """Two steps against the oracle, whatever the norm: rows that are masked, not finite, zero in part, of any width."""
+    norms = inf_norm, sentence_norm(l2_norm), lambda x: x.norm()
+    for shape, norm in zip(((2, 3, 20), (3, 8), (2, 2, width)), norms, strict=True):
+        embed, grad = torch.randn(shape, device=device), torch.randn(shape, device=device)
+        mask = torch.ones(shape[:-1], dtype=torch.bool, device=device)
+        mask.view(-1)[1] = False
+        grad[..., 0] = 0.0
+        grad.view(-1, shape[-1])[2, -1] = math.inf
+        unit = units(shape, device) if relative else None
+        for rows in (None, mask):
+            step = Step(norm, 1e-2, 7e-3, 1.2e-2, "sign")
+            run(backend, embed, grad, step, "inf", "row", rows, unit)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_signs_reach_the_corners(relative: bool, backend: ModuleType, device: torch.device, poison: None) -> None:
+    """Exactly: a step longer than the ball is wide leaves every entry at its edge, bit for bit as in PyTorch."""
+    embed, grad = torch.zeros(4, 24, device=device), torch.randn(4, 24, device=device)
+    unit = units(embed.shape, device) if relative else None
+    step = Step(inf_norm, 1e-2, 0.5, 0.1, "sign")
+    seed = torch.tensor([3], device=device)
+    perturbed, noise = backend.ascend(embed, grad, seed, step, None, True, unit)
+    corner = torch.tensor(0.1, device=device) * (1.0 if unit is None else unit) * grad.sign()
+    assert torch.equal(noise, corner)
+    assert torch.equal(perturbed, corner)
+    start = torch.zeros(4, 24, device=device)
+    assert torch.equal(pytorch.ascend(embed, grad, start, step, None, unit)[1], corner)
+
+
+@pytest.mark.parametrize("update", ["paper", *exhaustively("smart-pytorch", "sift", "sign")])
+def test_steps_from_uniform_noise(update: str, backend: ModuleType, device: torch.device, poison: None) -> None:
+    """What the first step makes again from the seed is what `perturb` added, for token norms and measured ones."""
+    embed, grad = torch.randn(2, 3, 20, device=device), torch.randn(2, 3, 20, device=device)
+    seed = torch.tensor([2**40 + 5], device=device)
+    noise = 1e-2 * torch.from_numpy(oracle.philox_uniform(2**40 + 5, embed.numel())).view(embed.shape)
+    perturbed, _ = backend.perturb(embed, seed, 1e-2, None, True, None, "uniform")
+    assert oracle.relative_error(perturbed, embed.cpu().double() + noise) < 2e-6
+    for kind, scope in (("l2", "row"), ("l2", "group"), ("l1", "group")):
+        numbers = step_of(kind, scope, update)
+        step = Step(norm_of(kind, scope), 1e-2, numbers.step_size, numbers.epsilon, update, (), "uniform")
+        _, moved = backend.ascend(embed, grad, seed, step, None, True, None)
+        want = oracle.ascend(noise, grad.cpu(), update, kind, scope, step.step_size, step.epsilon, None)
+        assert oracle.relative_error(moved, want) < 3e-6
 
 
 @pytest.mark.parametrize("relative", [False, *exhaustively(True)])
@@ -197,7 +251,7 @@ def test_zero_denominator_keeps_the_noise(backend: ModuleType, device: torch.dev
 
 
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", EVERY_UPDATE)
 def test_opaque_norms(update: str, relative: bool, backend: ModuleType, device: torch.device, poison: None) -> None:
     """Any callable: per token, per tensor, or per element."""
     embed, grad = torch.randn(2, 3, 12, device=device), torch.randn(2, 3, 12, device=device)
@@ -214,7 +268,7 @@ def test_opaque_norms(update: str, relative: bool, backend: ModuleType, device: 
     if update == "paper":
         del norms["number"]  # which is no norm, as its direction shows
     scale = 1.0 if unit is None else unit.cpu().double()
-    epsilon = 0.3 if update == "paper" else 1e-6
+    epsilon = 0.3 if update in BALLS else 1e-6
     for norm_fn in norms.values():
         step = Step(norm_fn, 1e-2, 0.5, epsilon, update)
         seed = torch.tensor([4], device=device)
@@ -223,7 +277,10 @@ def test_opaque_norms(update: str, relative: bool, backend: ModuleType, device: 
         keep = mask.cpu().unsqueeze(-1)
         noise = torch.where(keep, noise, 0.0)
         clean = torch.where(keep & grad.cpu().isfinite().all(-1, keepdim=True), grad.cpu().double(), 0.0)
-        if update == "sift":
+        if update == "sign":
+            bound = torch.as_tensor(0.3 * scale)
+            want = (noise + 0.5 * scale * clean.sign()).clamp(-bound, bound)
+        elif update == "sift":
             want = noise + 0.5 * scale * clean / (norm_fn(clean) + epsilon * scale)
         elif update == "smart-pytorch":
             moved = noise + 0.5 * scale * clean
@@ -271,7 +328,7 @@ def rms(embed: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("scale", ["absolute", "relative"])
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", EVERY_UPDATE)
 @pytest.mark.parametrize("num_steps", [0, 2, *exhaustively(1, 3)])
 def test_smart_loss(
     num_steps: int, update: str, scope: str, scale: str, backend: ModuleType, device: torch.device
@@ -280,7 +337,7 @@ def test_smart_loss(
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5)).to(device)
     embed = torch.randn(2, 3, 12, device=device, requires_grad=True)
-    epsilon = 0.08 if update == "paper" else 1e-6
+    epsilon = 0.08 if update in BALLS else 1e-6
     settings = {"num_steps": num_steps, "step_size": 1e-1, "epsilon": epsilon, "noise_var": 1e-1}
     smart = SMARTLoss(model, kl_loss, sym_kl_loss, norm_of("l2", scope), **settings, update=update, scale=scale)
     torch.manual_seed(1)
@@ -309,7 +366,7 @@ def check_perturbed(name: str, kind: str, scope: str, update: str, scale: str, d
     embed *= torch.tensor([0.1, 1.0, 10.0], device=device)[:, None]
     embed[1, 2] = 0.0
     clean, unit = embed.cpu().double(), rms(embed.cpu().double()) if scale == "relative" else None
-    epsilon = {"inf": 0.3, "l2": 1.0, "l1": 4.0}[kind] if update == "paper" else 1e-6
+    epsilon = {"inf": 0.3, "l2": 1.0, "l1": 4.0}[kind] if update in BALLS else 1e-6
     noise = torch.zeros(())
     for num_steps in range(4):
         seen: list[Tensor] = []
@@ -340,7 +397,7 @@ def check_perturbed(name: str, kind: str, scope: str, update: str, scale: str, d
 
 @pytest.mark.parametrize("scale", ["relative", *exhaustively("absolute")])
 @pytest.mark.parametrize("scope", ["group", *exhaustively("row")])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", EVERY_UPDATE)
 @pytest.mark.parametrize("kind", NORMS)
 def test_perturbed_embeddings(
     kind: str, update: str, scope: str, scale: str, backend: ModuleType, device: torch.device
@@ -350,7 +407,7 @@ def test_perturbed_embeddings(
 
 @pytest.mark.parametrize("scale", ["absolute", "relative"])
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", EVERY_UPDATE)
 @pytest.mark.parametrize("kind", NORMS)
 def test_perturbed_embeddings_of_pytorch(kind: str, update: str, scope: str, scale: str) -> None:
     check_perturbed("torch", kind, scope, update, scale, torch.device("cpu"))
@@ -374,7 +431,7 @@ class PyTorch:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", EVERY_UPDATE)
 def test_pytorch(update: str, relative: bool) -> None:
     """What is written for the kernels, of what they are compared with elsewhere."""
     common = {"backend": PyTorch, "device": torch.device("cpu"), "poison": None}

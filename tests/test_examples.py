@@ -67,6 +67,7 @@ METRICS = {
     "sequence_classification": 0.85,
     "token_classification": 0.95,
     "regression": 0.8,
+    "sft": 0.8,
 }
 
 
@@ -77,7 +78,7 @@ def test_training(
     """In this process, since importing transformers takes longer than they do."""
     if name != "pytorch_loop":
         pytest.importorskip("transformers")
-        pytest.importorskip("lightning" if name == "lightning_callback" else "accelerate")
+        pytest.importorskip({"lightning_callback": "lightning", "sft": "trl"}.get(name, "accelerate"))
     if name == "accelerate_loop":
         from accelerate.state import AcceleratorState
 
@@ -108,3 +109,38 @@ def test_distillation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert len(found) == 6
     assert 0 < found[-1] < 0.3 * found[0]
     assert float(re.fullmatch(r"agreement with the teacher (\S+)", last)[1]) > 0.9
+
+
+def numbers_of(name: str, pattern: str, tmp_path: Path) -> list[tuple[float, ...]]:
+    """The numbers in each line that an example prints."""
+    done = run_python([str(ROOT / "examples" / f"{name}.py")], cwd=tmp_path, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [re.fullmatch(pattern, line) for line in done.stdout.splitlines()]
+    return [tuple(float(each) for each in line.groups()) for line in found if line]
+
+
+@pytest.mark.exhaustive
+def test_latent_adversarial_training(tmp_path: Path) -> None:
+    """Attacks on the layer succeed before and fail after; clean answers stay right."""
+    before, after = numbers_of(
+        "latent_adversarial_training", r"step \d+: accuracy (\S+), attacks succeed (\S+)", tmp_path
+    )
+    assert before[1] > 0.5
+    assert after[1] < 0.1
+    assert after[0] > before[0] - 0.01
+
+
+@pytest.mark.exhaustive
+def test_trades(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    plain, robust = numbers_of("trades", r"\w+: accuracy (\S+), under attack (\S+)", tmp_path)
+    assert robust[1] > plain[1] + 0.15
+    assert robust[0] > plain[0] - 0.01
+
+
+@pytest.mark.exhaustive
+def test_r_drop(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    plain, dropped = numbers_of("r_drop", r"[\w -]+: accuracy (\S+), dropout moves the output by (\S+)", tmp_path)
+    assert dropped[1] < 0.8 * plain[1]
+    assert dropped[0] > plain[0] - 0.01

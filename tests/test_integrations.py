@@ -125,7 +125,7 @@ def in_order(trainer_class: type[Trainer]) -> type[Trainer]:
     return InOrder
 
 
-def arguments(tmp_path: Path, **settings: Any) -> TrainingArguments:
+def arguments(tmp_path: Path, kind: Any = TrainingArguments, **settings: Any) -> TrainingArguments:
     usual = {
         "per_device_train_batch_size": ROWS,
         "max_steps": 1,
@@ -139,7 +139,7 @@ def arguments(tmp_path: Path, **settings: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return TrainingArguments(str(tmp_path), **{**usual, **settings})
+    return kind(str(tmp_path), **{**usual, **settings})
 
 
 def train(
@@ -492,7 +492,7 @@ def test_hf_argument_parser() -> None:
         ({"smart_steps": 1.5}, TypeError, "smart_steps must be an integer, got float"),
         ({"smart_scale": "metric"}, ValueError, "smart_scale must be one of .*'relative'.*, got 'metric'"),
         ({"smart_update": "shift"}, ValueError, "smart_update must be one of .*'sift'.*, got 'shift'"),
-        ({"smart_norm": "word"}, ValueError, r"smart_norm must be one of \['token', 'sentence'\], got 'word'"),
+        ({"smart_norm": "word"}, ValueError, "smart_norm must be one of .*'sentence'.*, got 'word'"),
         ({"smart_divergence": "mse"}, ValueError, "smart_divergence must be one of .*'sym_kl'.*, got 'mse'"),
         ({"smart_backend": "cuda"}, ValueError, "smart_backend 'cuda' does not exist"),
     ],
@@ -505,12 +505,6 @@ def test_settings_that_do_not_fit(
 
 
 def test_models_that_do_not_fit(tmp_path: Path) -> None:
-    t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=WORDS, d_model=WIDTH, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
-    )
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
-        SMARTTrainer(t5, arguments(tmp_path))
-    SMARTTrainer(t5, arguments(tmp_path), smart_weight=0.0)  # is Trainer
     with pytest.raises(ValueError, match="Linear has no input embeddings"):
         SMARTTrainer(nn.Linear(2, 2), arguments(tmp_path))
     model = HEADS["classes"].model()
@@ -527,7 +521,7 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
     head = HEADS["classes"]
     model, inputs = head.model(), batch(head)
     inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
-    with pytest.raises(ValueError, match=r"one call of the input embeddings .*, got 0 .*inputs_embeds="):
+    with pytest.raises(ValueError, match=r"did not call what is to be perturbed .*inputs_embeds="):
         train(model, arguments(tmp_path), inputs)
 
 

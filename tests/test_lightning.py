@@ -248,6 +248,33 @@ def test_resumed_training_is_uninterrupted_training(tmp_path: Path) -> None:
     assert all(same_bits(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
 
 
+EVERYTHING: dict[str, Any] = {
+    "smart_recipe": "recommended", "smart_ascent": "fisher", "smart_proximal_weight": 1.0, "smart_proximal_beta": 0.5,
+    "smart_diagnose_steps": 2, "smart_embeddings": "words", "smart_checkpointed": True, "smart_backend": "torch",
+}  # fmt: skip
+
+
+def test_everything_on_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """The names are Trainer's; the teacher is in the checkpoint."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Figures(Logged):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            names = ("smart_loss", "smart_proximal", "smart_ascent_ratio", "smart_noise_to_embed")
+            self.values.append([float(trainer.callback_metrics[each]) for each in names])
+
+    start, found = Module("Adam"), []
+    for path in (None, str(tmp_path / "step=2.ckpt")):
+        module, figures = copy.deepcopy(start), Figures()
+        saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+        fit(module, tmp_path, SMARTCallback(**EVERYTHING), figures, saving, number=2, epochs=2, path=path)
+        found.append((module.model.state_dict(), figures.values))
+    assert all(same_bits(a, b) for a, b in zip(found[0][0].values(), found[1][0].values(), strict=True))
+    assert found[0][1][2:] == found[1][1]
+    assert found[0][1][3][1] > 1e-4  # the teacher lags behind
+    assert found[0][1][2][2] > 1  # the ascent climbs
+
+
 def test_weights_may_change_and_batches_may_be_skipped(tmp_path: Path) -> None:
     class Skipping(Module):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:

@@ -243,8 +243,12 @@ def refused_names():
     x, t, stats, row = torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, STATISTICS), torch.ones(2)
     unknown_kind, unknown_output = ("nonsense", "sum"), ("kl", "nonsense")
     numbers = 1.0, 1.0, 1.0, False
-    kinds, outputs, updates = "kinds: kl, sym_kl, js, jsd", "terms, rows, sum", "updates: smart-pytorch, sift, paper"
-    step, seed = (0.1, 0.1), torch.tensor([1])
+    kinds, outputs, updates = (
+        "kinds: kl, sym_kl, js, jsd",
+        "terms, rows, sum",
+        "updates: smart-pytorch, sift, paper, sign",
+    )
+    step, seed, noises = (0.1, 0.1), torch.tensor([1]), "noises: normal, uniform"
     nothing = (None,) * 4
     return {
         "forward": ("divergence_forward", (x, t, None, *unknown_kind, *numbers, True, False, False), kinds),
@@ -253,6 +257,8 @@ def refused_names():
         "output": ("divergence_forward", (x, t, None, *unknown_output, *numbers, True, False, False), outputs),
         "update": ("ascend", (x, t, seed, *nothing, "l2", "row", *step, "nonsense", 0.1, True), updates),
         "norm": ("ascend", (x, t, seed, *nothing, "nonsense", "row", *step, "sift", 0.1, True), "inf, l2, l1, opaque"),
+        "noise": ("ascend", (x, t, seed, *nothing, "inf", "row", *step, "sift", 0.1, True, "nonsense"), noises),
+        "drawn noise": ("perturb", (x, seed, 0.1, None, True, None, "nonsense"), noises),
         "measured update": ("ascend_norm", (x, seed, None, None, None, "l2", *step, "nonsense"), updates),
     }  # fmt: skip
 

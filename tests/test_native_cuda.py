@@ -154,6 +154,40 @@ def test_ascend(kind: str, update: str, scope: str, masked: bool, emulated: cuda
         two_steps(emulated, embed, grad, kind, scope, update, mask)
 
 
+@pytest.mark.parametrize("width", [20, *exhaustively(1001, 8200)])
+def test_signs(width: int, emulated: cuda_emulation.Emulated) -> None:
+    """Along the signs of gradients that are zero, or not finite, or masked, and to the corners exactly."""
+    embed, grad, unit = torch.randn(2, 3, width), torch.randn(2, 3, width), torch.rand(2, 3, 1)
+    grad[..., 2], grad[1, 1, 4] = 0.0, math.inf
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    for rows, each_unit, step_size in itertools.product((None, mask), (None, unit), (7e-3, 1.0)):
+        step = Step(inf_norm, 1e-2, step_size, 1.2e-2, "sign")
+        noise = 1e-2 * expected_noise(embed.shape) * (1.0 if each_unit is None else unit.double())
+        state = torch.tensor([SEED])
+        for _ in range(2):
+            perturbed, state = emulated.ascend(embed, grad, state, step, rows, True, each_unit)
+            noise = oracle.ascend(noise, grad, "sign", "inf", "row", step_size, 1.2e-2, rows, each_unit)
+            assert oracle.relative_error(state, noise) < 3e-6
+            assert oracle.relative_error(perturbed, embed.double() + noise) < 1e-6
+        if rows is None and step_size == 1.0:
+            corner = torch.tensor(1.2e-2) * (1.0 if each_unit is None else unit) * grad.sign()
+            moves = torch.ones(2, 3, dtype=torch.bool)
+            moves[1, 1] = False
+            assert torch.equal(state[moves][:, 3:], corner[moves][:, 3:])
+
+
+def test_uniform_noise(emulated: cuda_emulation.Emulated) -> None:
+    """The same bits as on a CPU, in `perturb` and again in the first step."""
+    want = torch.from_numpy(oracle.philox_uniform(SEED, 2 * 3 * 21) * (2**31 / math.sqrt(3))).round().float()
+    want = (want * torch.tensor(math.sqrt(3) / 2**31)).view(2, 3, 21)
+    zeros, seed = torch.zeros(2, 3, 21), torch.tensor([SEED])
+    out, kept = emulated.perturb(zeros, seed, 1.0, None, True, None, "uniform")
+    assert torch.equal(out, want)
+    assert torch.equal(kept, want)
+    step = Step(inf_norm, 1.0, 0.0, 10.0, "sign", (), "uniform")
+    assert torch.equal(emulated.ascend(zeros, zeros, seed, step, None, True)[1], want)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [768, 1001, 8192, 8193])

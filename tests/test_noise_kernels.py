@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from smart_fast.backends.native import Native
 
 
-def noise_like(backend: ModuleType, embed: torch.Tensor, seed: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+def noise_like(
+    backend: ModuleType, embed: torch.Tensor, seed: int, mask: torch.Tensor | None = None, kind: str = "normal"
+) -> torch.Tensor:
     """The noise that `perturb` adds to zeros of the shape and strides of ``embed``."""
     seeds = torch.tensor([seed], dtype=torch.int64, device=embed.device)
-    return backend.perturb(torch.zeros_like(embed), seeds, 1.0, mask, False, None)[0]
+    return backend.perturb(torch.zeros_like(embed), seeds, 1.0, mask, False, None, kind)[0]
 
 
 @pytest.fixture
@@ -74,6 +76,39 @@ def test_distribution(backend: ModuleType, device: torch.device, large_tiles: No
     squares = np.corrcoef(lanes.T**2)
     assert np.abs(squares - np.eye(4)).max() < 10 * spread
     assert 4.0 < np.abs(sample).max() < 6.8
+
+
+@pytest.mark.parametrize("seed", [0, *exhaustively(1, 2**40 + 12345, 2**63 - 2)])
+def test_uniform_noise_is_the_same_everywhere(
+    seed: int, backend: ModuleType, device: torch.device, poison: None
+) -> None:
+    """To the last bit: words as signed numbers in fp32, times a constant in fp32."""
+    want = oracle.philox_uniform(seed, 4097) * (2**31 / math.sqrt(3))
+    want = torch.from_numpy(want).round().float() * torch.tensor(math.sqrt(3) / 2**31)
+    got = noise_like(backend, row_major(4097, device=device), seed, None, "uniform").cpu()
+    assert torch.equal(got, want)
+    rows = noise_like(backend, row_major(17, 241, device=device), seed, torch.arange(17, device=device) > 0, "uniform")
+    assert torch.equal(rows.cpu(), torch.where(torch.arange(17)[:, None] > 0, want.view(17, 241), 0.0))
+
+
+def test_uniform_distribution(backend: ModuleType, device: torch.device, large_tiles: None) -> None:
+    """Of 10^6; of fewer where they are interpreted, which have the same bits."""
+    interpreted = backend.name == "triton" and triton_launch.INTERPRETED
+    count = 100_000 if interpreted else 1_000_000
+    sample = noise_like(backend, row_major(count, device=device), 42, None, "uniform").cpu().double().numpy()
+    edge = math.sqrt(3)
+    assert stats.kstest(sample, "uniform", args=(-edge, 2 * edge)).pvalue > 1e-3
+    assert 0.9999 * edge < np.abs(sample).max() < 1.0000001 * edge
+    assert abs(sample.mean()) < 4 / math.sqrt(count)
+    assert abs(sample.std() - 1) < 3 / math.sqrt(count)
+    lanes = sample.reshape(-1, 4)
+    correlation = np.corrcoef(np.concatenate([lanes[:-1], lanes[1:]], axis=1).T)
+    assert np.abs(correlation - np.eye(8)).max() < 10 / math.sqrt(count)
+
+
+def test_uniform_distribution_of_pytorch() -> None:
+    sample = noise.draw_noise(torch.empty(1_000_000), None, "uniform").double().numpy()
+    assert stats.kstest(sample, "uniform", args=(-math.sqrt(3), 2 * math.sqrt(3))).pvalue > 1e-3
 
 
 def test_seeds_and_rows_are_independent(backend: ModuleType, device: torch.device, large_tiles: None) -> None:
@@ -180,7 +215,7 @@ def test_every_language_knows_the_same_noises(native: Native) -> None:
 
 
 def test_unknown_noises_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"noise must be one of \['normal'\], got 'other'"):
+    with pytest.raises(ValueError, match=r"noise must be one of \['normal', 'uniform'\], got 'other'"):
         noise.draw_noise(torch.zeros(2), None, "other")
     seed = torch.ones(1, dtype=torch.int64, device="cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(Exception, match="unknown noise"):

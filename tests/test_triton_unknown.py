@@ -23,6 +23,9 @@ CALLS = {
     "norm, ascend": "ops.ascend(x, x, seed, None, None, None, None, 'other', 'row', *step, 'sift', 1.0, True)",
     "norm, projection": "ops.ascend(x, x, seed, x, x, None, None, 'other', 'given', *step, 'paper', 1.0, True)",
     "update, measure": "ops.ascend_norm(x, seed, None, None, None, 'l2', 1.0, 1.0, 'other')",
+    "noise, perturb": "ops.perturb(x, seed, 1.0, None, None, 'other')",
+    "noise, measure": "ops.ascend_norm(x, seed, None, None, None, 'l2', 1.0, 1.0, 'smart-pytorch', 'other')",
+    "noise, ascend": "ops.ascend(x, x, seed, x, None, None, None, 'l2', 'given', *step, 'sift', 1.0, True, 'other')",
     "update, ascend": "ops.ascend(x, x, seed, x, None, None, None, 'l2', 'given', *step, 'other', 1.0, True)",
 }
 NAMES = {
@@ -39,7 +42,7 @@ def test_kernels_know_what_the_contract_names() -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_launchers_say_what_they_know(call: str) -> None:
     what = call.split(",")[0]
-    known = {"divergence": "jsd", "norm": "l1", "update": "sift"}[what]
+    known = {"divergence": "jsd", "norm": "l1", "update": "sift", "noise": "uniform"}[what]
     with pytest.raises(ValueError, match=f"the Triton kernels know no {what} 'other', only .*{known}"):
         eval(CALLS[call], NAMES)
     registered = CALLS[call].replace("ops.", "torch.ops.smart_fast.")

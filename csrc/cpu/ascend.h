@@ -5,6 +5,8 @@
 //     paper           m = g                        noise <- the point of norm <= epsilon nearest to
 //                                                           s = noise + step_size * m / norm(m), m / norm(m) = 0 if m is
 //
+//     sign            m = g                        noise <- noise + step_size * sign(m), clipped to +-epsilon
+//
 // with g = 0 for rows where it is not finite, and noise, step_size and epsilon in units of the row. Masked rows get no
 // noise.
 #pragma once
@@ -28,7 +30,7 @@ inline const float* row_noise(const cpu::Ascend& args, int64_t row, float* buffe
                             ? grad
                             : advance(args.embed.data, args.embed.dtype, row_offset(args.shape, args.embed, row));
     const float scale = args.noise_var * unit_of(args.unit, row);
-    make_noise(buffer, args.seed, uint64_t(first) / 4, width + first % 4, scale, [&](int64_t i) {
+    make_noise(args.kind, buffer, args.seed, uint64_t(first) / 4, width + first % 4, scale, [&](int64_t i) {
       prefetch<NORMALS>(grad, args.grad.dtype, i);
       prefetch<NORMALS>(embed, args.embed.dtype, i);
     });
@@ -51,7 +53,8 @@ template <Norm NORM, Update UPDATE>
 inline void measure_row(const void* grad, Dtype dtype, const float* noise, float step_size, int64_t width,
                         float* measured, RowNorm& norm) {
   static_assert(NORM == Norm::inf || NORM == Norm::l2 || NORM == Norm::l1 || NORM == Norm::opaque, "a norm without a sum");
-  static_assert(UPDATE == Update::smart_pytorch || UPDATE == Update::sift || UPDATE == Update::paper,
+  static_assert(UPDATE == Update::smart_pytorch || UPDATE == Update::sift || UPDATE == Update::paper ||
+                    UPDATE == Update::sign,
                 "an update without a rule");
   alignas(64) float from[BLOCK + LANES];
   F largest_ = {}, poison = {};  // not in `norm`, which might be where `measured` points for all a compiler knows
@@ -217,6 +220,20 @@ inline float measure_paper(const cpu::Ascend& args, int64_t row, const float* no
   return unit > 0.0f ? true_norm(Norm::l2, measured, width, s) / unit : 0.0f;
 }
 
+// ---- sign ----------------------------------------------------------------------------------------------------------
+
+// The new noise of a row in `moved`. A call, to leave the other updates' registers.
+__attribute__((noinline)) inline void move_by_signs(const cpu::Ascend& args, int64_t row, const float* noise, float* moved) {
+  const int64_t width = args.shape.width;
+  const float unit = unit_of(args.unit, row), step = args.step_size * unit, radius = args.epsilon * unit;
+  measure_row(args, row, nullptr, moved);
+  for (int64_t i = 0; i < width; i += LANES) {
+    const F g = load(moved + i), zero = {};
+    const F s = load(noise + i) + Simd::select(g > 0.0f, Simd::splat(step), Simd::select(g < 0.0f, Simd::splat(-step), zero));
+    store(moved + i, Simd::min(Simd::max(s, Simd::splat(-radius)), Simd::splat(radius)));
+  }
+}
+
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
 inline void measure(const cpu::Ascend& args, int64_t begin, int64_t end, float* scratch) {
@@ -262,6 +279,8 @@ inline void ascend(const cpu::Ascend& args, int64_t begin, int64_t end, float* s
     bool add_noise = false;
     if (args.update == Update::paper) {
       scale = move_in_ball(args, row, noise, measured);
+    } else if (args.update == Update::sign) {
+      move_by_signs(args, row, noise, measured);
     } else {
       float norm = measure_row(args, row, noise, measured).partial(args.norm);
       if (args.norms != nullptr)

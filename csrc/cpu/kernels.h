@@ -9,13 +9,14 @@
 namespace smart_fast {
 namespace cpu {
 
-// out = embed + noise_var * unit * normal(seed). Masked rows (mask byte zero) are copied. Outputs are contiguous.
+// out = embed + noise_var * unit * noise(seed). Masked rows (mask byte zero) are copied. Outputs are contiguous.
 struct Perturb {
   Shape shape;
   Rows embed;
   const uint8_t* mask;  // a byte per row, or null
   const float* unit;    // of each row, or null for 1
   uint64_t seed;
+  Noise kind;  // of the noise
   float noise_var;
   void* out;         // in the dtype of embed
   float* noise_out;  // the noise itself, or null
@@ -30,6 +31,7 @@ struct Ascend {
   const float* unit;   // of each row, or null for 1: noise_var, step_size and epsilon are multiples of it
   const float* noise;  // [rows, width], or null: from the seed
   uint64_t seed;
+  Noise kind;  // of the noise of a seed
   float noise_var, step_size, epsilon;
   Update update;
   Norm norm;           // of each row, unless `norms` are given

@@ -32,7 +32,7 @@ inline void make_words(U* words, uint64_t seed, uint64_t group, int64_t count, c
 //
 // In two passes over a block that stays in the innermost cache: the chains of dependent operations are then short enough
 // for a processor to overlap several of them. `ahead(i)` is called before element i is computed, for prefetching.
-template <class Ahead, class Use>
+template <Noise KIND, class Ahead, class Use>
 inline void each_noise(uint64_t seed, uint64_t group, int64_t count, float scale, const Ahead& ahead, const Use& use) {
   alignas(64) U words[BLOCK / LANES];
   for (int64_t begin = 0; begin < count; begin += BLOCK, group += BLOCK / 4) {
@@ -44,7 +44,7 @@ inline void each_noise(uint64_t seed, uint64_t group, int64_t count, float scale
       make_words<true>(words, seed, group, part, block_ahead);
     for (int64_t i = 0; i < part; i += NORMALS) {
       F x, y, lower, upper;
-      draw_noise<Simd>(words[i / LANES], words[i / LANES + 1], scale, x, y);
+      draw_noise<Simd, KIND>(words[i / LANES], words[i / LANES + 1], scale, x, y);
       interleave(x, y, lower, upper);
       use(begin + i, lower, upper);
     }
@@ -53,11 +53,17 @@ inline void each_noise(uint64_t seed, uint64_t group, int64_t count, float scale
 
 // The same in memory. Writes whole multiples of NORMALS.
 template <class Ahead>
-inline void make_noise(float* out, uint64_t seed, uint64_t group, int64_t count, float scale, const Ahead& ahead) {
-  each_noise(seed, group, count, scale, ahead, [&](int64_t i, F lower, F upper) {
-    store(out + i, lower);
-    store(out + i + LANES, upper);
-  });
+inline void make_noise(Noise kind, float* out, uint64_t seed, uint64_t group, int64_t count, float scale,
+                       const Ahead& ahead) {
+  with_noise(
+      kind,
+      [&](auto noise) {
+        each_noise<noise.value>(seed, group, count, scale, ahead, [&](int64_t i, F lower, F upper) {
+          store(out + i, lower);
+          store(out + i + LANES, upper);
+        });
+      },
+      [] { __builtin_trap(); });
 }
 
 }  // namespace

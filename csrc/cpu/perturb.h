@@ -1,4 +1,4 @@
-// perturb: embed + noise_var * unit * normal(seed), and the noise if asked for.
+// perturb: embed + noise_var * unit * noise(seed), and the noise if asked for.
 #pragma once
 
 #include "kernels.h"
@@ -21,7 +21,7 @@ inline void perturb_segment(const void* embed, Dtype dtype, const float* noise, 
 }
 
 // `count` elements of dense memory, a multiple of NORMALS, in one pass: noise goes from registers to where it is needed.
-template <Dtype DTYPE, bool KEEP>
+template <Dtype DTYPE, bool KEEP, Noise KIND>
 inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count, float scale) {
   const char* embed = advance(args.embed.data, DTYPE, first);
   char* out = advance(args.out, DTYPE, first);
@@ -31,7 +31,7 @@ inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count
     prefetch<NORMALS, true>(out, DTYPE, i);
     if (KEEP) prefetch<NORMALS, true>(noise, Dtype::fp32, i);
   };
-  each_noise(args.seed, uint64_t(first) / 4, count, scale, ahead, [&](int64_t i, F lower, F upper) {
+  each_noise<KIND>(args.seed, uint64_t(first) / 4, count, scale, ahead, [&](int64_t i, F lower, F upper) {
     if (KEEP) {
       store(noise + i, lower);
       store(noise + i + LANES, upper);
@@ -41,11 +41,12 @@ inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count
   });
 }
 
+template <Noise KIND>
 inline void perturb_dense(const cpu::Perturb& args, int64_t first, int64_t count, float scale) {
-#define SMART_FAST_CASE(DTYPE)                                                                   \
-  case DTYPE:                                                                                    \
-    return args.noise_out == nullptr ? perturb_dense<DTYPE, false>(args, first, count, scale)    \
-                                     : perturb_dense<DTYPE, true>(args, first, count, scale);
+#define SMART_FAST_CASE(DTYPE)                                                                         \
+  case DTYPE:                                                                                          \
+    return args.noise_out == nullptr ? perturb_dense<DTYPE, false, KIND>(args, first, count, scale)    \
+                                     : perturb_dense<DTYPE, true, KIND>(args, first, count, scale);
   switch (args.embed.dtype) {
     SMART_FAST_CASE(Dtype::fp32)
     SMART_FAST_CASE(Dtype::bf16)
@@ -70,12 +71,17 @@ inline void perturb(const cpu::Perturb& args, int64_t begin, int64_t end) {
         const int64_t row = first / shape.width;
         const int64_t end = args.unit != nullptr && (row + 1) * shape.width < last ? (row + 1) * shape.width : last;
         const int64_t whole_part = (end - first) / NORMALS * NORMALS;
-        perturb_dense(args, first, whole_part, args.noise_var * unit_of(args.unit, row));
+        with_noise(
+            args.kind,
+            [&](auto kind) {
+              perturb_dense<kind.value>(args, first, whole_part, args.noise_var * unit_of(args.unit, row));
+            },
+            [] { __builtin_trap(); });
         first += whole_part;
       }
       if (first == last) continue;
     }
-    make_noise(noise, args.seed, uint64_t(first) / 4, last - first, args.noise_var, [](int64_t) {});
+    make_noise(args.kind, noise, args.seed, uint64_t(first) / 4, last - first, args.noise_var, [](int64_t) {});
     for (int64_t i = first; i < last;) {
       const int64_t row = i / shape.width, column = i - row * shape.width;
       const int64_t count = shape.width - column < last - i ? shape.width - column : last - i;

@@ -4,6 +4,7 @@
 //     sift            m = g                        noise <- noise + step_size * m / (norm(m) + epsilon)
 //     paper           m = g                        noise <- the point of norm <= epsilon nearest to
 //                                                           s = noise + step_size * m / norm(m), m / norm(m) = 0 if m is
+//     sign            m = g                        noise <- noise + step_size * sign(m), clipped to +-epsilon
 //
 // with g = 0 for rows where it is not finite, and noise, step_size and epsilon in units of the row. Floor: read embed,
 // read g, write the result.
@@ -221,6 +222,31 @@ struct Ball {
   }
 };
 
+// ---- sign ----------------------------------------------------------------------------------------------------------
+
+// Asks for no norm, and leaves none where it measures: nobody measures for it.
+struct Signs {
+  bool finite;
+  float step, radius, partial;
+
+  template <class Each>
+  __device__ __forceinline__ Signs(const Ascend& args, const Place& at, const Each& each, Group& group)
+      : step(args.step_size * at.unit), radius(args.epsilon * at.unit), partial(0.0f) {
+    float broken[1] = {0.0f};
+    elements(each, [&](float, float grad) {
+      if (!(fabsf(grad) < Scalar::infinity)) broken[0] = 1.0f;
+    });
+    group.reduce<Max>(broken);
+    finite = broken[0] == 0.0f;
+  }
+
+  SMART_FAST_INLINE float measured(float, float grad) const { return finite ? grad : 0.0f; }
+  SMART_FAST_INLINE float moved(float noise, float grad) const {
+    const float g = measured(noise, grad), along = g > 0.0f ? step : g < 0.0f ? -step : 0.0f;
+    return fminf(fmaxf(noise + along, -radius), radius);
+  }
+};
+
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
 // The noise of a chunk that may reach beyond its row: zero there, so that it adds nothing to a norm.
@@ -229,7 +255,7 @@ SMART_FAST_INLINE void read_noise(const Ascend& args, uint64_t seed, const Place
                                   float (&noise)[SIZE]) {
   const int64_t width = args.shape.width;
   if (args.noise != nullptr) return Floats<SIZE>::read(args.noise + at.row * width, first, width, noise);
-  noise_of(seed, at.row * width + first, noise);
+  noise_of(args.kind, seed, at.row * width + first, noise);
   const bool whole = inside(first, SIZE, width);
   const float scale = args.noise_var * at.unit;
 #pragma unroll
@@ -366,7 +392,10 @@ cudaError_t run(const Ascend& args, cudaStream_t stream) {
 
 template <Norm NORM>
 cudaError_t run_rule(const Ascend& args, cudaStream_t stream) {
-  if (!with_update(args.update, [](auto) { return true; }, [] { return false; })) return unknown_choice();
+  const auto known = [](auto) { return true; };
+  const auto unknown = [] { return false; };
+  if (!with_update(args.update, known, unknown) || !with_noise(args.kind, known, unknown)) return unknown_choice();
+  if (args.update == Update::sign) return run<Signs>(args, stream);
   if (args.update == Update::paper && args.norm != Norm::opaque) return run<Ball<NORM>>(args, stream);
   return run<Scaled<NORM>>(args, stream);
 }

@@ -86,7 +86,7 @@ Seed draw(const optional<at::Generator>& generator, c10::DeviceIndex device) {
 
 std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, const Seed& seed, int64_t* seed_out, double noise_var,
                                        const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
-                                       const Launch& launch) {
+                                       string_view noise_kind, const Launch& launch) {
   const View view({embed});
   launch.same_device(mask);
   launch.same_device(unit);
@@ -94,36 +94,39 @@ std::tuple<Tensor, Tensor> run_perturb(const Tensor& embed, const Seed& seed, in
   const Tensor noise = launch.output_if(keep_noise, embed.sizes(), at::kFloat);
   Tensor holder;
   const Perturb args = {view.shape, view.rows[0], mask_bytes(mask, view.shape.rows, holder),
-                        row_units(unit, view.shape.rows), seed, seed_out, float(noise_var), out.mutable_data_ptr(),
-                        pointer_if<float>(keep_noise, noise)};
+                        row_units(unit, view.shape.rows), seed, seed_out, noise_kind_of(noise_kind), float(noise_var),
+                        out.mutable_data_ptr(), pointer_if<float>(keep_noise, noise)};
   C10_CUDA_CHECK(cuda::perturb(args, launch.stream()));
   return {out, noise};
 }
 
 std::tuple<Tensor, Tensor> perturb(const Tensor& embed, const Tensor& seed, double noise_var,
-                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit) {
+                                   const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
+                                   string_view noise_kind) {
   const Launch launch(embed);
   launch.same_device(seed);
   Seed given = {};
   given.given = seed.const_data_ptr<int64_t>();
-  return run_perturb(embed, given, nullptr, noise_var, mask, keep_noise, unit, launch);
+  return run_perturb(embed, given, nullptr, noise_var, mask, keep_noise, unit, noise_kind, launch);
 }
 
 // Noise from the state of a generator instead of a seed in memory, without a launch of its own. A GPU computes noise again
 // sooner than it reads it back: the seed is all that is kept.
 std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
-                                         const optional<Tensor>& mask, bool, const optional<Tensor>& unit) {
+                                         const optional<Tensor>& mask, bool, const optional<Tensor>& unit,
+                                         string_view noise_kind) {
   const Launch launch(embed);
   const Tensor seed = launch.output({1}, at::kLong);
   const Tensor out = std::get<0>(run_perturb(embed, draw(generator, embed.device().index()),
-                                             seed.mutable_data_ptr<int64_t>(), noise_var, mask, false, unit, launch));
+                                             seed.mutable_data_ptr<int64_t>(), noise_var, mask, false, unit,
+                                             noise_kind, launch));
   return {out, seed};
 }
 
 // What measuring and moving have in common. `noise` is the int64 seed or fp32 noise of the shape of the gradient.
 Ascend ascend_arguments(const View& view, const Tensor& noise, const optional<Tensor>& mask, string_view kind,
-                        double noise_var, double step_size, string_view update, const optional<Tensor>& unit,
-                        Tensor& noise_holder, Tensor& mask_holder, const Launch& launch) {
+                        double noise_var, double step_size, string_view update, string_view noise_kind,
+                        const optional<Tensor>& unit, Tensor& noise_holder, Tensor& mask_holder, const Launch& launch) {
   launch.same_device(noise);
   launch.same_device(mask);
   launch.same_device(unit);
@@ -142,6 +145,7 @@ Ascend ascend_arguments(const View& view, const Tensor& noise, const optional<Te
     if (reinterpret_cast<uintptr_t>(noise_holder.const_data_ptr()) % 16 != 0) noise_holder = noise_holder.clone();
     args.noise = noise_holder.const_data_ptr<float>();
   }
+  args.kind = noise_kind_of(noise_kind);
   args.noise_var = float(noise_var);
   args.step_size = float(step_size);
   args.update = update_of(update);
@@ -169,13 +173,13 @@ const float* norms_of(const optional<Tensor>& norm, string_view scope, Ascend& a
 
 Tensor ascend_norm(const Tensor& grad, const Tensor& noise, const optional<Tensor>& norm,
                       const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind, double noise_var,
-                      double step_size, string_view update) {
+                      double step_size, string_view update, string_view noise_kind) {
   const Launch launch(grad);
   const View view({grad});
   const int64_t rows = view.shape.rows;
   Tensor noise_holder, mask_holder, norm_holder;
-  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, unit, noise_holder, mask_holder,
-                                 launch);
+  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, noise_kind, unit, noise_holder,
+                                 mask_holder, launch);
   if (norm && rows > 0) {
     launch.same_device(norm);
     args.group = rows / grad.size(0);
@@ -192,14 +196,14 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
                                   const optional<Tensor>& norm, const optional<Tensor>& moved_norm,
                                   const optional<Tensor>& mask, const optional<Tensor>& unit, string_view kind,
                                   string_view scope, double noise_var, double step_size, string_view update,
-                                  double epsilon, bool keep_noise) {
+                                  double epsilon, bool keep_noise, string_view noise_kind) {
   const Launch launch(embed);
   launch.same_device(grad);
   const View view({embed, grad});
   const int64_t rows = view.shape.rows;
   Tensor noise_holder, mask_holder, norm_holder, moved_holder;
-  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, unit, noise_holder, mask_holder,
-                                 launch);
+  Ascend args = ascend_arguments(view, noise, mask, kind, noise_var, step_size, update, noise_kind, unit, noise_holder,
+                                 mask_holder, launch);
   args.epsilon = float(epsilon);
   if (scope != "row" && rows > 0) {
     TORCH_CHECK_VALUE(scope == "group" || scope == "given", "smart_fast: unknown scope ", scope);

@@ -18,7 +18,7 @@ struct Seed {
   uint64_t generator_seed, offset;
 };
 
-// out = embed + noise_var * unit * normal(seed). Masked rows (mask byte zero) are copied.
+// out = embed + noise_var * unit * noise(seed). Masked rows (mask byte zero) are copied.
 struct Perturb {
   Shape shape;
   Rows embed;
@@ -26,6 +26,7 @@ struct Perturb {
   const float* unit;    // of each row, or null for 1
   Seed seed;
   int64_t* seed_out;  // the seed, for later steps, or null
+  Noise kind;         // of the noise
   float noise_var;
   void* out;         // in the dtype of embed
   float* noise_out;  // the noise itself, or null
@@ -39,6 +40,7 @@ struct Ascend {
   const float* unit;    // of each row, or null for 1: noise_var, step_size and epsilon are multiples of it
   const int64_t* seed;  // of the noise, if `noise` is null
   const float* noise;   // [rows, width], 16-byte aligned
+  Noise kind;           // of the noise of a seed
   float noise_var, step_size, epsilon;
   Update update;
   Norm norm;

@@ -1,4 +1,4 @@
-// perturb: embed + noise_var * unit * normal(seed), the noise never touching memory. Floor: read embed, write the result.
+// perturb: embed + noise_var * unit * noise(seed), the noise never touching memory. Floor: read embed, write the result.
 #include "launch.h"
 #include "noise.h"
 
@@ -9,7 +9,7 @@ namespace {
 constexpr int PER_THREAD = 2;  // chunks: two loads in flight while the first noise is computed
 constexpr int THREADS = 256;   // of a block
 
-template <class T>
+template <class T, Noise KIND>
 __global__ void __launch_bounds__(THREADS, 3) perturb_kernel(const Perturb args) {
   constexpr int size = Chunk<T>::size;
   const Shape& shape = args.shape;
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(THREADS, 3) perturb_kernel(const Perturb args)
         if (first >= shape.width) break;
         float values[size], noise[size];
         chunks[k].unpack(values);
-        noise_of(uint64_t(seed), row * shape.width + first, noise);
+        noise_of(KIND, uint64_t(seed), row * shape.width + first, noise);
 #pragma unroll
         for (int i = 0; i < size; ++i) {
           noise[i] = real ? noise[i] * scale : 0.0f;
@@ -51,11 +51,11 @@ __global__ void __launch_bounds__(THREADS, 3) perturb_kernel(const Perturb args)
   }
 }
 
-template <class T>
+template <class T, Noise KIND>
 cudaError_t run(const Perturb& args, cudaStream_t stream) {
   const int64_t chunks = chunks_of(args.shape, Chunk<T>::size);
   const dim3 block = block_of(ceil_div(chunks, PER_THREAD), THREADS);
-  return launch(perturb_kernel<T>, Config{tiles_grid(args.shape, block, chunks, PER_THREAD), block}, stream, args);
+  return launch(perturb_kernel<T, KIND>, Config{tiles_grid(args.shape, block, chunks, PER_THREAD), block}, stream, args);
 }
 
 }  // namespace
@@ -69,9 +69,15 @@ cudaError_t perturb(const Perturb& given, cudaStream_t stream) {
     args.shape = {1, args.shape.rows * args.shape.width, 1, 1};
     args.embed.stride0 = 0;
   }
-  if (aligned(args.shape, args.embed, chunk_size(args.embed.dtype)))
-    return with_type(args.embed.dtype, [&](auto tag) { return run<typename decltype(tag)::type>(args, stream); });
-  return run<Any<4>>(args, stream);
+  return with_noise(
+      args.kind,
+      [&](auto kind) {
+        constexpr Noise KIND = decltype(kind)::value;
+        if (!aligned(args.shape, args.embed, chunk_size(args.embed.dtype))) return run<Any<4>, KIND>(args, stream);
+        return with_type(args.embed.dtype,
+                         [&](auto tag) { return run<typename decltype(tag)::type, KIND>(args, stream); });
+      },
+      unknown_choice);
 }
 
 }  // namespace cuda

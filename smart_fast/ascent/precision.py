@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..backends import updates
 from ..backends.base import Step
 from ..checks import check_positive
 from ..training.compiling import when_traced
@@ -118,7 +119,7 @@ def lost_noise(dtype: torch.dtype, step: Step, num_steps: int, relative: bool) -
         if step.update == "smart-pytorch":
             return None  # its noise has a norm near one, whatever it was drawn as
         size = max(size, num_steps * abs(step.step_size))
-        if step.update == "paper":
+        if updates.rule(step.update).ball:
             if isinstance(step.epsilon, Tensor):
                 return None
             if abs(step.epsilon) < size:

@@ -35,7 +35,8 @@ PlainDivergence = Callable[..., Tensor | None]
 
 @dataclass(frozen=True)
 class Step:
-    """The hyper-parameters of one ascent step; ``update`` names a row of `smart_fast.backends.updates`."""
+    """The hyper-parameters of one ascent step; ``update`` names a row of `smart_fast.backends.updates`, ``noise`` one
+    of `smart_fast.noise.NOISES`, which the first step may have to make again from its seed."""
 
     norm_fn: Norm
     noise_var: float | Tensor
@@ -44,6 +45,7 @@ class Step:
     update: str
     #: Those of the numbers that are tensors.
     tensors: tuple[Tensor, ...] = ()
+    noise: str = "normal"
 
 
 class DivergenceSpec(NamedTuple):
@@ -89,9 +91,11 @@ class Backend(Protocol):
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
-        unit: Tensor | None,
+        unit: Tensor | None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``embed + noise_var * unit * normal(seed)``, in the dtype of ``embed``, masked rows unchanged; and the noise.
+        """``embed + noise_var * unit * noise(seed)``, in the dtype of ``embed``, masked rows unchanged; and the noise.
+
+        ``noise_kind``: a name of `smart_fast.noise.NOISES`.
 
         ``unit``: fp32 ``[..., 1]``, contiguous, or None for 1.
 
@@ -102,7 +106,7 @@ class Backend(Protocol):
 
     def perturb_fresh(
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
-        unit: Tensor | None,
+        unit: Tensor | None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`perturb` by noise, or a seed, drawn from ``generator``. Compilers only see it where `nodes` is "always"."""
         ...

@@ -48,19 +48,21 @@ class Native:
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
-        unit: Tensor | None = None,
+        unit: Tensor | None = None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         # On a CPU noise is read back sooner than it is computed again.
         keep_noise = keep_noise and embed.device.type == "cpu"
-        perturbed, noise = _operators.native_perturb.default(embed, seed, noise_var, mask, keep_noise, unit)
+        perturbed, noise = _operators.native_perturb.default(embed, seed, noise_var, mask, keep_noise, unit, noise_kind)
         return perturbed, noise if keep_noise else seed
 
     def perturb_fresh(
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
-        unit: Tensor | None = None,
+        unit: Tensor | None = None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """By a seed that the operator draws as `smart_fast.noise` would."""
-        perturbed, noise = self.extension.perturb(embed, generator, float(noise_var), mask, keep_noise, unit)
+        perturbed, noise = self.extension.perturb(
+            embed, generator, float(noise_var), mask, keep_noise, unit, noise_kind
+        )
         return perturbed, noise
 
     def ascend(
@@ -73,9 +75,9 @@ class Native:
         )  # fmt: skip
 
     def _noise_alone(
-        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None = None
+        self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None, noise_kind: str
     ) -> Tensor:
-        return self.perturb(embed, seed, noise_var, mask, False, unit)[0]
+        return self.perturb(embed, seed, noise_var, mask, False, unit, noise_kind)[0]
 
     def _move(self, *args: Any) -> tuple[Tensor, Tensor]:
         operator = _operators.native_ascend.default if torch.compiler.is_compiling() else self.extension.ascend
@@ -133,15 +135,16 @@ class Native:
 
 
 def _fake_perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool, unit: Tensor | None = None,
+    noise_kind: str = "normal",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     noise = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
     return new_output(embed.shape, embed.dtype, embed.device), noise
 
 
 def _fake_perturb_fresh(
     embed: Tensor, generator: torch.Generator | None, noise_var: float, mask: Tensor | None, keep_noise: bool,
-    unit: Tensor | None = None,
+    unit: Tensor | None = None, noise_kind: str = "normal",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if embed.device.type == "cuda":
         return new_output(embed.shape, embed.dtype, embed.device), new_output((1,), torch.int64, embed.device)

@@ -127,17 +127,17 @@ class PyTorch:
 
     def perturb_fresh(
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
-        unit: Tensor | None,
+        unit: Tensor | None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return perturb(embed, draw_noise(embed, generator), noise_var, mask, unit)
+        return perturb(embed, draw_noise(embed, generator, noise_kind), noise_var, mask, unit)
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
-        unit: Tensor | None,
+        unit: Tensor | None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """By the noise of a generator that starts at the seed, which is read on the host."""
         generator = torch.Generator(embed.device).manual_seed(int(seed))
-        return perturb(embed, draw_noise(embed, generator), noise_var, mask, unit)
+        return perturb(embed, draw_noise(embed, generator, noise_kind), noise_var, mask, unit)
 
     def ascend(
         self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..norms import known_norm
-from . import pytorch
+from ..norms import KnownNorm, known_norm
+from . import pytorch, updates
 from .base import PARTS, STATISTICS, Step, new_output
+
+_NO_NORM = KnownNorm("inf", "row")  # of rules that ask for none: a kernel has to be compiled for one
 
 
 def ascend(
@@ -20,32 +22,36 @@ def ascend(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """`Backend.ascend` by the operators ``ascend_norm``, ``ascend`` and ``perturb`` of a backend.
 
-    A token norm takes one kernel. A norm over a group of rows is measured first, for paper and l2 twice; one that only
-    Python can compute is called in between. Where paper's projection needs more than that, PyTorch makes the step.
+    A token norm, or a rule that asks for none, takes one kernel. A norm over a group of rows is measured first, for
+    paper and l2 twice; one that only Python can compute is called in between. Where paper's projection needs more than
+    that, PyTorch makes the step.
     """
-    known = known_norm(step.norm_fn)
+    known = known_norm(step.norm_fn) if updates.RULES[step.update].asks_norm else _NO_NORM
     if known is not None and known.scope == "group" and embed.dim() < 2:
         step.norm_fn(embed)  # raises, saying why
     paper = step.update == "paper"
     common = (step.noise_var, step.step_size, step.update)
+    noise_kind = step.noise
     norm: Tensor | None = None
     moved_norm: Tensor | None = None
     if known is not None and (known.scope == "row" or not paper or known.kind != "l1"):
         kind, scope = known
         if scope == "group":
-            norm = measure(grad, noise, None, mask, unit, kind, *common)
+            norm = measure(grad, noise, None, mask, unit, kind, *common, noise_kind)
             if paper and kind == "l2":
-                moved_norm = measure(grad, noise, norm, mask, unit, kind, *common)
+                moved_norm = measure(grad, noise, norm, mask, unit, kind, *common, noise_kind)
     elif paper:
         return _in_pytorch(perturb, embed, grad, noise, step, mask, keep_noise, unit)
     else:
         kind, scope = "inf", "given"  # any kind
-        found = _broadcastable(step.norm_fn(measure(grad, noise, None, mask, unit, "opaque", *common)), grad)
+        found = _broadcastable(
+            step.norm_fn(measure(grad, noise, None, mask, unit, "opaque", *common, noise_kind)), grad
+        )
         if found.dim() > 0 and found.shape[-1] != 1:
             return _in_pytorch(perturb, embed, grad, noise, step, mask, keep_noise, unit)
         norm = found.expand(*grad.shape[:-1], 1).to(grad.device, torch.float32).contiguous()
     perturbed, new_noise = move(
-        embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, *common, step.epsilon, keep_noise
+        embed, grad, noise, norm, moved_norm, mask, unit, kind, scope, *common, step.epsilon, keep_noise, noise_kind
     )
     return perturbed, new_noise if keep_noise else None
 
@@ -68,7 +74,8 @@ def _in_pytorch(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """For norms that differ within a row, and other cases where little is left to fuse."""
     if noise.dtype == torch.int64:
-        noise = perturb(torch.zeros_like(embed, dtype=torch.float32), noise, float(step.noise_var), mask, unit)
+        zeros = torch.zeros_like(embed, dtype=torch.float32)
+        noise = perturb(zeros, noise, float(step.noise_var), mask, unit, step.noise)
     perturbed, new_noise = pytorch.ascend(embed, grad.float(), noise, step, mask, unit)
     return perturbed, new_noise if keep_noise else None
 
@@ -78,7 +85,7 @@ def _in_pytorch(
 
 def fake_ascend_norm(
     grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
-    noise_var: float, step_size: float, update: str,
+    noise_var: float, step_size: float, update: str, noise_kind: str = "normal",
 ) -> Tensor:  # fmt: skip
     shape = grad.shape if kind == "opaque" else (grad.numel() // grad.shape[-1],)
     return new_output(shape, torch.float32, grad.device)
@@ -87,7 +94,7 @@ def fake_ascend_norm(
 def fake_ascend(
     embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None, mask: Tensor | None,
     unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
-    keep_noise: bool,
+    keep_noise: bool, noise_kind: str = "normal",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     noise_out = new_output(embed.shape if keep_noise else (0,), torch.float32, embed.device)
     return new_output(embed.shape, embed.dtype, embed.device), noise_out

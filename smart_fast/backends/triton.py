@@ -88,16 +88,18 @@ class Triton:
 
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
-        unit: Tensor | None = None,
+        unit: Tensor | None = None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         # The seed is all that is kept: a GPU computes noise again sooner than it reads it back.
-        return _noise_alone(embed, seed, noise_var, mask, unit), seed
+        return _noise_alone(embed, seed, noise_var, mask, unit, noise_kind), seed
 
     def perturb_fresh(
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
-        unit: Tensor | None,
+        unit: Tensor | None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return self.perturb(embed, draw_seed(embed.device, generator), float(noise_var), mask, keep_noise, unit)
+        return self.perturb(
+            embed, draw_seed(embed.device, generator), float(noise_var), mask, keep_noise, unit, noise_kind
+        )
 
     def ascend(
         self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,

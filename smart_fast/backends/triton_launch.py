@@ -32,6 +32,7 @@ from ..kernels.divergence_split import (
 )
 from ..kernels.fisher import fisher_direction_kernel
 from ..kernels.perturb import perturb_kernel
+from ..kernels.philox import NOISES
 from .base import PARTS, STATISTICS, Rows, as_rows
 from .steps import (
     fake_ascend,
@@ -147,9 +148,11 @@ def _aligned(width: int) -> bool:
 
 
 def perturb(
-    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None, wrap: Wrap = _plain
-) -> Tensor:
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None, noise_kind: str = "normal",
+    wrap: Wrap = _plain,
+) -> Tensor:  # fmt: skip
     """See `Backend.perturb`."""
+    _known("noise", noise_kind, NOISES)
     out = new_output(embed.shape, embed.dtype, embed.device)
     width = embed.shape[-1]
     rows = as_rows(embed)
@@ -163,7 +166,7 @@ def perturb(
     wrap(perturb_kernel)[(launch.grid(tile, rows.count, whole_rows=False),)](
         rows.tensors[0], seed, _bytes(mask), unit, out, rows.count, width, rows.size1, rows.size2, *rows.strides[0],
         noise_var, MASKED=mask is not None, IN_UNITS=unit is not None, ALIGNED=rows.count == 1 or _aligned(width),
-        ROWS=tile.rows, BLOCK=tile.block, **_resources(tile, wrap),
+        ROWS=tile.rows, BLOCK=tile.block, NOISE=noise_kind, **_resources(tile, wrap),
     )  # fmt: skip
     return out
 
@@ -185,7 +188,7 @@ def _grouped(norm: Tensor, group: int, kind: str, update: str) -> tuple[Tensor, 
 
 def ascend_norm(
     grad: Tensor, noise: Tensor, norm: Tensor | None, mask: Tensor | None, unit: Tensor | None, kind: str,
-    noise_var: float, step_size: float, update: str, wrap: Wrap = _plain,
+    noise_var: float, step_size: float, update: str, noise_kind: str = "normal", wrap: Wrap = _plain,
 ) -> Tensor:  # fmt: skip
     """What the norm is taken of (fp32 like ``grad``, kind "opaque"), or its partial norm per row (fp32 ``[N]``).
 
@@ -194,6 +197,7 @@ def ascend_norm(
     """
     _known("norm", kind, (*NORMS, "opaque"))
     _known("update", update, UPDATES)
+    _known("noise", noise_kind, NOISES)
     width = grad.shape[-1]
     rows = as_rows(grad)
     shape = grad.shape if kind == "opaque" else (rows.count,)
@@ -204,7 +208,7 @@ def ascend_norm(
     wrap(norm_kernel)[(launch.grid(tile, rows.count, whole_rows=True),)](
         rows.tensors[0], noise, noise if from_seed else rows.tensors[0], norm, _bytes(mask), unit, out, rows.count,
         width, rows.size1, rows.size2, *rows.strides[0], group, noise_var, step_size, UPDATE=update, NORM=kind,
-        GIVEN=norm is not None, GROUP_BLOCK=launch.next_power_of_two(group), FROM_SEED=from_seed,
+        GIVEN=norm is not None, GROUP_BLOCK=launch.next_power_of_two(group), NOISE=noise_kind if from_seed else "kept",
         **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages,
         **_resources(tile, wrap),
     )  # fmt: skip
@@ -214,7 +218,7 @@ def ascend_norm(
 def ascend(
     embed: Tensor, grad: Tensor, noise: Tensor, norm: Tensor | None, moved_norm: Tensor | None, mask: Tensor | None,
     unit: Tensor | None, kind: str, scope: str, noise_var: float, step_size: float, update: str, epsilon: float,
-    keep_noise: bool, wrap: Wrap = _plain,
+    keep_noise: bool, noise_kind: str = "normal", wrap: Wrap = _plain,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `Backend.ascend`. ``scope`` "row" needs no ``norm``; "group" takes the partial norms of
     `ascend_norm`, grouped by the first dimension, for paper and "l2" also those of what is projected, ``moved_norm``;
@@ -222,6 +226,7 @@ def ascend(
     """
     _known("norm", kind, NORMS)
     _known("update", update, UPDATES)
+    _known("noise", noise_kind, NOISES)
     width = embed.shape[-1]
     rows = as_rows(embed, grad)
     group = 1
@@ -238,8 +243,8 @@ def ascend(
         *rows.tensors, noise, noise if from_seed else rows.tensors[0], norm, moved_norm, _bytes(mask), unit, out,
         noise_out, rows.count, width, rows.size1, rows.size2, *rows.strides[0], *rows.strides[1], group, noise_var,
         step_size, epsilon, UPDATE=update, NORM=kind, SCOPE=scope, GROUP_BLOCK=launch.next_power_of_two(group),
-        FROM_SEED=from_seed, KEEP_NOISE=keep_noise, **_flags(mask, unit, width), ROWS=tile.rows, BLOCK=tile.block,
-        BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
+        NOISE=noise_kind if from_seed else "kept", KEEP_NOISE=keep_noise, **_flags(mask, unit, width),
+        ROWS=tile.rows, BLOCK=tile.block, BLOCKS=tile.blocks, STAGES=tile.stages, **_resources(tile, wrap),
     )  # fmt: skip
     return out, noise_out
 
@@ -413,7 +418,9 @@ def fisher_direction(logits: Tensor, wide: bool, wrap: Wrap = _plain) -> Tensor:
     return out
 
 
-def _fake_perturb(embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None) -> Tensor:
+def _fake_perturb(
+    embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, unit: Tensor | None, noise_kind: str = "normal"
+) -> Tensor:
     return new_output(embed.shape, embed.dtype, embed.device)
 
 

@@ -1,171 +1,31 @@
-"""SMART of a whole model: its input embeddings are perturbed, its logits compared. What the integrations share."""
+"""SMART of a whole model: its embeddings are perturbed, its logits compared. What the integrations share."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..backends import check_name
-from ..backends.base import DIVERGENCES, UPDATES
-from ..checks import check_choice, check_count, check_number
-from ..losses.logits import LOSSES, kl_loss
-from ..norms import Norm, inf_norm, sentence_norm
-from ..options import SCALES
-from ..smart import SMARTLoss
+from ..ascent import modes
+from ..diagnostics import ascent_ratio
+from ..noise import remember_generators
+from ..training.checkpointing import checkpointed
+from .arguments import SMARTArguments
+from .hidden import Body, BodyCall, Hidden
+from .outputs import Comparison, Items, Logits, Smoothness, logits_of, squared_error
+from .tap import Seen, Tap, find, own_embeddings, sides
 
-__all__ = ["EmbeddingTap", "ModelRegularizer", "SMARTArguments", "Smoothness", "input_embeddings"]
+__all__ = ["ModelRegularizer", "SMARTArguments", "Smoothness"]
 
-_NORMS: dict[str, Norm] = {"token": inf_norm, "sentence": sentence_norm(inf_norm)}
-_IGNORED = -100  # the label that Hugging Face's losses skip
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class SMARTArguments:
-    """Settings of SMART in a training loop; ``HfArgumentParser`` makes command line options of them.
-
-    The numbers are those of `smart_fast.SMARTLoss`, the defaults are not: what is perturbed here are word embeddings,
-    whose entries have a standard deviation near 0.02 to 0.05 in pretrained models. The noise that ``"smart-pytorch"``
-    ends with has a largest entry near 1 whatever the other settings are, far more than the embedding. The default,
-    ``"sift"``, moves each token by ``smart_step_size`` in its largest entry. Where embeddings have another size, scale
-    ``smart_step_size`` and ``smart_noise_var`` with it.
-    """
-
-    smart_weight: float = _option(1.0, "Weight of the regularizer in the loss; 0 turns SMART off.")
-    smart_steps: int = _option(1, "Ascent steps, each one forward and one backward pass more.")
-    smart_step_size: float = _option(1e-2, "Length of an ascent step, in units of the embeddings.")
-    smart_epsilon: float = _option(1e-6, "Added to the norm before dividing by it.")
-    smart_noise_var: float = _option(1e-3, "Standard deviation of the initial noise, in units of the embeddings.")
-    smart_update: str = _option("sift", "Update rule of the noise: smart-pytorch, sift or paper.")
-    smart_scale: str = _option("absolute", "Units of noise, step and epsilon: absolute, or relative to each token.")
-    smart_norm: str = _option(
-        "token", "Scope of the norm (largest entry): token or sentence. In Python also a function, [B, S, D] -> norm."
-    )
-    smart_divergence: str = _option("sym_kl", "What is returned: kl, sym_kl, js or jsd. The ascent climbs kl.")
-    smart_backend: str = _option("auto", "Backend: auto, torch, triton or native.")
-
-    def __post_init__(self) -> None:
-        """Check the settings where they are made, under their own names.
-
-        Raises:
-            TypeError, ValueError: a setting that does not exist, or of the wrong type.
-        """
-        for name in ("smart_weight", "smart_step_size", "smart_epsilon", "smart_noise_var"):
-            check_number(name, getattr(self, name))
-        if self.smart_weight < 0:
-            raise ValueError(f"smart_weight must not be negative, got {self.smart_weight}")
-        check_count("smart_steps", self.smart_steps)
-        check_choice("smart_update", self.smart_update, UPDATES)
-        check_choice("smart_scale", self.smart_scale, SCALES)
-        check_choice("smart_divergence", self.smart_divergence, DIVERGENCES)
-        if not callable(self.smart_norm):
-            check_choice("smart_norm", self.smart_norm, tuple(_NORMS))
-        check_name(self.smart_backend, "smart_backend")
-
-    @classmethod
-    def of(cls, smart: SMARTArguments | None, given: dict[str, Any]) -> SMARTArguments:
-        """The settings of somebody who takes ``smart=SMARTArguments(...)`` or the settings themselves.
-
-        Raises:
-            TypeError: both, ``smart`` of another type, or a setting that does not exist.
-        """
-        if smart is None:
-            return cls(**given)
-        if not isinstance(smart, cls):
-            raise TypeError(f"smart must be a SMARTArguments, got {type(smart).__name__}")
-        if given:
-            raise TypeError(f"give smart= or single settings, not both: got smart and {', '.join(given)}")
-        return smart
-
-    def loss(self, eval_fn: Callable[..., Tensor], comparison: Callable[[Any], Callable[..., Tensor]]) -> SMARTLoss:
-        """The `SMARTLoss` of ``eval_fn`` whose losses are ``comparison`` of a divergence."""
-        return SMARTLoss(
-            eval_fn,
-            comparison(kl_loss),
-            comparison(LOSSES[self.smart_divergence]),
-            self.smart_norm if callable(self.smart_norm) else _NORMS[self.smart_norm],
-            num_steps=self.smart_steps,
-            step_size=self.smart_step_size,
-            epsilon=self.smart_epsilon,
-            noise_var=self.smart_noise_var,
-            backend=self.smart_backend,
-            update=self.smart_update,
-            scale=self.smart_scale,
-        )
-
-
-class Smoothness(NamedTuple):
-    """The regularizer as a sum, and the number of items (sequences, tokens or targets) that it was taken over."""
-
-    total: Tensor
-    items: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """The regularizer per item, on the scale of a mean cross-entropy or squared error."""
-        return self.total / self.items.clamp(min=1)
-
-
-class EmbeddingTap:
-    """Reads what a module returns, or returns something else in its place, wherever a model calls it.
-
-    A hook, not ``inputs_embeds=``: with input ids at hand models find their padding, their positions and the token to
-    pool, which they cannot from embeddings (``LlamaForSequenceClassification`` would pool padding), and a sharded
-    embedding is called where its shards are gathered. The hook stays in place, since torch.compile does not notice
-    hooks that come and go; `close` removes it.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._seen: list[Tensor] | None = None
-        self._replacement: Tensor | None = None
-        self._handle = module.register_forward_hook(self._hook)
-
-    def _hook(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if self._seen is not None:
-            self._seen.append(output)
-        return output if self._replacement is None else self._replacement
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
-        """Within the context, outputs of the module are appended to the list that it gives."""
-        seen: list[Tensor] = []
-        self._seen = seen
-        try:
-            yield seen
-        finally:
-            self._seen = None
-
-    @contextlib.contextmanager
-    def replacing(self, output: Tensor) -> Iterator[None]:
-        """Within the context the module returns ``output``.
-
-        Raises:
-            RuntimeError: the module was not called.
-        """
-        self._replacement = output
-        try:
-            with self.recording() as seen:
-                yield
-        finally:
-            self._replacement = None
-        if not seen:
-            raise RuntimeError("the model did not call its input embeddings in the perturbed pass")
-
-    def close(self) -> None:
-        self._handle.remove()
+_MOST, _LEAST = 0.5, 1e-4  # noise, as a part of the embedding, outside of which something is amiss
 
 
 class ModelRegularizer:
-    """SMART of a model with one sequence of input embeddings.
+    """SMART of a model.
 
         regularizer = ModelRegularizer(model, SMARTArguments())
         with regularizer.clean_pass():
@@ -173,27 +33,82 @@ class ModelRegularizer:
         smoothness = regularizer(lambda: model(**inputs), outputs, labels, inputs["attention_mask"])
         loss = outputs.loss + weight * smoothness.mean
 
+    Every call of the chosen modules that the clean pass shows is perturbed. The first call warns if the noise is out of
+    proportion to what it is added to. (When to regularize, the Bregman term and the logging of diagnostics are for the
+    training loop.)
+
     Args:
-        model: a module with ``get_input_embeddings()``, as those of transformers (wrapped by PEFT or not) have.
+        model: a module, wrapped by PEFT or not.
         arguments: the settings.
-        embeddings: the module whose output ``[B, S, D]`` is perturbed; None: ``model.get_input_embeddings()``.
+        embeddings: what is perturbed: a module, or what ``smart_embeddings`` takes, which stands for None.
 
     Raises:
-        ValueError: a model that does not fit (see `input_embeddings`).
+        ValueError: there is no such module to perturb (see `find`); parameters that are empty.
     """
 
-    def __init__(self, model: nn.Module, arguments: SMARTArguments, embeddings: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, arguments: SMARTArguments, embeddings: Any = None) -> None:
         self.model, self.arguments = model, arguments
-        self.embeddings = input_embeddings(model) if embeddings is None else embeddings
-        self._tap = EmbeddingTap(self.embeddings)
-        self._embeds: list[Tensor] = []
-        self._shifts = _predicts_the_next_token(model)
+        self.embeddings = arguments.smart_embeddings if embeddings is None else embeddings
+        self.modules, of_ids = find(model, self.embeddings)
+        self._own = own_embeddings(model)
+        empty = next((name for name, each in model.named_parameters() if each.shape == (0,)), None)
+        if empty is not None:
+            raise ValueError(
+                f"parameter {empty} is empty: models whose parameters are there only while their module runs (DeepSpeed"
+                " ZeRO-3) are not supported; ZeRO-1, ZeRO-2 and FSDP2 (fully_shard) are"
+            )
+        self._tap, self._body = Tap(self.modules, of_ids), Body(model)
+        self._seen: list[Seen] = []
+        self._body_calls: list[BodyCall] = []
+        self._rewind: Callable[[], None] | None = None
+        self._advised = False
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether this is the regularizer of ``model``, whose embeddings are those that they were."""
+        return model is self.model and own_embeddings(model) is self._own
 
     @contextlib.contextmanager
     def clean_pass(self) -> Iterator[None]:
         """The model runs as ever in this context; what it embeds is remembered until the regularizer is called."""
-        with self._tap.recording() as self._embeds:
+        with contextlib.ExitStack() as stack:
+            fisher = self.arguments.smart_ascent == "fisher"  # goes backward to the clean embedding
+            self._seen = stack.enter_context(self._tap.recording(leaves=fisher))
+            self._body_calls = stack.enter_context(self._body.recording())
+            if self.arguments.smart_shared_dropout:
+                stack.callback(self.model.register_forward_pre_hook(self._remember).remove)
+            if self.arguments.smart_checkpointed:
+                stack.enter_context(_checkpointed(self.model))
             yield
+
+    def _remember(self, model: nn.Module, args: Any) -> None:
+        self._rewind = remember_generators(next(model.parameters()).device)
+
+    def forget(self) -> None:
+        """Let go of the graph of the last clean pass."""
+        self._seen, self._body_calls = [], []
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """That in which the body of the model ran in the clean pass: autocast may begin in the model's forward."""
+        return self._body_calls[0].precision() if self._body_calls else contextlib.nullcontext()
+
+    def compared(
+        self,
+        forward: Callable[[], Any],
+        outputs: Any,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+    ) -> Comparison:
+        """What of the outputs of the clean pass is compared; arguments and errors as in `__call__`."""
+        logits, calls = logits_of(outputs), self._body_calls
+        if logits is None and len(calls) == 1 and self._body.head is not None:
+            if self.arguments.smart_ascent == "fisher":
+                raise ValueError("smart_ascent='fisher' needs logits, which the model's outputs do not hold")
+            items = Items.of_tokens(self.model, calls[0].states, labels, attention_mask, shift_labels)
+            return Hidden(items, self.model, self._body.head, calls[0])
+        if logits is None:
+            raise TypeError(f"the model must return logits, or an object with logits, got {type(outputs).__name__}")
+        return Logits(Items.of(self.model, logits, labels, attention_mask, shift_labels), forward, outputs)
 
     def __call__(
         self,
@@ -202,120 +117,136 @@ class ModelRegularizer:
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         shift_labels: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        figures: dict[str, float] | None = None,
     ) -> Smoothness:
         """The regularizer of the last clean pass.
 
         Args:
             forward: runs the model on the inputs of the clean pass, without labels, and returns its outputs.
             outputs: of the clean pass: an object with ``logits`` (or ``start_logits`` and ``end_logits``), or logits.
+                Without any, the hidden states before the head are compared, so that there are no whole logits.
             labels: those of the task, if any: items labeled -100 do not count. Floating point labels of the shape of
                 the logits mean one Bernoulli distribution each.
             attention_mask: ``[B, S]``, nonzero for real tokens. Padding gets no noise, and does not count where every
                 token has logits and there are no labels.
             shift_labels: labels that are aligned with the logits already.
+            decoder_attention_mask: ``[B, T]``; None: the decoder's inputs are padding after a token labeled -100.
+            figures: is given ``smart_noise_to_embed`` and ``smart_ascent_ratio``, for a dozen passes more.
 
         Raises:
-            ValueError: the clean pass called the input embeddings not exactly once.
-            TypeError: outputs without logits.
+            ValueError: the clean pass called nothing that is to be perturbed.
+            TypeError: outputs without logits, of a model that has no head on a body.
         """
-        embeds, self._embeds = self._embeds, []
-        if len(embeds) != 1:
+        compared = self.compared(forward, outputs, labels, attention_mask, shift_labels)
+        seen = self._seen
+        self.forget()
+        of = sides(self.model, seen)
+        chosen = [
+            i for i, side in enumerate(of) if self.embeddings not in ("encoder", "decoder") or side == self.embeddings
+        ]
+        if not chosen:
             raise ValueError(
-                f"SMART needs one call of the input embeddings of {type(self.model).__name__} in the clean pass, got "
-                f"{len(embeds)} (inputs_embeds= among the inputs bypasses them)"
+                f"{type(self.model).__name__} did not call what is to be perturbed in the clean pass: "
+                f"{', '.join(sorted({type(each).__name__ for each in self.modules}))} (inputs_embeds= among the inputs"
+                " bypasses input embeddings)"
             )
-        (embed,) = embeds
-        logits = logits_of(outputs)
-        kind = _kind(getattr(self.model, "config", None), logits, labels)
-        rows = self._rows(logits, labels, shift_labels, attention_mask) if kind == "classes" else None
+        if decoder_attention_mask is None and labels is not None and labels.dim() == 2:
+            decoder_attention_mask = nn.functional.pad(labels[:, :-1] != -100, (1, 0), value=True)
+        given = {"encoder": attention_mask, "decoder": decoder_attention_mask}
+        embeds = tuple(seen[i].output for i in chosen)
+        masks = tuple(_token_mask(given[of[i]], seen[i].output) for i in chosen)
+        rewind = self._rewind if self.arguments.smart_shared_dropout else None
+        run = _Perturbed(self.model, self._tap, len(seen), chosen, compared.again, rewind)
+        with compared.precision():
+            smart = self.arguments.loss(run, compared.loss, diagnose=figures is not None or not self._advised)
+            total = smart(embeds, compared.clean, mask=masks)
+            if smart.diagnose:
+                ratio = smart.diagnostics.get("noise_to_embed", 0.0)
+                self._advise(ratio)
+            if figures is not None:
+                figures["smart_noise_to_embed"] = ratio
+                figures["smart_ascent_ratio"] = self._ascent_ratio(run, compared, embeds, masks)
+        return Smoothness(total, compared.items.count)
 
-        def evaluate(embed: Tensor) -> Tensor:
-            with self._tap.replacing(embed):
-                perturbed = forward()
-            return _comparable(logits_of(perturbed), kind)
+    def _ascent_ratio(
+        self, run: _Perturbed, compared: Comparison, embeds: tuple[Tensor, ...], masks: tuple[Tensor | None, ...]
+    ) -> float:
+        """That of `smart_fast.ascent_ratio`, in the precision of training; no random number is used up."""
 
-        def comparison(divergence: Any) -> Callable[..., Tensor]:
-            # Sums over items: they do not depend on how a batch is cut into pieces.
-            return _squared_error if kind == "numbers" else partial(divergence, reduction="sum", mask=rows)
+        def sampled(*inputs: Tensor) -> Tensor:
+            return compared.sample(run(*inputs))
 
-        clean = _comparable(logits, kind)
-        total = self.arguments.loss(evaluate, comparison)(embed, clean, mask=_token_mask(attention_mask, embed))
-        if rows is not None:
-            return Smoothness(total, rows.sum())
-        shape = clean.shape if kind == "numbers" else clean.shape[:-1]
-        return Smoothness(total, torch.full((), shape.numel(), device=logits.device))
+        squared = compared.items.kind == "numbers"
+        comparison = (lambda _: squared_error) if squared else (lambda divergence: partial(divergence, reduction="sum"))
+        back = remember_generators(embeds[0].device)
+        try:
+            with modes.setting(list(self.model.modules()), "training", False):
+                return ascent_ratio(self.arguments.loss(sampled, comparison), embeds, mask=masks)
+        finally:
+            back()
+
+    def _advise(self, ratio: float) -> None:
+        """Warn, once, of noise out of proportion, with the setting that it hangs on."""
+        if self._advised:
+            return
+        self._advised = True
+        if _LEAST <= ratio <= _MOST:
+            return
+        name = _decisive(self.arguments)
+        warnings.warn(
+            f"SMART's noise is {ratio:.1e} times what it is added to, because of"
+            f" {name}={getattr(self.arguments, name)!r}: from {_LEAST:g} to {_MOST:g} is usual. Change {name}, or take"
+            " smart_recipe='recommended', whose noise has the size of the embedding's entries as its unit",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def close(self) -> None:
-        """Take the hook off the model."""
+        """Take the hooks off the model."""
         self._tap.close()
-
-    def _rows(
-        self, logits: Tensor, labels: Tensor | None, aligned: Tensor | None, attention_mask: Tensor | None
-    ) -> Tensor | None:
-        """Which rows of logits count, bool ``[...]``; None: all."""
-        shape = logits.shape[:-1]
-        if aligned is not None and aligned.shape == shape:
-            return aligned != _IGNORED
-        if labels is not None and labels.shape == shape:
-            known = labels != _IGNORED
-            return nn.functional.pad(known[..., 1:], (0, 1), value=False) if self._shifts else known
-        if attention_mask is not None and attention_mask.shape == shape:
-            return attention_mask.bool()
-        return None
+        self._body.close()
 
 
-def input_embeddings(model: nn.Module) -> nn.Module:
-    """The module whose output is perturbed.
+class _Perturbed(nn.Module):
+    """``eval_fn`` of `SMARTLoss`: what the model gives with other embeddings in the ``chosen`` of ``calls`` calls."""
 
-    Raises:
-        ValueError: an encoder-decoder model (it embeds two sequences), or a model without input embeddings.
-    """
-    name = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name} is an encoder-decoder model, which embeds two sequences: use smart_fast.SMARTLoss with both "
-            "embeddings, as a tuple"
-        )
-    find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embeddings = None
-    # transformers raises it for models without embeddings of tokens; the error below says so of any model.
-    with contextlib.suppress(NotImplementedError):
-        embeddings = find()
-    if not isinstance(embeddings, nn.Module):
-        raise ValueError(f"{name} has no input embeddings (get_input_embeddings() gives {embeddings!r})")
-    return embeddings
+    def __init__(
+        self, model: nn.Module, tap: Tap, calls: int, chosen: Sequence[int], again: Callable[[], Tensor],
+        rewind: Callable[[], None] | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model = model
+        self._tap, self._calls, self._chosen, self._again, self._rewind = tap, calls, chosen, again, rewind
 
-
-def logits_of(outputs: Any) -> Tensor:
-    """The logits among a model's outputs; those of question answering stacked, ``[B, 2, S]``."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    for name in ("logits", "start_logits"):
-        found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-        if isinstance(found, Tensor):
-            # Question answering: two distributions over the positions of a sequence.
-            return torch.stack([found, outputs["end_logits"]], dim=1) if name == "start_logits" else found
-    raise TypeError(f"the model must return logits, or an object with logits, got {type(outputs).__name__}")
+    def forward(self, *embeds: Tensor) -> Tensor:
+        outputs: list[Tensor | None] = [None] * self._calls
+        for place, embed in zip(self._chosen, embeds, strict=True):
+            outputs[place] = embed
+        with self._tap.replacing(outputs):
+            if self._rewind is None:
+                return self._again()
+            back = remember_generators(embeds[0].device)
+            self._rewind()  # to where the clean pass began: the same dropout
+            try:
+                return self._again()
+            finally:
+                back()
 
 
-def _kind(config: Any, logits: Tensor, labels: Tensor | None) -> str:
-    """ "classes" (softmax over the last dimension), "flags" (a sigmoid each) or "numbers" (regression)."""
-    problem = getattr(config, "problem_type", None)
-    if problem == "multi_label_classification":
-        return "flags"
-    if problem == "regression" or logits.shape[-1] == 1:  # the softmax of one logit is constant
-        return "numbers"
-    flags = labels is not None and labels.is_floating_point() and labels.shape == logits.shape
-    return "flags" if flags and problem is None else "classes"
-
-
-def _comparable(logits: Tensor, kind: str) -> Tensor:
-    # sigmoid(x) is the softmax of (x, 0).
-    return torch.stack([logits, torch.zeros_like(logits)], dim=-1) if kind == "flags" else logits
-
-
-def _squared_error(perturbed: Tensor, clean: Tensor) -> Tensor:
-    return (perturbed.float() - clean.float()).square().sum()
+@contextlib.contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Within, ``model`` itself is there to be called, and its forward pass keeps no graph."""
+    own = vars(model).get("forward")
+    model.forward = checkpointed(model.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _token_mask(attention_mask: Tensor | None, embed: Tensor) -> Tensor | None:
@@ -326,8 +257,13 @@ def _token_mask(attention_mask: Tensor | None, embed: Tensor) -> Tensor | None:
     return attention_mask.reshape(shape).bool()  # multiple choice: [B, C, S] -> [B * C, S]
 
 
-def _predicts_the_next_token(model: nn.Module) -> bool:
-    """Whether the model's own loss compares logits with the labels one to the right (causal language models)."""
-    if getattr(model, "loss_type", None) is None:  # unknown to transformers, whose loss_function is then a guess
-        return False
-    return getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
+def _decisive(arguments: SMARTArguments) -> str:
+    """The setting that the size of the final noise depends on most."""
+    sizes: dict[str, Any] = {"smart_noise_var": arguments.smart_noise_var}
+    if arguments.smart_steps:
+        if arguments.smart_update == "smart-pytorch":
+            return "smart_update"
+        sizes["smart_step_size"] = arguments.smart_steps * float(arguments.smart_step_size or 0)
+        if arguments.smart_update == "paper" and float(arguments.smart_epsilon or 0) < max(sizes.values()):
+            return "smart_epsilon"
+    return max(sizes, key=lambda name: abs(sizes[name]))

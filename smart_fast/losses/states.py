@@ -70,6 +70,15 @@ def check_match(name: str, loss_fn: Any, state: Any) -> None:
         raise ValueError(f"{name} must match the states one to one, got {_describe(loss_fn)} for {_describe(state)}")
 
 
+def check_matches(loss_fn: Any, loss_last_fn: Any, state: Any) -> None:
+    """`check_match` of the loss of the ascent (None if there is none) and of the one that is returned."""
+    if type(loss_fn) is FunctionType and type(loss_last_fn) is FunctionType:
+        return
+    if loss_fn is not None:
+        check_match("loss_fn", loss_fn, state)
+    check_match("loss_last_fn", loss_last_fn, state)
+
+
 def compare(name: str, loss_fn: Any, perturbed: Any, state: Any) -> Any:
     """``loss_fn`` of the two states, or the sum over states of one loss each.
 

@@ -21,7 +21,7 @@ from ..checks import check_callable, check_choice, check_count, check_number, ch
 from ..losses import states
 from ..training import ddp_fsdp
 
-__all__ = ["BregmanProximal", "paper_beta"]
+__all__ = ["BregmanProximal", "paper_beta", "symmetric_kl"]
 
 Beta = float | Callable[[int], float]
 _REDUCTIONS = ("batchmean", "sum", "mean")
@@ -101,7 +101,7 @@ class BregmanProximal(nn.Module):
         self.__dict__["_average"] = None
         self.beta = beta
         self.mu = mu
-        self.loss_fn = functools.partial(_symmetric_kl, reduction=reduction) if loss_fn is None else loss_fn
+        self.loss_fn = functools.partial(symmetric_kl, reduction=reduction) if loss_fn is None else loss_fn
         self.output_fn = _logits if output_fn is None else output_fn
         self.backend = check_name(backend)
         if not callable(beta):
@@ -219,8 +219,11 @@ def _paper_beta(total_steps: int, step: int) -> float:
     return 0.99 if 10 * (step + 1) <= total_steps else 0.999
 
 
-def _symmetric_kl(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
-    """KL(teacher || student) + KL(student || teacher) of logits ``[..., V]``, without cancellation on every backend."""
+def symmetric_kl(student: Tensor, teacher: Tensor, reduction: str, mask: Tensor | None = None) -> Tensor:
+    """KL(teacher || student) + KL(student || teacher) of logits ``[..., V]``, without cancellation on every backend.
+
+    ``mask``: bool ``[...]``, the rows that count.
+    """
     check_tensor("output", student)
     check_tensor("the teacher's output", teacher)
     if student.shape != teacher.shape:
@@ -229,7 +232,7 @@ def _symmetric_kl(student: Tensor, teacher: Tensor, reduction: str) -> Tensor:
         return (student * 0.0).sum()
     backend = select(backend_of_caller(), student, teacher)
     pairs = (student, teacher), (teacher, student)
-    one, other = (autograd.divergence(backend, *pair, "kl", reduction, 1.0, None, exact=True) for pair in pairs)
+    one, other = (autograd.divergence(backend, *pair, "kl", reduction, 1.0, mask, exact=True) for pair in pairs)
     return one + other
 
 
