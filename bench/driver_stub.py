@@ -7,6 +7,7 @@ parameter by parameter. Kernels see the memory of CPU tensors and do not run: ou
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import os
 import subprocess
@@ -64,7 +65,8 @@ class StubDriver:
     """Triton's driver while it is active (`with`): a current ``device`` and ``stream`` that may be set at will."""
 
     def __init__(self) -> None:
-        self.device, self.stream = 0, 0
+        self.device = 0
+        self._streams: collections.defaultdict[Any, int] = collections.defaultdict(int)
         self._folder = tempfile.TemporaryDirectory()
         self._library = _library(Path(self._folder.name))
         os.environ["TRITON_LIBCUDA_PATH"] = self._folder.name
@@ -73,9 +75,18 @@ class StubDriver:
         self._driver: Any = nvidia.CudaDriver()
         self._driver.get_device_capability = lambda _=None: CAPABILITY
         self._driver.get_current_device = lambda: self.device
-        self._driver.get_current_stream = lambda _: self.stream
+        self._driver.get_current_stream = self._streams.__getitem__  # in C, as that of a GPU is
         self._driver.launcher_cls = self._launcher
         self._launcher_of = nvidia.CudaLauncher
+
+    @property
+    def stream(self) -> int:
+        return self._streams[self.device]
+
+    @stream.setter
+    def stream(self, stream: int) -> None:
+        self._streams.clear()
+        self._streams.default_factory = lambda: stream
 
     def _launcher(self, source: Any, metadata: Any) -> Any:
         """The real one. What it is made of tells the stub how long the parameters of the next function are."""

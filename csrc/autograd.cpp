@@ -1,5 +1,6 @@
 // Autograd nodes of the operators, for eager mode: a node in C++ costs a fraction of one in Python. Under torch.compile
-// smart_fast/autograd.py wraps the operators instead.
+// smart_fast/autograd.py wraps the operators instead. The nodes of divergences ask an executor for their kernels, the
+// native one here or that of triton.cpp.
 #include <ATen/core/Generator.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -19,13 +20,12 @@
 #include <tuple>
 #include <type_traits>
 
+#include "nodes.h"
+
 namespace smart_fast {
 namespace nodes {
 namespace {
 
-using at::Tensor;
-using std::optional;
-using std::string_view;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
@@ -94,6 +94,8 @@ struct ShiftNode final : Node {
   std::string name() const override { return "SmartFastShift"; }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> shifting(const Tensor& embed, const optional<Tensor>& mask,
                                     std::tuple<Tensor, Tensor> results) {
   if (!wanted(embed)) return results;
@@ -105,6 +107,8 @@ std::tuple<Tensor, Tensor> shifting(const Tensor& embed, const optional<Tensor>&
   torch::autograd::set_history(std::get<0>(results), node);
   return results;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> perturb_fresh(const Tensor& embed, optional<at::Generator> generator, double noise_var,
                                          const optional<Tensor>& mask, bool keep_noise, const optional<Tensor>& unit,
@@ -146,25 +150,33 @@ using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor
                                                      const optional<Tensor>&, string_view, string_view, double, double,
                                                      double, bool, bool, bool);
 
-auto call_forward(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view kind,
-                  string_view output, double alpha, double weight, double scale, bool from_difference, bool keep,
-                  bool want_input, bool want_target) {
-  static const auto handle = operator_handle<ForwardSignature>("smart_fast::native_divergence_forward");
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return handle.call(input, target, mask, kind, output, alpha, weight, scale, from_difference, keep, want_input, want_target);
-}
-
-// Row statistics are saved and probabilities recomputed, except where gradients beside the loss save a CPU a second
-// reading of the logits. Not in fp16, where they could underflow before a loss scale reaches them.
-bool gradients_beside_loss(const Tensor& input, const Tensor& target, string_view output) {
-  return output == "sum" && input.is_cpu() && input.scalar_type() != at::kHalf && target.scalar_type() != at::kHalf;
-}
+struct NativeExecutor final : Executor {
+  // Not in fp16, where gradients could underflow before a loss scale reaches them.
+  bool beside_loss(const Tensor& input, const Tensor& target, const Spec& spec) const override {
+    return spec.output == "sum" && input.is_cpu() && input.scalar_type() != at::kHalf &&
+           target.scalar_type() != at::kHalf;
+  }
+  Forward forward(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, const Spec& spec, bool keep,
+                  bool want_input, bool want_target) const override {
+    static const auto handle = operator_handle<ForwardSignature>("smart_fast::native_divergence_forward");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return handle.call(input, target, mask, spec.kind, spec.output, spec.alpha, spec.weight, spec.scale,
+                       spec.from_difference, keep, want_input, want_target);
+  }
+  Backward backward(const Tensor& grad, const Tensor& input, const Tensor& target, const Tensor& stats,
+                    const optional<Tensor>& mask, const Spec& spec, bool want_input, bool want_target) const override {
+    static const auto handle = operator_handle<BackwardSignature>("smart_fast::native_divergence_backward");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return handle.call(grad, input, target, stats, mask, spec.kind, spec.output, spec.alpha, spec.weight, spec.scale,
+                       spec.from_difference, want_input, want_target);
+  }
+};
 
 struct DivergenceNode final : Node {
+  const Executor* executor;
   SavedVariable input, target, stats, mask;
-  std::string kind, output;
-  double alpha, weight, scale;
-  bool from_difference, want_input, want_target, has_stats, masked;
+  Spec spec;
+  bool want_input, want_target, has_stats, masked;
   Tensor dx, dt;  // beside the loss, until they are handed over
 
   variable_list apply(variable_list&& grads) override {
@@ -174,18 +186,14 @@ struct DivergenceNode final : Node {
     const optional<Tensor> rows = masked ? optional<Tensor>(mask.unpack()) : std::nullopt;
     std::tuple<Tensor, Tensor> gradients;
     if (has_stats) {
-      static const auto handle = operator_handle<BackwardSignature>("smart_fast::native_divergence_backward");
-      const at::AutoDispatchBelowADInplaceOrView below;
-      gradients = handle.call(grads[0], x, t, stats.unpack(), rows, kind, output, alpha, weight, scale, from_difference,
-                              want_input, want_target);
+      gradients = executor->backward(grads[0], x, t, stats.unpack(), rows, spec, want_input, want_target);
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
       if (dx.defined()) {  // handed over, not lent: whoever receives them may write to them
         gradients = {std::move(dx), std::move(dt)};
         dx = dt = Tensor();
       } else {  // a second backward pass computes its own
-        const auto again = call_forward(x, t, rows, kind, output, alpha, weight, scale, from_difference, false, want_input,
-                                        want_target);
+        const auto again = executor->forward(x, t, rows, spec, false, want_input, want_target);
         gradients = {std::get<2>(again), std::get<3>(again)};
       }
       const double upstream = grads[0].item<double>();
@@ -204,21 +212,16 @@ struct DivergenceNode final : Node {
   std::string name() const override { return "SmartFastDivergence"; }
 };
 
-Tensor differentiable_divergence(const Tensor& input, const Tensor& target, const optional<Tensor>& mask,
-                                 string_view kind, string_view output, double alpha, double weight, double scale,
-                                 bool from_difference) {
+Tensor differentiable_divergence(const Executor& executor, const Tensor& input, const Tensor& target,
+                                 const optional<Tensor>& mask, const Spec& spec) {
   const auto node = new_node<DivergenceNode>(input, target);
-  node->kind = kind;
-  node->output = output;
-  node->alpha = alpha;
-  node->weight = weight;
-  node->scale = scale;
-  node->from_difference = from_difference;
+  node->executor = &executor;
+  node->spec = spec;
   node->want_input = input.requires_grad();
   node->want_target = target.requires_grad();
-  const bool now = gradients_beside_loss(input, target, output);
-  auto [loss, stats, dx, dt] = call_forward(input, target, mask, kind, output, alpha, weight, scale, from_difference, !now,
-                                            now && node->want_input, now && node->want_target);
+  const bool now = executor.beside_loss(input, target, spec);
+  auto [loss, stats, dx, dt] =
+      executor.forward(input, target, mask, spec, !now, now && node->want_input, now && node->want_target);
   node->input = SavedVariable(input, false);
   node->target = SavedVariable(target, false);
   node->has_stats = !now;
@@ -234,12 +237,21 @@ Tensor differentiable_divergence(const Tensor& input, const Tensor& target, cons
   return loss;
 }
 
-Tensor divergence(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view kind,
-                  string_view output, double alpha, double weight, double scale, bool from_difference) {
-  if (wanted(input) || wanted(target))
-    return differentiable_divergence(input, target, mask, kind, output, alpha, weight, scale, from_difference);
-  return std::get<0>(
-      call_forward(input, target, mask, kind, output, alpha, weight, scale, from_difference, false, false, false));
+}  // namespace
+
+Tensor divergence(const Executor& executor, const Tensor& input, const Tensor& target, const optional<Tensor>& mask,
+                  const Spec& spec) {
+  if (wanted(input) || wanted(target)) return differentiable_divergence(executor, input, target, mask, spec);
+  return std::get<0>(executor.forward(input, target, mask, spec, false, false, false));
+}
+
+namespace {
+
+Tensor native_divergence(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, string_view kind,
+                         string_view output, double alpha, double weight, double scale, bool from_difference) {
+  static const NativeExecutor native;
+  return divergence(native, input, target, mask,
+                    {std::string(kind), std::string(output), alpha, weight, scale, from_difference});
 }
 
 }  // namespace
@@ -252,5 +264,5 @@ TORCH_LIBRARY_IMPL(smart_fast, Autograd, library) {
 }
 
 TORCH_LIBRARY_IMPL(smart_fast, CompositeImplicitAutograd, library) {
-  library.impl("native_divergence", &smart_fast::nodes::divergence);
+  library.impl("native_divergence", &smart_fast::nodes::native_divergence);
 }

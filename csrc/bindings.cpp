@@ -28,6 +28,7 @@
 #include "eager.h"
 #include "philox.h"
 #include "pool.h"
+#include "triton.h"
 
 namespace smart_fast {
 namespace {
@@ -443,4 +444,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("empty_cache", [] { return smart_fast::pool().clear(); }, "Free the blocks kept for outputs; bytes freed.");
   module.def("cached_bytes", [] { return smart_fast::pool().bytes(); }, "Bytes kept for outputs.");
   smart_fast::define_eager(module);
+  smart_fast::define_triton(module);
 }

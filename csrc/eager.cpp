@@ -4,11 +4,9 @@
 #include <ATen/ops/ones_like.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/engine.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <cmath>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -53,14 +51,7 @@ std::tuple<Tensor, Tensor> ascend(const Tensor& embed, const Tensor& grad, const
                      keep_noise, noise_kind);
 }
 
-// A tensor and nothing else: no subclass, which may bring rules of its own.
-const Tensor* plain(pybind11::handle object) {
-  return THPVariable_CheckExact(object.ptr()) ? &THPVariable_Unpack(object.ptr()) : nullptr;
-}
-
-bool has_kernel(at::ScalarType dtype) { return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf; }
-
-bool has_kernel(const Tensor& x, double fewer_than) {
+bool served(const Tensor& x, double fewer_than) {
 #if defined(SMART_FAST_CUDA)
   if (x.is_cuda()) return double(x.numel()) < fewer_than;
 #endif
@@ -71,22 +62,12 @@ bool has_kernel(const Tensor& x, double fewer_than) {
 // there are `fewer_than` so many of them.
 pybind11::object divergence(pybind11::handle input, pybind11::handle target, string_view kind, string_view reduction,
                             double alpha, double fewer_than) {
-  const Tensor *x = plain(input), *t = plain(target);
-  if (x == nullptr || t == nullptr || !has_kernel(x->scalar_type()) || !has_kernel(t->scalar_type()) ||
-      x->sizes() != t->sizes() || x->device() != t->device() || !has_kernel(*x, fewer_than) || x->numel() == 0 ||
-      x->dim() == 0 || !std::isfinite(alpha))
-    return pybind11::none();
-  double weight = 1;
-  if (reduction == "batchmean")
-    weight = 1.0 / double(x->size(0));
-  else if (reduction == "mean")
-    weight = 1.0 / double(x->numel());
-  else if (reduction != "sum")
-    return pybind11::none();
+  const auto pair = plain_pair(input, target, reduction, alpha);
+  if (!pair || !served(*pair->input, fewer_than)) return pybind11::none();
   using Signature = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, string_view, string_view, double,
                            double, double, bool);
   static const auto handle = operator_handle<Signature>("smart_fast::native_divergence");
-  return pybind11::cast(handle.call(*x, *t, std::nullopt, kind, "sum", alpha, weight, 1.0, false));
+  return pybind11::cast(handle.call(*pair->input, *pair->target, std::nullopt, kind, "sum", alpha, pair->weight, 1.0, false));
 }
 
 Edge edge(const Tensor& tensor) { return torch::autograd::impl::gradient_edge(tensor); }

@@ -7,4 +7,6 @@
 
 #include "autograd.cpp"
 #include "eager.cpp"
+#include "plans.cpp"
+#include "triton.cpp"
 #include "bindings.cpp"

@@ -40,6 +40,8 @@ def check_embeddings(
     embed: Any, mask: Any, generator: torch.Generator | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """One embedding or several, as tuples of embeddings and of a mask or None for each."""
+    if type(embed) is Tensor and mask is None and generator is None:  # the usual case
+        return (check_tensor("embed", embed),), (None,)
     several = isinstance(embed, (tuple, list))
     embeds = tuple(embed) if several else (embed,)
     if not embeds:

@@ -28,6 +28,7 @@ class Prepared(NamedTuple):
     """Options, what is made of them, and the very objects that they were made of."""
 
     made_of: tuple[Any, ...]
+    eval_fn: Callable[..., Any]
     options: Options
     step: Step
     direction: Direction
@@ -43,13 +44,17 @@ def prepare(smart: Smart, before: Prepared | None) -> Prepared:
     """
     if before is not None and torch.compiler.is_compiling():  # which guards on the attributes by itself
         chosen = Options.of(smart)
-        return Prepared((), chosen, chosen.step, direction_of(smart.eval_fn, chosen, before.wrapped), before.wrapped)
-    now = (smart.eval_fn, smart.loss_fn, smart.loss_last_fn, *options.values(smart))
+        direction = direction_of(smart.eval_fn, chosen, before.wrapped)
+        return Prepared((), smart.eval_fn, chosen, chosen.step, direction, before.wrapped)
+    eval_fn = vars(smart)["_modules"].get("eval_fn")  # a Module's own way there costs as much as all that follows
+    if eval_fn is None:
+        eval_fn = smart.eval_fn
+    now = (eval_fn, smart.loss_fn, smart.loss_last_fn, *options.values(smart))
     if before is not None and all(map(operator.is_, now, before.made_of)):
         return before
     states.check_losses("loss_fn", smart.loss_fn)
     states.check_losses("loss_last_fn", smart.loss_last_fn)
     chosen = Options.of(smart)
-    chosen.check_eval_fn(smart.eval_fn)
-    wrapped = modes.prepare(smart.eval_fn, chosen.shared_dropout)
-    return Prepared(now, chosen, chosen.step, direction_of(smart.eval_fn, chosen, wrapped), wrapped)
+    chosen.check_eval_fn(eval_fn)
+    wrapped = modes.prepare(eval_fn, chosen.shared_dropout)
+    return Prepared(now, eval_fn, chosen, chosen.step, direction_of(eval_fn, chosen, wrapped), wrapped)

@@ -87,10 +87,10 @@ class SMARTLoss(nn.Module):
             self._prepared = prepared
         number = self.steps
         if self.training and not torch.compiler.is_compiling():  # a number that changes would be compiled anew
-            self.steps = number + 1
+            vars(self)["steps"] = number + 1
         if prepared.options.skips(number, self.training):
             return states.no_graph(embed)
-        run = modes.runner(self.eval_fn, args, kwargs, prepared.options.shared_dropout)
+        run = modes.runner(prepared.eval_fn, args, kwargs, prepared.options.shared_dropout)
         if not prepared.options.freeze_batch_norm:
             return self._regularizer(prepared, run, embed, state, mask)
         with modes.frozen_batch_norm(self.eval_fn):

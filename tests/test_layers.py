@@ -119,6 +119,7 @@ def test_regularizes_and_perturbs(model: Model) -> None:
         torch.testing.assert_close(duplicate(IDS), state)
 
 
+@pytest.mark.exhaustive
 def test_transformers() -> None:
     """A decoder's hidden states, whose rotary positions and masks are made once."""
     transformers = pytest.importorskip("transformers")

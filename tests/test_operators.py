@@ -37,6 +37,7 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
             (x, t, seed, None, None, mask, unit, "l2", "row", 1e-5, 1e-3, "sift", 1e-6, False),
             (x, t, seed, None, None, mask, unit, "l1", "row", 1e-5, 1e-3, "paper", 1e-6, True),
             (x, t, seed, norm, norm, None, unit, "l2", "given", 1e-5, 1e-3, "paper", 1e-6, False),
+            (x, t, seed, None, None, mask, unit, "inf", "row", 1e-5, 1e-3, "sign", 1e-6, True, "uniform"),
         ],
         "divergence_forward": [
             (x, t, None, "kl", "sum", 1.0, 1.0, 1.0, False, True),
@@ -56,6 +57,9 @@ def samples(backend: ModuleType, device: torch.device) -> dict[str, list[tuple]]
     }
     if backend.name == "native":  # whether to keep the noise, and which gradients to give with the loss
         found["perturb"] = [(*rest, keep, unit) for *rest, unit in found["perturb"] for keep in (False, True)]
+        found["perturb"] = [
+            (*each, kind) for each, kind in zip(found["perturb"], ("normal", "uniform") * 2, strict=True)
+        ]
         forward = found["divergence_forward"]
         found["divergence_forward"] = [(*each, False, False) for each in forward]
         found["divergence_forward"] += [(*forward[0], True, True), (*forward[2], False, True)]

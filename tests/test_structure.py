@@ -72,7 +72,7 @@ def test_no_circle_of_imports() -> None:
 @pytest.mark.parametrize(
     ("room", "knows_nothing_of"),
     [
-        ("ascent", ("smart", "prepared", "methods", "integrations", "diagnostics")),
+        ("ascent", ("smart", "prepared", "perturbing", "layers", "methods", "integrations", "diagnostics")),
         (
             "backends",
             ("smart", "prepared", "options", "ascent", "methods", "integrations", "autograd", "losses.logits"),

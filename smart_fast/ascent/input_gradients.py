@@ -36,7 +36,9 @@ class InputGradients:
             RuntimeError: the loss does not depend on the inputs.
         """
         if torch.compiler.is_compiling():
-            return _by_grad(loss_of, inputs)
+            # Clones, which Inductor takes out again, since eval_fn may modify its inputs in place.
+            loss = _checked(loss_of(*[each.clone() for each in inputs]))
+            return _complete(compiling.grad(loss, list(inputs)))
         if self._reentrant:
             return _by_backward(loss_of, inputs)
         if self._reentrant is False:
@@ -65,10 +67,7 @@ class _ReentrantCheckpointError(RuntimeError):
 
 
 def _by_grad(loss_of: LossOf, inputs: Sequence[Tensor]) -> list[Tensor]:
-    if torch.compiler.is_compiling():
-        # Clones, which Inductor takes out again, since eval_fn may modify its inputs in place.
-        return _complete(compiling.grad(_checked(loss_of(*[each.clone() for each in inputs])), list(inputs)))
-    # Edges of the graph for the same reason.
+    # Edges of the graph, since eval_fn may modify its inputs in place.
     edge_of, gradients = short_way_to_gradients() or (get_gradient_edge, _gradients)
     edges = [edge_of(each) for each in inputs]
     loss = _checked(loss_of(*inputs))

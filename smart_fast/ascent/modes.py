@@ -147,10 +147,11 @@ def is_compiled(eval_fn: Any) -> bool:
     """Whether ``eval_fn`` is ``torch.compile(module)``, or a module whose ``compile()`` was called."""
     if not isinstance(eval_fn, nn.Module):
         return False
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes a second
-    return eval_fn._compiled_call_impl is not None or (
-        dynamo is not None and isinstance(eval_fn, dynamo.OptimizedModule)
-    )
+    if eval_fn._compiled_call_impl is not None:
+        return True
+    # Importing it takes a second; who asks for it is one by that name.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame") if "_orig_mod" in eval_fn._modules else None
+    return dynamo is not None and isinstance(eval_fn, dynamo.OptimizedModule)
 
 
 def in_autocast(function: Callable[..., Any], dtype: torch.dtype | None, device: str) -> Callable[..., Any]:

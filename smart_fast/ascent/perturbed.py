@@ -43,8 +43,7 @@ class Perturbed:
             return ddp_fsdp.eagerly(self.gradients, passes, perturbed)
         clean = states.detach(passes.state)
         rescaled = self.loss_scale is None and not self.faithful and precision.underflows(perturbed[0], self.dtype)
-        in_group = ddp_fsdp.in_use()
-        frozen = not compiling and self._freezes()  # the graph of a compiler holds only gradients that are used
+        in_group, frozen = ddp_fsdp.in_use(), not compiling and self._freezes()
         outside = not torch.is_grad_enabled() or in_group or frozen or not self.dropout
         as_it_is = not rescaled and self.loss_scale is None and self.dtype is None
         if as_it_is and not outside and not compiling:  # the usual case: nothing around the call
@@ -83,6 +82,7 @@ class Perturbed:
         return grads if scale is None else [precision.unscale(grad, scale) for grad in grads]
 
     def _freezes(self) -> bool:
+        """Not asked by a compiler, whose graph holds only gradients that are used."""
         return modes.is_compiled(self.eval_fn) if self.freeze_parameters is None else self.freeze_parameters
 
 

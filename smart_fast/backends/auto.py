@@ -42,8 +42,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "cuda": (
         Rule(
             "native",
-            "small calls cost the host a fraction of what they cost it with Triton (python -m bench host), and these"
-            " kernels load vectors between the ends of any rows, Triton's only of rows that lie side by side",
+            "small calls cost the host less than they cost it with Triton (python -m bench host), and these kernels"
+            " load vectors between the ends of any rows, Triton's only of rows that lie side by side",
             fewer_than=SMALL,
             unaligned=True,
             traced=False,

@@ -136,8 +136,8 @@ class Backend(Protocol):
     @property
     def plain_divergence(self) -> PlainDivergence | None:
         """``(input, target, kind, reduction, alpha)``: the reduced divergence of two ordinary tensors of one shape at
-        the least cost, or None where something about them needs more. None: there is no such way. ``fewer_than``, by
-        keyword: only of so few elements, where they are on a GPU."""
+        the least cost, or None where something about them needs more. None: there is no such way. The native one takes
+        ``fewer_than``, by keyword: only of so few elements, where they are on a GPU."""
         ...
 
     @property

@@ -71,9 +71,11 @@ def _load_triton() -> Backend | str:
         found = "triton is not installed (pip install triton; wheels exist for Linux)"
     else:
         try:
-            from .triton import TRITON
+            from .triton import TRITON, through
 
-            found = TRITON
+            _seek_native(build=False)
+            native = state.found.get("native")
+            found = TRITON if native is None or isinstance(native, str) else through(cast("Native", native).extension)
         except Exception as error:
             found = f"triton cannot be imported: {type(error).__name__}: {error}"
     state.found["triton"] = found
@@ -94,6 +96,7 @@ def _seek_native(build: bool) -> None:
             from .native import Native
 
             state.found["native"] = Native(extension)
+            state.found.pop("triton", None)  # which goes through the extension where there is one
     except native_build.BuildError as error:
         state.found["native"] = f"it cannot be built: {error}"
     except Exception as error:
@@ -217,7 +220,9 @@ def select(backend: str, *tensors: Tensor, numbers: tuple[Any, ...] = (), kind: 
             if not isinstance(found, str) and found.cannot_serve(device, kind) is None:
                 return found
         return PYTORCH
-    found = _find(backend, build=True)
+    found = state.found.get(backend) or _NOT_BUILT
+    if isinstance(found, str):
+        found = _find(backend, build=True)
     reason = found if isinstance(found, str) else found.cannot_serve(device, kind)
     if reason is None and not isinstance(found, str):
         return found
@@ -241,13 +246,11 @@ def loaded(backend: str, input: Tensor, target: Tensor, kind: str) -> Backend | 
 
 
 def plain_divergence(backend: str) -> Callable[..., Tensor | None] | None:
-    """The short way to a divergence (`Native.plain_divergence`), if ``backend`` has one; for eager mode. What
-    "auto" gives to others is none of its business."""
+    """The short way to a divergence in eager mode (`Backend.plain_divergence`), if ``backend`` has one. Of "auto" it is
+    the native one's: what that gives to others is none of its business."""
     if backend == "auto":
         backend = default_backend()
-    if backend == "torch" or backend == "triton":
-        return None
-    found = state.found.get("native")
+    found = state.found.get("native" if backend == "auto" else backend)
     if found is None or isinstance(found, str) or found.plain_divergence is None:
         return None
     if backend == "auto":

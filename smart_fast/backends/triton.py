@@ -2,7 +2,9 @@
 
 Imported only when Triton is there and a backend is asked for it. In eager mode the kernels are launched directly, by
 plans (triton_plan.py); when torch.compile traces, the registered operators of `triton_launch` are called instead (see
-`smart_fast.autograd`).
+`smart_fast.autograd`). Where the native extension is loaded, an ordinary step in eager mode is that extension's
+(csrc/triton.cpp), nodes of the graph included: without it such a step costs the host more than twice as much (``python
+-m bench host``).
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from torch import Tensor
 
 from ..kernels.divergence_formulas import KINDS
 from ..noise import draw_seed
-from . import steps
+from . import steps, triton_plan
 from . import triton_launch as ops
-from .base import DivergenceSpec, Nodes, Step
+from .base import DivergenceSpec, Nodes, PlainDivergence, Step
 from .triton_plan import Planned
+
+Gradients = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def _planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,12 +63,25 @@ def _move(embed: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 class Triton:
-    """The contract by the launchers of triton_launch.py."""
+    """The contract by the launchers of triton_launch.py, as far as possible through ``extension``."""
 
     name = "triton"
-    nodes: Nodes = "never"
     kinds = frozenset(KINDS)
-    divergence = loss = plain_divergence = gradient_functions = None
+    loss = None
+    divergence: Callable[[Tensor, Tensor, DivergenceSpec, Tensor | None], Tensor] | None = None
+    plain_divergence: PlainDivergence | None = None
+    gradient_functions: Gradients | None = None
+
+    def __init__(self, extension: Any = None) -> None:
+        self.nodes: Nodes = "never" if extension is None else "eager"
+        if extension is None:
+            return
+        self.extension = extension
+        self.divergence = self._differentiable
+        self.plain_divergence = extension.triton.plain_divergence
+        self.gradient_functions = extension.edge, extension.gradients
+        own = ops.perturb, ops.ascend, ops.divergence_forward, ops.divergence_backward
+        triton_plan.use(extension, {each.__name__: Planned(each) for each in own})
 
     def unavailable(self) -> str | None:
         if ops.INTERPRETED:
@@ -86,6 +103,10 @@ class Triton:
             return "CPU tensors need TRITON_INTERPRET=1 (kernels compile for GPUs only)"
         return f"Triton kernels do not run on {device.type!r} tensors"
 
+    def _differentiable(self, input: Tensor, target: Tensor, spec: DivergenceSpec, mask: Tensor | None) -> Tensor:
+        loss: Tensor = self.extension.triton.divergence(input, target, mask, *spec)
+        return loss
+
     def perturb(
         self, embed: Tensor, seed: Tensor, noise_var: float, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None = None, noise_kind: str = "normal",
@@ -97,15 +118,18 @@ class Triton:
         self, embed: Tensor, generator: torch.Generator | None, noise_var: Any, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None, noise_kind: str = "normal",
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return self.perturb(
-            embed, draw_seed(embed.device, generator), float(noise_var), mask, keep_noise, unit, noise_kind
-        )
+        if self.nodes == "eager":
+            perturbed, seed = self.extension.triton.perturb(embed, generator, float(noise_var), mask, unit, noise_kind)
+            return perturbed, seed
+        seed = draw_seed(embed.device, generator)
+        return self.perturb(embed, seed, float(noise_var), mask, keep_noise, unit, noise_kind)
 
     def ascend(
         self, embed: Tensor, grad: Tensor, noise: Tensor, step: Step, mask: Tensor | None, keep_noise: bool,
         unit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        return steps.ascend(_norm, _move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
+        move = self.extension.triton.ascend if self.nodes == "eager" and not torch.compiler.is_compiling() else _move
+        return steps.ascend(_norm, move, _noise_alone, embed, grad, noise, step, mask, keep_noise, unit)
 
     def empty_cache(self) -> int:
         return 0
@@ -155,3 +179,8 @@ class Triton:
 
 
 TRITON = Triton()
+
+
+def through(extension: Any) -> Triton:
+    """`TRITON` by way of the native extension. Interpreted kernels are not launched."""
+    return TRITON if ops.INTERPRETED else Triton(extension)

@@ -3,7 +3,8 @@
 Triton's own launch of a compiled kernel binds, specializes and hashes some thirty arguments, which costs the host more
 than all else together. A plan keeps what came of that: the compiled kernels and their grids, the outputs that were
 allocated, and where each argument of a kernel came from: a tensor of the call, an output, a number of the call, or a
-constant. To run it takes the allocations and one call into each compiled kernel.
+constant. To run it takes the allocations and one call into each compiled kernel. Where the native extension is loaded,
+the launchers of an ordinary step have their plans in C++ (csrc/plans.h), which asks this file to record them.
 
 A plan is found by everything that launchers and Triton's specialization look at: of each tensor dtype, shape, strides,
 device and alignment (all integers that kernels see are functions of these), and every other argument but the numbers,
@@ -12,6 +13,7 @@ which are passed on at each call. `KEYED` numbers decide what is compiled and co
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import threading
@@ -87,30 +89,48 @@ class _Number(float):
     __hash__ = float.__hash__
 
 
-class _Launch(NamedTuple):
+class _Recorded(NamedTuple):
     compiled: Any
     grid: tuple[int, ...]
     arguments: list[Any]
 
 
-class _Recorder(list[_Launch]):
+class _Recorder(list[_Recorded]):
     """What a launcher that is recorded wraps its kernels in. They are launched as ever."""
 
     def __call__(self, kernel: Any) -> Any:
         launched = self
 
-        class Recorded:
+        class Wrapped:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
                 def launch(*args: Any, **named: Any) -> None:
                     plain = [float(each) if type(each) is _Number else each for each in args]
                     compiled = kernel[grid](*plain, **named)
                     values = dict(zip(kernel.arg_names, args, strict=False)) | named
                     in_order = [values[name] for name in kernel.arg_names]
-                    launched.append(_Launch(None if kernel.pre_run_hooks else compiled, (*grid, 1, 1)[:3], in_order))
+                    launched.append(_Recorded(None if kernel.pre_run_hooks else compiled, (*grid, 1, 1)[:3], in_order))
 
                 return launch
 
-        return Recorded()
+        return Wrapped()
+
+
+class _Launch(NamedTuple):
+    """A call of Triton's launcher ``run`` of a compiled kernel, whose arguments are at these places."""
+
+    run: Any
+    grid: tuple[int, ...]
+    function: Any
+    metadata: Any
+    places: tuple[int, ...]
+    arguments: Callable[[list[Any]], tuple[Any, ...]]
+
+
+class Place(NamedTuple):
+    """What differs from call to call among the arguments of a launch: of a plan's row of values, times a factor."""
+
+    place: int
+    factor: float = 1.0
 
 
 @dataclass
@@ -119,14 +139,16 @@ class _Plan:
     call's tensors, its numbers, the pointers of its outputs, constants."""
 
     device: torch.device
+    #: Of a device's index: the stream that is current there.
+    current_stream: Callable[[Any], int]
     #: Shape, strides and dtype of each output; or an empty one itself, which every call shares.
     outputs: list[tuple[Any, Any, torch.dtype] | Tensor]
     constants: list[Any] = field(default_factory=list)
     #: Constants that are a number of the call times a factor: their place, that of the number, the factor.
     multiples: list[tuple[int, int, float]] = field(default_factory=list)
-    launches: list[tuple[Any, ...]] = field(default_factory=list)
+    launches: list[_Launch] = field(default_factory=list)
     #: Of the outputs, what the launcher returned.
-    results: Callable[[list[Tensor]], Any] = operator.itemgetter(0)
+    results: tuple[int, ...] = (0,)
     #: The outputs of which their sum is returned.
     totals: tuple[int, ...] = ()
 
@@ -142,12 +164,51 @@ class _Plan:
         values += self.constants
         for place, number, factor in self.multiples:
             values[place] = values[number] * factor
-        stream = driver.active.get_current_stream(self.device.index)
-        for run, grid, function, metadata, pick in self.launches:
-            run(*grid, stream, function, metadata, None, None, None, *pick(values))
+        stream = self.current_stream(self.device.index)
+        for run, grid, function, metadata, _, arguments in self.launches:
+            run(*grid, stream, function, metadata, None, None, None, *arguments(values))
         for place in self.totals:
             outputs[place] = outputs[place].sum()
-        return self.results(outputs)
+        return operator.itemgetter(*self.results)(outputs)
+
+    def calls(self, first_constant: int) -> list[tuple[Any, tuple[Any, ...]]]:
+        """A function and its arguments for each launch, among them `Place`, the first constant's for the stream."""
+        numbers = {place: Place(number, factor) for place, number, factor in self.multiples}
+
+        def argument(place: int) -> Any:
+            if place < first_constant:
+                return Place(place)
+            return numbers.get(place, self.constants[place - first_constant])
+
+        return [
+            inmost(
+                each.run, (*each.grid, Place(first_constant), each.function, each.metadata, None, None, None,
+                           *map(argument, each.places)),
+            )
+            for each in self.launches
+        ]  # fmt: skip
+
+
+def inmost(run: Any, given: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """What Triton's launcher ``run`` calls of these arguments, and with which; where that is not plain to see, itself.
+
+    A copy of it tells. Its Python is a tenth of the host time of a small step (``python -m bench host``).
+    """
+    calls: list[tuple[Any, ...]] = []
+    try:
+        copied = copy.copy(run)
+        launch, copied.launch = copied.launch, lambda *args: calls.append(args)
+        copied(*given)
+        (arguments,) = calls
+    except Exception:  # another kind of launcher, or one that allocates
+        return run, given
+    tuples = [each for each in arguments if type(each) is tuple and any(isinstance(item, Place) for item in each)]
+    flat = [item for each in arguments for item in (each if each in tuples else (each,))]
+    differing = [id(item) for item in flat if isinstance(item, Place)]
+    passed_on = differing == [id(item) for item in given if isinstance(item, Place)] and len(tuples) <= 1
+    if not passed_on or any(isinstance(item, Tensor) for item in flat):
+        return run, given
+    return launch, arguments
 
 
 def _plan(
@@ -173,8 +234,9 @@ def _plan(
         found.append(place)
     plan = _Plan(
         outputs[0].device,
+        driver.active.get_current_stream,
         [(tuple(each.shape), each.stride(), each.dtype) if each.numel() else each for each in handed],
-        results=operator.itemgetter(*found),
+        results=tuple(found),
         totals=tuple(summed),
     )
     for compiled, grid, arguments in launched:
@@ -197,8 +259,11 @@ def _plan(
                 plan.constants.append(value)
             places.append(place)
         plan.launches.append(
-            (compiled.run, grid, compiled.function, compiled.packed_metadata, operator.itemgetter(*places))
-        )
+            _Launch(
+                compiled.run, grid, compiled.function, compiled.packed_metadata, tuple(places),
+                operator.itemgetter(*places),
+            )
+        )  # fmt: skip
     return plan
 
 
@@ -216,7 +281,7 @@ class Planned:
     """A launcher that is planned. To be called on the device of its tensors, as the launcher is."""
 
     def __init__(self, launcher: Callable[..., Any]) -> None:
-        self._launcher = launcher
+        self.launcher = launcher
         kinds = {name: each.annotation for name, each in inspect.signature(launcher).parameters.items()}
         order = [name for name in kinds if name != "wrap"]
         self._tensors = [k for k, name in enumerate(order) if kinds[name].startswith("Tensor")]
@@ -247,14 +312,22 @@ class Planned:
         if plan is None and found not in self._plans:
             return self._record(found, pointers, args)
         if plan is None or tuning.overriding or _hooked():
-            return self._launcher(*args)
+            return self.launcher(*args)
         return plan([*pointers, *self._numbers_of(args)])
 
     def _record(self, key: Any, pointers: list[int | None], args: tuple[Any, ...]) -> Any:
         known = [each for each in pointers if each]
         twice = len(set(known)) < len(known)  # of one tensor passed twice nobody can tell which a kernel was given
         if twice or tuning.overriding or _hooked() or driver.active.get_current_target().backend != "cuda":
-            return self._launcher(*args)
+            return self.launcher(*args)
+        result, plan = self.recorded(pointers, args)
+        if len(self._plans) >= MOST:
+            self._plans.clear()
+        self._plans[key] = plan
+        return result
+
+    def recorded(self, pointers: list[int | None], args: tuple[Any, ...]) -> tuple[Any, _Plan | None]:
+        """Calls the launcher: what it returns, and a plan of what it did, if there can be one."""
         given = list(args)
         for place, k in enumerate(self._numbers):
             given[k] = _Number(args[k], place)
@@ -263,13 +336,19 @@ class Planned:
         totals: list[tuple[Tensor, Tensor]] = []
         _recording.outputs, _recording.totals = outputs, totals
         try:
-            result = self._launcher(*given, wrap=recorder)
+            result = self.launcher(*given, wrap=recorder)
         finally:
             _recording.outputs, _recording.totals = None, []
-        if len(self._plans) >= MOST:
-            self._plans.clear()
-        self._plans[key] = _plan(recorder, pointers, len(self._numbers), outputs, totals, result)
-        return result
+        return result, _plan(recorder, pointers, len(self._numbers), outputs, totals, result)
+
+    def record(self, *args: Any) -> tuple[tuple[Tensor, ...], _Plan | None]:
+        """`recorded` as C++ asks for it, of tensors that are not passed twice."""
+        if driver.active.get_current_target().backend != "cuda":
+            result, plan = self.launcher(*args), None
+        else:
+            pointers = [None if args[k] is None else args[k].data_ptr() for k in self._tensors]
+            result, plan = self.recorded(pointers, args)
+        return (result,) if isinstance(result, Tensor) else tuple(result), plan
 
 
 def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -277,6 +356,12 @@ def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     if len(places) > 1:
         return operator.itemgetter(*places)
     return lambda values: tuple([values[k] for k in places])
+
+
+def use(extension: Any, launchers: dict[str, Planned]) -> None:
+    """Have these launchers, by name, called and planned by the C++ of ``extension``."""
+    given = {name: (each.launcher, each.record) for name, each in launchers.items()}
+    extension.triton.use(given, tuning.overriding, knobs.runtime, MOST)
 
 
 def _hooked() -> bool:

@@ -48,7 +48,7 @@ class Call:
             if shifted is None:
                 self.kwargs["labels"] = labels
             else:
-                self.kwargs["decoder_input_ids"] = shifted(labels=labels)
+                self.kwargs["decoder_input_ids"] = shifted(labels=labels.clone())
 
     def repeat(self) -> Any:
         """The call again, without labels: the loss of the task is not wanted."""

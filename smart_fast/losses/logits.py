@@ -161,7 +161,8 @@ def compare(name: str, loss_fn: Any, perturbed: Any, state: Any, backend: str, a
 
 
 def _plain_divergence(backend: str, input: Any, target: Any, kind: str, reduction: str, alpha: float) -> Tensor | None:
-    """The divergence of two tensors about which there is nothing to say, by a fused backend; None of others."""
+    """In eager mode the divergence of two tensors about which there is nothing to say, by a fused backend; None of
+    others."""
     short = plain_divergence(backend)
     found = None if short is None else short(input, target, kind, reduction, alpha)
     if found is not None:

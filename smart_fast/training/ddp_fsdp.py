@@ -19,6 +19,7 @@ from torch import nn
 
 __all__ = ["ascent", "check_loss", "eagerly", "in_use", "is_sharded", "is_wrapped", "modules", "recomputation"]
 
+_AVAILABLE = dist.is_available()  # whether torch was built with it
 _CALLABLES = (nn.Module, FunctionType, MethodType, functools.partial)
 
 
@@ -90,7 +91,7 @@ def check_loss(loss: Any, message: str = _NOT_FOUND) -> None:
 
 def in_use() -> bool:
     """Whether this is one of several processes that work together."""
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def is_sharded(module: nn.Module) -> bool:
