@@ -100,6 +100,8 @@ def _faster(device: str, backend: str) -> str:
         return "pip install --force-reinstall torch  (a build for your GPU; see https://pytorch.org/get-started)"
     if chosen != "auto" and backend == "torch":
         return f"unset SMART_FAST_BACKEND  (it is {chosen!r}; unset, the fastest backend is chosen)"
+    if backend == "triton" and reasons["native"] is not None and build.missing() is None:
+        return "python -m smart_fast build  (launches the Triton kernels from C++, once it is compiled)"
     if backend != "torch":
         return "nothing to do, this is the fastest backend here"
     if device == "cuda":
