@@ -52,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
         "kernel; or tune: sweep launch choices of the Triton kernels on a GPU, and write the table they are launched "
         "by; or compare A.json B.json: whether two runs agree on every speed; or host: what small calls cost the host, "
         "Triton's kernels launched into a stub of the CUDA driver; or instructions: how many the hot loops of the "
-        "Triton kernels take, compiled for an H100; or report: measure nothing, write README.md's "
-        "tables from bench/results",
+        "Triton kernels take, compiled for an H100; or report: measure nothing, write the "
+        "tables and figures of README.md and docs/ from bench/results",
     )
     made.add_argument(
         "--quick", action="store_true", help="few, small cases: under two minutes on two cores without a GPU"

@@ -89,7 +89,7 @@ def quality(call: Call) -> int:
         import sklearn  # noqa: F401
     except ModuleNotFoundError:
         call.parser.exit(1, "python -m bench quality needs scikit-learn: pip install -e '.[bench]'\n")
-    from . import quality
+    from . import figures, quality
     from .report import environment
 
     device = torch.device("cpu")
@@ -99,7 +99,7 @@ def quality(call: Call) -> int:
     where = folder(call.options, device)
     path, plot = call.options.json or where / "quality.json", call.options.plot or where / "quality.png"
     quality.save(results, environment(device), path)
-    quality.save_plot(results, plot)
+    figures.save_robustness(results, plot)
     quality.show(results, call.console)
     call.wrote(path, plot)
     return 0
@@ -176,7 +176,7 @@ def instructions(call: Call) -> int:
 def report(call: Call) -> int:
     from . import readme
 
-    readme.write()
+    call.wrote(*(readme.ROOT / page for page in readme.write()), *readme.draw())
     return 0
 
 

@@ -9,7 +9,7 @@
 
 Every result is a JSON line in gpu_check.jsonl the moment it exists, in $OUT or bench/out/gpu; output.txt has what the
 stages printed, summary.txt the tables, junit.xml the tests. Lines that are committed as bench/results/gpu-*.jsonl make
-README.md's section (`python -m bench report`). A stage that is cut has lost nothing; the line about it says so.
+the docs' section (`python -m bench report`). A stage that is cut has lost nothing; the line about it says so.
 Needs torch, triton and pytest, and nvcc and ninja for the native backend. Exit status: 1 if any stage did not end well.
 """
 

@@ -330,29 +330,3 @@ def save(results: Sequence[Quality], environment: dict[str, Any], path: pathlib.
 
 def load(path: pathlib.Path) -> list[Quality]:
     return [Quality(**each) for each in json.loads(path.read_text())["quality"]]
-
-
-def save_plot(results: Sequence[Quality], path: pathlib.Path) -> None:
-    """Accuracy without an attack and under PGD of every row, a panel a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = list(dict.fromkeys(each.task for each in results))
-    rows = list(dict.fromkeys(each.row for each in results))
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.6), sharey=True, layout="constrained")
-    for task, panel in zip(tasks, panels, strict=True):
-        for place, (name, color) in enumerate((("clean", "#9aa5b1"), ("fgsm", "#2a9d55"), ("pgd", "#1f77b4"))):
-            found = [summary(results, task, row)[name] for row in rows]
-            heights = [index + (place - 1) * 0.27 for index in range(len(rows))]
-            means, spreads = ([100 * value for value in values] for values in zip(*found, strict=True))
-            panel.barh(heights, means, 0.25, xerr=spreads, color=color, label=COLUMNS[name])
-        panel.set_title(task)
-        panel.set_xlabel("accuracy, %")
-        panel.set_yticks(range(len(rows)), rows)
-    panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

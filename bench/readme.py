@@ -1,4 +1,7 @@
-"""``python -m bench report``: write README.md's tables from the committed results. No number is typed by hand."""
+"""``python -m bench report``: write the tables and figures of README.md and docs/ from the committed results.
+
+No number is typed by hand.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from . import accuracy, compare, quality
+from . import accuracy, compare, headline, quality
 from .gpu import section as gpu_section
 from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
 from .report import (
@@ -28,28 +31,61 @@ from .run import Row
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / "results"
 README = ROOT / "README.md"
+#: Which sections stand between markers of their name in which page. Paths are those from the root.
+PAGES = {
+    "README.md": ("gpu-status", "headline"),
+    "docs/index.md": ("gpu-status",),
+    "docs/benchmarks.md": (
+        "gpu",
+        "quality",
+        "accuracy",
+        "speed",
+        "speed-lm",
+        "agreement",
+        "instructions",
+    ),
+}
 NOT_MEASURED = "(No results are committed yet: `python -m bench lm` measures them.)\n"
 
 
-def write(readme: pathlib.Path = README, results: pathlib.Path = RESULTS) -> str:
-    """Replace what stands between the markers of ``readme``; return the new text."""
-    text = readme.read_text()
-    for marker, section in sections(results).items():
-        pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
-        text, found = re.subn(pattern, lambda m, s=section: m[1] + s + m[2], text, flags=re.DOTALL)
-        if found != 1:
-            raise ValueError(f"{readme.name} must hold the marker {marker!r} once, found {found}")
-    readme.write_text(text)
-    return text
+def write(root: pathlib.Path = ROOT, results: pathlib.Path = RESULTS) -> dict[str, str]:
+    """Replace what stands between the markers of each of `PAGES`; return the new texts by page."""
+    made, texts = sections(results), {}
+    for page, markers in PAGES.items():
+        text = (root / page).read_text()
+        for marker in markers:
+            section = made[marker]
+            if page.startswith("docs/"):
+                section = section.replace("](docs/", "](")  # links are written as README sees them
+            pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
+            text, found = re.subn(pattern, lambda m, s=section: m[1] + s + m[2], text, flags=re.DOTALL)
+            if found != 1:
+                raise ValueError(f"{page} must hold the marker {marker!r} once, found {found}")
+        texts[page] = text
+    for page, text in texts.items():
+        (root / page).write_text(text)
+    return texts
+
+
+def draw(folder: pathlib.Path = ROOT / "docs" / "images", results: pathlib.Path = RESULTS) -> list[pathlib.Path]:
+    """The figures of README and docs."""
+    from . import figures
+
+    return figures.write(headline.report_of(_reports(results)), results, folder)
+
+
+def _reports(results: pathlib.Path) -> list[Report]:
+    return _newest([load_json(path) for path in sorted(results.glob("speed-*.json"))])
 
 
 def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
     """Marker -> Markdown."""
-    reports = _newest([load_json(path) for path in sorted(results.glob("speed-*.json"))])
+    reports = _reports(results)
     language = [_part(report, lambda row: row.group == "lm") for report in reports]
     others = [_part(report, lambda row: row.group != "lm") for report in reports]
     return {
         **gpu_section.sections(results),
+        "headline": _headline(reports),
         "accuracy": _accuracy(results / "accuracy.json"),
         "quality": _quality(results / "quality.json"),
         "agreement": _agreement(results / "agreement-1.json", results / "agreement-2.json"),
@@ -57,6 +93,15 @@ def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "speed": "\n".join(_speed(report) for report in others if report.rows),
         "speed-lm": "\n".join(_language(report) for report in language if report.rows) or NOT_MEASURED,
     }
+
+
+def _headline(reports: Sequence[Report]) -> str:
+    if not reports:
+        return "(No results are committed yet: `python -m bench` measures them.)\n"
+    report = headline.report_of(reports)
+    where = _where(report.environment)
+    title = f"Median time of a call, forward and backward, and peak memory as a share of smart-pytorch's ({where}):"
+    return f"{title}\n\n{_markdown(headline.table(report))}"
 
 
 def _instructions(path: pathlib.Path) -> str:

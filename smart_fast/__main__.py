@@ -1,4 +1,5 @@
-"""``python -m smart_fast``: which backends work here, what they run on, and what would fix those that do not.
+"""``python -m smart_fast``: which backends work here, what they run on, what would fix those that do not, and advice:
+which backend tensors get here, and the command that would make them faster.
 
 ``python -m smart_fast build`` compiles the native backend, once for this version of smart-fast and torch.
 """
@@ -14,7 +15,7 @@ import sys
 import torch
 
 from . import __version__, available_backends, build
-from .backends import build_native, default_backend
+from .backends import build_native, default_backend, select
 
 _FIXES = {
     "is not installed": "pip install triton (Linux; the CUDA build of torch brings its own)",
@@ -72,6 +73,49 @@ def _native_lines() -> list[str]:
     ]
 
 
+def _advice() -> list[str]:
+    """For each type of device the backend that tensors get, then the one command that would make them faster."""
+    try:
+        devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+        got = {device: [select("auto", torch.empty(size, device=device)).name for size in _SIZES] for device in devices}
+    except ValueError as error:  # a name that does not exist in SMART_FAST_BACKEND
+        return ["advice", f"  unset SMART_FAST_BACKEND  ({error})"]
+    lines = ["advice"]
+    for device, (small, large) in got.items():
+        names = large if small == large else f"{large} (small ones: {small})"
+        lines.append(f"  float32, bfloat16 and float16 tensors on the {_CALLED[device]} get backend {names}")
+    return [*lines, "  to make them faster: " + _faster(devices[0], got[devices[0]][1])]
+
+
+#: One small tensor and one that is large to `smart_fast.backends.auto`.
+_SIZES = (64,), (1 << 20,)
+_CALLED = {"cuda": "GPU", "cpu": "CPU"}
+
+
+def _faster(device: str, backend: str) -> str:
+    """The command for tensors on ``device``, the fastest that there is, which get ``backend``."""
+    reasons = available_backends()
+    chosen = default_backend()
+    if device == "cpu" and shutil.which("nvidia-smi") and torch.version.cuda is None and torch.version.hip is None:
+        return "pip install --force-reinstall torch  (a build for your GPU; see https://pytorch.org/get-started)"
+    if chosen != "auto" and backend == "torch":
+        return f"unset SMART_FAST_BACKEND  (it is {chosen!r}; unset, the fastest backend is chosen)"
+    if backend == "triton" and reasons["native"] is not None and build.missing() is None:
+        return "python -m smart_fast build  (launches the Triton kernels from C++, once it is compiled)"
+    if backend != "torch":
+        return "nothing to do, this is the fastest backend here"
+    if device == "cuda":
+        return "pip install triton" if reasons["triton"] else "nothing to do here"
+    if reasons["native"] is None:
+        return "nothing to do here"
+    lacking = build.missing()
+    if lacking is None:
+        return "python -m smart_fast build  (compiles the CPU kernels, once)"
+    if "fix: pip install" in lacking:
+        return "pip install ninja setuptools && python -m smart_fast build"
+    return f"python -m smart_fast build, but first: {lacking}"
+
+
 def _build() -> int:
     try:
         build_native()
@@ -83,13 +127,15 @@ def _build() -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m smart_fast", description="Environment report of smart-fast.")
+    parser = argparse.ArgumentParser(
+        prog="python -m smart_fast", description="What smart-fast runs on here, and advice."
+    )
     parser.add_argument(
         "command", nargs="?", choices=["report", "build"], default="report", help="build: compile the native backend"
     )
     if parser.parse_args([] if arguments is None else arguments).command == "build":
         return _build()
-    print("\n".join([*_lines(), *_native_lines()]))
+    print("\n".join([*_lines(), *_native_lines(), *_advice()]))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import types
 import warnings
 from unittest import mock
 
@@ -185,6 +186,42 @@ def test_the_report(how, tmp_path, capsys):
         assert "SMART_FAST_BACKEND: 'jax' does not exist" in report
     for part in (f"smart-fast {smart_fast.__version__}", torch.__version__, "cpu:", "torch    available", "native"):
         assert part in report
+
+
+def advice(monkeypatch, capsys, **environment):
+    """The last line of the report."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    assert main() == 0
+    return capsys.readouterr().out.splitlines()[-1].strip()
+
+
+def test_the_report_ends_with_advice(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("smart_fast.__main__.shutil.which", lambda name: None)  # no nvidia-smi
+    cpu = "tensors on the CPU get backend"
+    unbuilt = {"torch": None, "triton": "no GPU is visible", "native": "not built yet"}
+    monkeypatch.setattr("smart_fast.__main__.available_backends", lambda: unbuilt)
+    monkeypatch.setattr("smart_fast.__main__.select", lambda *_: PYTORCH)
+    monkeypatch.setattr("smart_fast.build.missing", lambda: None)
+    assert "python -m smart_fast build" in advice(monkeypatch, capsys)
+    monkeypatch.setattr("smart_fast.build.missing", lambda: "ninja is not on PATH (fix: pip install ninja)")
+    assert "pip install ninja setuptools && python -m smart_fast build" in advice(monkeypatch, capsys)
+    monkeypatch.setattr("smart_fast.build.missing", lambda: "no C++ compiler (fix: apt install g++)")
+    assert "no C++ compiler" in advice(monkeypatch, capsys)
+    monkeypatch.setattr("smart_fast.__main__.select", lambda *_: types.SimpleNamespace(name="triton"))
+    assert "nothing to do" in advice(monkeypatch, capsys)
+    monkeypatch.setattr("smart_fast.build.missing", lambda: None)
+    assert "launches the Triton kernels from C++" in advice(monkeypatch, capsys)
+    monkeypatch.setattr("smart_fast.__main__.select", lambda *_: PYTORCH)
+    monkeypatch.setattr("smart_fast.__main__.default_backend", lambda: "torch")
+    assert "unset SMART_FAST_BACKEND" in advice(monkeypatch, capsys)
+    monkeypatch.setattr("smart_fast.__main__.select", lambda *_: types.SimpleNamespace(name="native"))
+    assert main() == 0
+    *_, says, last = capsys.readouterr().out.splitlines()
+    assert cpu in says
+    assert says.endswith("native")
+    assert "nothing to do" in last
 
 
 # ---- what "auto" means -----------------------------------------------------------------------------------------------

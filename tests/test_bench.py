@@ -404,10 +404,35 @@ def test_accuracy_measures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_readme_holds_the_committed_results(tmp_path: Path) -> None:
-    """Every number in the README's tables comes from bench/results."""
-    copy = tmp_path / "README.md"
-    copy.write_text(readme.README.read_text())
-    assert readme.write(copy) == readme.README.read_text()
+    """Every number in the tables of README and docs comes from bench/results."""
+    copy_pages(tmp_path)
+    for page, text in readme.write(tmp_path).items():
+        assert text == (readme.ROOT / page).read_text(), page
+    written = [marker for markers in readme.PAGES.values() for marker in markers]
+    assert set(written) == set(readme.sections())
+
+
+def test_figures_are_made_of_the_committed_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import figures, headline, style
+
+    folder = readme.ROOT / "docs" / "images"
+    committed = sorted(folder.glob("*.svg"))
+    assert len(committed) == 8
+    for path in committed:
+        assert figures.digest(readme.RESULTS) in path.read_text(), f"{path.name} is older: python -m bench report"
+    report_ = headline.report_of([report.load_json(path) for path in sorted(readme.RESULTS.glob("speed-*.json"))])
+    assert len(headline.table(report_)) == 1 + len(headline.CASES) <= 9
+    with style.styled(style.DARK):
+        drawn = figures.memory(report_, style.DARK)
+        style.save(drawn, tmp_path / "memory.svg", "made of it")
+    assert "made of it" in (tmp_path / "memory.svg").read_text()
+
+
+def copy_pages(root: Path) -> None:
+    for page in readme.PAGES:
+        (root / page).parent.mkdir(parents=True, exist_ok=True)
+        (root / page).write_text((readme.ROOT / page).read_text())
 
 
 def test_readme_takes_what_was_measured_last(tmp_path: Path) -> None:

@@ -385,8 +385,11 @@ def test_the_readme_says_in_its_second_paragraph_whether_a_gpu_has_run_it(tmp_pa
     for path in readme.RESULTS.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     write_run(tmp_path)
-    copy = tmp_path / "README.md"
-    copy.write_text(readme.README.read_text())
-    text = readme.write(copy, tmp_path)
-    assert "A GPU" in text.split("\n\n")[2]
-    assert "500.0 us (70%)" in text
+    for page in readme.PAGES:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text((readme.ROOT / page).read_text())
+    texts = readme.write(tmp_path, tmp_path)
+    assert "A GPU" in texts["README.md"].split("\n\n")[2]
+    assert "(docs/benchmarks.md#on-a-gpu)" in texts["README.md"]
+    assert "(benchmarks.md#on-a-gpu)" in texts["docs/index.md"]
+    assert "500.0 us (70%)" in texts["docs/benchmarks.md"]

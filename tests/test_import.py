@@ -31,6 +31,18 @@ print(smart_fast.available_backends()["triton"])
     assert "triton is not installed" in said
 
 
+def test_triton_takes_no_numpy(tmp_path):
+    """torch and triton install none; only Triton's interpreter needs it."""
+    pytest.importorskip("triton")
+    code = """
+import sys
+sys.modules["numpy"] = None
+import smart_fast.backends.triton
+assert "triton.runtime.interpreter" not in sys.modules
+"""
+    passes(run_python(code, cwd=tmp_path, env={"TRITON_INTERPRET": "0"}))
+
+
 @pytest.mark.exhaustive
 def test_a_broken_triton_is_a_reason_and_no_crash(tmp_path):
     (tmp_path / "triton").mkdir()

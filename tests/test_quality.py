@@ -116,5 +116,7 @@ def test_table_and_plot(tmp_path):
     assert len(rows) == len(quality.TASKS) * len(quality.ROWS)
     assert all(len(row) == len(header) for row in rows)
     pytest.importorskip("matplotlib")
-    quality.save_plot(results, tmp_path / "quality.png")
+    from bench import figures
+
+    figures.save_robustness(results, tmp_path / "quality.png")
     assert (tmp_path / "quality.png").stat().st_size > 1000

@@ -1,6 +1,7 @@
-"""README.md's part about GPUs, made of committed lines (bench/results/gpu-*.jsonl), each with device, floor and commit.
+"""What README.md and docs/ say of GPUs, made of committed lines (bench/results/gpu-*.jsonl), each with device,
+floor and commit.
 
-Without such a file it says that no GPU has run anything, in the README's second paragraph too.
+Without such a file it says that no GPU has run anything, in the README's second paragraph too. Links are README's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .summary import kernel_column, kernel_lines, latest
 NEVER = "**No GPU has run any of this yet**"
 NO_GPU = (
     f"{NEVER}: the kernels are checked in Triton's interpreter and in a thread emulator of CUDA, and compiled for\n"
-    "GPUs that are not there; every time below is a CPU's.\n"
+    "GPUs that are not there; every time here is a CPU's.\n"
 )
 NO_FIGURES = f"{NEVER}: there are no figures. `python bench/gpu_check.py` takes them where there is a GPU.\n"
 
@@ -25,7 +26,9 @@ def sections(results: pathlib.Path) -> dict[str, str]:
     if not runs:
         return {"gpu-status": NO_GPU, "gpu": NO_FIGURES}
     devices = " and ".join(dict.fromkeys(_device(lines) for lines in runs))
-    status = f"Run and measured on {devices}: see [On a GPU](#on-a-gpu). Every other time below is a CPU's.\n"
+    status = (
+        f"Run and measured on {devices}: see [On a GPU](docs/benchmarks.md#on-a-gpu). Every other time is a CPU's.\n"
+    )
     return {"gpu-status": status, "gpu": "\n".join(map(_run, runs))}
 
 
