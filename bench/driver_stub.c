@@ -48,8 +48,9 @@ int stub_parameter_count(int function) { return functions[function].parameters; 
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** parameters, void** extra) {
   (void)extra;
-  if (recording && launch_count < MOST_LAUNCHES) {
-    struct launch* launch = &launches[launch_count];
+  const int64_t index = __atomic_fetch_add(&launch_count, 1, __ATOMIC_RELAXED); /* Python's lock is not held here */
+  if (recording && index < MOST_LAUNCHES) {
+    struct launch* launch = &launches[index];
     launch->function = (int)(intptr_t)f - 1;
     const struct function* function = &functions[launch->function];
     const unsigned grid[3] = {config->gridDimX, config->gridDimY, config->gridDimZ};
@@ -62,7 +63,6 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction f, void** par
     for (int k = 0; k < function->parameters; ++k)
       memcpy(&launch->parameters[k], parameters[k], (size_t)function->sizes[k]);
   }
-  ++launch_count;
   return CUDA_SUCCESS;
 }
 
