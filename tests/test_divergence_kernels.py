@@ -94,7 +94,7 @@ def test_float64_agreement(kind: str, width: int, reduction: str, device: torch.
 
 @pytest.mark.parametrize("apart", [1e-3, *exhaustively(1e-5, 1.0)])
 @pytest.mark.parametrize("width", [30522, *exhaustively(128256)])
-@pytest.mark.parametrize("kind", ["jsd", *exhaustively("kl", "sym_kl", "js")])
+@pytest.mark.parametrize("kind", ["sym_kl", *exhaustively("kl", "js", "jsd")])
 def test_vocabulary(kind: str, width: int, apart: float, device: torch.device, poison: None) -> None:
     x, t = pair((2, width), apart, device)
     got = loss_and_grads(kind, x, t, "batchmean")
@@ -124,7 +124,7 @@ def test_rows_that_begin_within_16_bytes(
             assert (rows <= (2e-6 + ulp) * reference.abs().amax(-1)).all()
 
 
-@pytest.mark.parametrize("kind", FEW_KINDS)
+@pytest.mark.parametrize("kind", ["sym_kl", *exhaustively("kl", "js", "jsd")])
 def test_a_first_block_that_is_unlike_the_row(kind: str, device: torch.device, poison: None) -> None:
     """What is taken from the first columns, a reference for exponentials and a typical difference, is no guide here."""
     x, t = pair((3, 9000), 1e-2, device)
@@ -169,8 +169,8 @@ def test_nearly_equal(kind: str, apart: float, reduction: str, device: torch.dev
         assert got[0] > 0
 
 
-@pytest.mark.parametrize("width", [3, 9000, *exhaustively(50, 1000)])
-@pytest.mark.parametrize("kind", ["sym_kl", "js", *exhaustively("kl", "jsd")])
+@pytest.mark.parametrize("width", [3, 5000, *exhaustively(50, 1000)])
+@pytest.mark.parametrize("kind", ["js", *exhaustively("kl", "sym_kl", "jsd")])
 def test_where_one_reading_is_enough_and_where_not(kind: str, width: int, device: torch.device, poison: None) -> None:
     """From differences whose moments tell the loss to those that take a second walk, of flat and of peaked rows; and
     where the first block is a bad guide to the mean difference."""

@@ -229,7 +229,7 @@ def of_smart_pytorch(spec: DivergenceSpec, x: Tensor, t: Tensor) -> tuple[Tensor
 def test_no_gradient_is_three_times_worse(difference: str, size: float, width: int, served: Served) -> None:
     x, t = family(difference, size, width)
     if getattr(served[0], "name", "") == "triton" and served[1].type == "cpu":  # interpreted, which takes seconds
-        if width > 100 and (difference, size, width) not in FEW:
+        if width > 100 and FAMILIES.index((difference, size, width)) % 33 != 0:
             pytest.skip("interpreted kernels see a few of the wide rows")
         x, t = x[:2], t[:2]
     for kind in DIVERGENCES:
