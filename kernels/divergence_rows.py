@@ -82,8 +82,9 @@ def load_pair(
         x = tl.where(inside, x, NEG_INF)
         t = tl.where(inside, t, NEG_INF)
     if FROM_DIFFERENCE:
-        delta = tl.where(t == NEG_INF, 0.0, x - shift[:, None])
-        x = t + x
+        out = t == NEG_INF  # whatever x holds there
+        delta = tl.where(out, 0.0, x - shift[:, None])
+        x = tl.where(out, NEG_INF, t + x)
     else:
         d = x - t
         delta = d - shift[:, None]

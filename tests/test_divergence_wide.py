@@ -168,9 +168,8 @@ def test_relative_bfloat16(kind: str, backend: ModuleType, device: torch.device,
     assert loss.dtype == torch.float32
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("relative", [True, *exhaustively(False)])
+@pytest.mark.parametrize("kind", ["sym_kl", *exhaustively("kl", "js", "jsd")])
 def test_classes_that_are_masked(
     kind: str, relative: bool, backend: ModuleType, device: torch.device, path: None, poison: None
 ) -> None:
@@ -178,7 +177,7 @@ def test_classes_that_are_masked(
     x, t = pair((3, 40), 0.5, device, relative)
     some = torch.arange(40, device=device) < 17  # whole slices of the row
     for output, garbage in itertools.product(OUTPUTS, (math.nan, math.inf) if relative else (-math.inf,)):
-        spec = DivergenceSpec(kind, output, 0.5, scale=2.0, relative=relative)
+        spec = DivergenceSpec(kind, output, 0.5, scale=2.0, from_difference=relative)
         g = upstream(output, (3, 40), device)
         got = compute(backend, spec, x.masked_fill(some, garbage), t.masked_fill(some, -math.inf), g)
         want = expected(spec, x[:, ~some], t[:, ~some], g[:, ~some] if output == "terms" else g)

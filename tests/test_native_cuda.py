@@ -467,7 +467,10 @@ def test_sums_do_not_depend_on_chance(emulated: cuda_emulation.Emulated) -> None
 
 CONTRACT = [
     (wide.test_both_paths_are_exact, {"kind": KINDS, "width": [33, 9000], "apart": [1e-5, 1.0, 20.0]}),
-    (wide.test_scaled_and_relative, {"kind": KINDS, "scale": [0.5], "relative": [False, True]}),
+    (
+        wide.test_scaled_and_relative,
+        {"kind": KINDS, "scale": [0.5], "relative": [False, True], "output": list(wide.OUTPUTS)},
+    ),
     (wide.test_relative_bfloat16, {"kind": KINDS}),
     (wide.test_classes_that_are_masked, {"kind": KINDS, "relative": [False, True]}),
     (wide.test_extreme_rows, {"kind": KINDS}),
