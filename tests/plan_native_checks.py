@@ -142,7 +142,7 @@ def check_streams() -> None:
     OURS.perturb(torch.zeros(2, 8), None, 1.0, None, None, "normal")
     for stream in (7, 11, 0):
         STUB.stream = stream
-        launches, _ = launched(OURS.perturb, (torch.zeros(2, 8), None, 1.0, None, None))
+        launches, _ = launched(OURS.perturb, (torch.zeros(2, 8), None, 1.0, None, None, "normal"))
         assert [each.stream for each in launches] == [stream]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,7 +15,9 @@ from ..backends.base import DIVERGENCES, UPDATES
 from ..checks import check_bool, check_choice, check_count, check_number
 from ..losses.logits import LOSSES, kl_loss
 from ..methods import recipes
+from ..noise import NOISES
 from ..norms import Norm, inf_norm, l1_norm, l2_norm, sentence_norm
+from ..options import NAMES as OPTIONS
 from ..options import SCALES
 from ..smart import SMARTLoss
 
@@ -26,8 +28,13 @@ NORMS: dict[str, Norm] = {
     "sentence-l2": sentence_norm(l2_norm), "sentence-l1": sentence_norm(l1_norm),
 }  # fmt: skip
 
-#: The recipes of `smart_fast.recipes`, by their names in lower case.
-RECIPES = {name.lower().replace("_", "-"): getattr(recipes, name) for name in recipes.__all__}
+#: The recipes of `smart_fast.recipes` that are settings of SMARTLoss and complete, by their names in lower case. Those
+#: of `smart_fast.perturbation` set more, and NEFTUNE's noise depends on the batch.
+RECIPES = {
+    name.lower().replace("_", "-"): recipe
+    for name in recipes.__all__
+    if isinstance(recipe := getattr(recipes, name), Mapping) and {"noise_var"} <= recipe.keys() <= set(OPTIONS)
+}
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Options of SMARTLoss whose names here differ from smart_<name>.
@@ -35,7 +42,7 @@ _RENAMED = {"num_steps": "smart_steps", "norm_fn": "smart_norm"}
 # What is meant where neither a recipe nor the user says anything.
 _DEFAULTS: dict[str, Any] = {
     "smart_steps": 1, "smart_step_size": 1e-2, "smart_epsilon": 1e-6, "smart_noise_var": 1e-3, "smart_update": "sift",
-    "smart_scale": "absolute", "smart_norm": "token",
+    "smart_scale": "absolute", "smart_norm": "token", "smart_noise": "normal",
 }  # fmt: skip
 
 
@@ -72,7 +79,8 @@ class SMARTArguments:
         None, "Added to the norm before dividing by it; radius of paper's ball (1e-6)."
     )
     smart_noise_var: float | None = _option(None, "Standard deviation of the initial noise (0.001).")
-    smart_update: str | None = _option(None, "Update rule of the noise: smart-pytorch, sift or paper (sift).")
+    smart_noise: str | None = _option(None, f"Initial noise: {', '.join(NOISES)} (normal).")
+    smart_update: str | None = _option(None, f"Update rule of the noise: {', '.join(UPDATES)} (sift).")
     smart_scale: str | None = _option(
         None, "Units of noise, step and epsilon: absolute, or relative to each token (absolute)."
     )
@@ -123,6 +131,7 @@ class SMARTArguments:
         check_count("smart_every_n_steps", self.smart_every_n_steps, least=1)
         check_count("smart_start_step", self.smart_start_step)
         check_count("smart_diagnose_steps", self.smart_diagnose_steps)
+        check_choice("smart_noise", self.smart_noise, tuple(NOISES))
         check_choice("smart_update", self.smart_update, UPDATES)
         check_choice("smart_scale", self.smart_scale, SCALES)
         check_choice("smart_divergence", self.smart_divergence, DIVERGENCES)
@@ -185,5 +194,7 @@ class SMARTArguments:
         return SMARTLoss(eval_fn, comparison(kl_loss), comparison(LOSSES[self.smart_divergence]), **options)
 
 
-_PLAIN = ("step_size", "epsilon", "noise_var", "backend", "update", "ascent", "scale", "generator", "loss_scale")
+_PLAIN = (
+    "step_size", "epsilon", "noise_var", "noise", "backend", "update", "ascent", "scale", "generator", "loss_scale",
+)  # fmt: skip
 _OF_MODULES = ("freeze_parameters", "ascent_dropout", "freeze_batch_norm")
