@@ -15,12 +15,12 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 from . import accuracy, quality
-from .peers import COMPILED, EAGER, OURS
+from .headline import NATIVE
+from .peers import COMPILED, EAGER
 from .report import Report
 from .run import Row
 from .style import LIGHT, THEMES, WIDTH, Theme, mark, save, styled
 
-NATIVE = OURS + "native"
 GROUPS = {
     "ops": "one operation",
     "lm": "language models",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,8 +60,9 @@ def check_embeddings(
     return embeds, masks
 
 
-def check_bounds(name: str, bounds: Any) -> tuple[Any, Any]:
-    """A pair of finite numbers or tensors, the first not above the second; (None, None) for None."""
+def check_bounds(name: str, bounds: Any, embeds: Sequence[Tensor]) -> tuple[Any, Any]:
+    """A pair of finite numbers, or of tensors that broadcast to each of ``embeds``, the first not above the second;
+    (None, None) for None."""
     if bounds is None:
         return None, None
     if not isinstance(bounds, (tuple, list)):
@@ -70,6 +72,13 @@ def check_bounds(name: str, bounds: Any) -> tuple[Any, Any]:
     low, high = (check_number(f"{name}[{k}]", each) for k, each in enumerate(bounds))
     if not isinstance(low, Tensor) and not isinstance(high, Tensor) and low > high:
         raise ValueError(f"{name} must not have a low above its high, got {bounds}")
+    for k, each in enumerate((low, high)):
+        for embed in embeds if isinstance(each, Tensor) else ():
+            sizes = zip(reversed(each.shape), reversed(embed.shape), strict=False)
+            if each.dim() > embed.dim() or any(size not in (1, whole) for size, whole in sizes):
+                raise ValueError(
+                    f"{name}[{k}] must broadcast to embed, {tuple(embed.shape)}, got shape {tuple(each.shape)}"
+                )
     return low, high
 
 

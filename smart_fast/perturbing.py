@@ -68,7 +68,8 @@ def perturbation(
     Works under `torch.no_grad` and `torch.inference_mode`. Formulas: Jiang et al., SMART, ACL 2020, Algorithm 1.
 
     Raises:
-        TypeError, ValueError: as `SMARTLoss`; bounds that are no pair; an optimizer with an update that has no ball.
+        TypeError, ValueError: as `SMARTLoss`; bounds that are no pair or do not fit; an optimizer that is none, or
+            with an update that has no ball.
         RuntimeError: ``loss_of`` does not depend on what it is given; ``accumulate`` without gradients, inside
             torch.compile, or with FSDP2.
     """
@@ -87,10 +88,12 @@ def perturbation(
         norm, num_steps, step_size, epsilon, noise_var, backend=backend, update=update, scale=scale, noise=noise,
         generator=generator, ascent_dtype=ascent_dtype,
     )  # fmt: skip
-    low, high = check_bounds("bounds", bounds)
-    if optimizer is not None and not updates.rule(update).ball:
-        raise ValueError(f"optimizer needs an update with a ball, 'paper' or 'sign', got {update!r}")
+    if optimizer is not None:
+        check_callable("optimizer", optimizer)
+        if not updates.rule(update).ball:
+            raise ValueError(f"optimizer needs an update with a ball, 'paper' or 'sign', got {update!r}")
     embeds, masks = check_embeddings(embed, mask, generator)
+    low, high = check_bounds("bounds", bounds, embeds)
     if any(each.numel() == 0 for each in embeds):
         return Perturbation(embed, _like(embed, [each.detach() for each in embeds]), (), None)
     watched = _Watched(loss_of, check_bool("targeted", targeted))

@@ -4,8 +4,10 @@ import ast
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,29 @@ def run_workers(worker, world, directory, checks=()):
     files = [directory / f"{rank}.json" for rank in range(world)]
     nothing = dict.fromkeys(checks_of(worker), f"left no results\n{done.stdout}{done.stderr}")
     return [json.loads(file.read_text()) if file.is_file() else nothing for file in files]
+
+
+def report_checks(checks):
+    """What the script of `checks_found` does: calls each of ``checks`` and prints a line for it."""
+    for name, check in checks.items():
+        wrong = None
+        try:
+            check()
+        except BaseException:
+            wrong = traceback.format_exc()
+        print(json.dumps({"check": name, "wrong": wrong}), flush=True)
+
+
+def checks_found(tmp_path_factory, script):
+    """For each check of a script on the stub of the CUDA driver a traceback, or None if it passed."""
+    pytest.importorskip("triton")
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc on PATH")
+
+    def checked(directory):
+        done = run_python([str(script)], cwd=directory, env={"TRITON_CACHE_DIR": str(directory / "cache")})
+        assert done.returncode == 0, done.stderr[-4000:]
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        return {line["check"]: line["wrong"] for line in lines}
+
+    return once(tmp_path_factory, script.stem, checked)

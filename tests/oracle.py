@@ -255,3 +255,34 @@ def ascend(noise: Tensor, grad: Tensor, update: str, kind: str, scope: str, step
         size = norm_rows(kind, scope, step) + epsilon * unit
         moved = torch.where(size > 0, step / size, 0.0)
     return moved if mask is None else torch.where(mask.unsqueeze(-1), moved, 0.0)
+
+
+def projected_divergence(
+    kind: str, alpha: float, given: dict[str, Tensor], reduction: str, upstream: Tensor | None = None,
+    mask: Tensor | None = None, temperature: float = 1.0, scale: float = 1.0, cap: float | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The loss of projected hidden states, ``"loss"``, and its gradient to each of ``given``: input, target, weight and
+    bias, and target_weight and target_bias if the target has its own. From whole logits, ``scale`` times what is
+    projected, behind a softcap ``cap``, whose derivative is 1 / cosh**2."""
+    plain = {name: each.detach().double().cpu() for name, each in given.items()}
+    shared = "target_weight" not in plain
+    prefixes = ("", "" if shared else "target_")
+    raw = [scale * torch.nn.functional.linear(plain[side], plain[f"{prefix}weight"], plain.get(f"{prefix}bias"))
+           for side, prefix in zip(("input", "target"), prefixes, strict=True)]  # fmt: skip
+    slopes = [scale / temperature * (torch.ones_like(a) if cap is None else torch.cosh(a / cap) ** -2) for a in raw]
+    x, t = ((a if cap is None else cap * torch.tanh(a / cap)) / temperature for a in raw)
+    keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
+    divisor = {"batchmean": x.shape[0], "mean": max(1, int(keep.sum())) * x.shape[-1]}.get(reduction, 1)
+    factor = temperature**2 / divisor
+    rows = factor * torch.where(keep, divergence_rows(kind, x, t, alpha), 0.0)
+    g = torch.ones(()) if upstream is None else upstream.cpu()
+    g = torch.where(keep, g.double().expand(keep.shape), 0.0).unsqueeze(-1)
+    to_logits = divergence_grads(kind, x, t, alpha, torch.ones(1, dtype=torch.float64))
+    found = {"loss": rows if reduction == "none" else rows.sum()}
+    for grad, slope, side, prefix in zip(to_logits, slopes, ("input", "target"), prefixes, strict=True):
+        grad = factor * g * grad * slope
+        found[side] = grad @ plain[f"{prefix}weight"]
+        flat, hidden = (each.reshape(-1, each.shape[-1]) for each in (grad, plain[side]))
+        for name, value in ((f"{prefix}weight", flat.T @ hidden), (f"{prefix}bias", flat.sum(0))):
+            found[name] = found[name] + value if name in found else value
+    return found

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
-import json
 import tempfile
 import threading
 import traceback
@@ -31,6 +30,7 @@ from smart_fast.backends import triton_launch as ops
 from smart_fast.backends import triton_plan
 from smart_fast.backends.base import STATISTICS
 from smart_fast.backends.triton_plan import Planned
+from tests.helpers import report_checks
 
 STUB = StubDriver()
 DTYPES = (torch.float32, torch.bfloat16)
@@ -360,13 +360,7 @@ def main() -> None:
     checks |= {name.removeprefix("check_").replace("_", " "): check for name, check in globals().items()
                if name.startswith("check_") and name != "check_launches"}  # fmt: skip
     with tempfile.TemporaryDirectory() as directory, STUB, mock.patch.multiple(ops, **without_bodies(directory)):
-        for name, check in checks.items():
-            wrong = None
-            try:
-                check()
-            except Exception:
-                wrong = traceback.format_exc()
-            print(json.dumps({"check": name, "wrong": wrong}), flush=True)
+        report_checks(checks)
 
 
 if __name__ == "__main__":

@@ -88,23 +88,10 @@ def expected(
     mask: Tensor | None = None, temperature: float = 1.0,
 ) -> list[Tensor]:  # fmt: skip
     """The same from whole float64 logits."""
-    if alpha is None:
-        alpha = divergence(kind).alpha
-    input, target, weight, bias = (each.detach().double().cpu() for each in given)
-    x, t = F.linear(input, weight, bias) / temperature, F.linear(target, weight, bias) / temperature
-    keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
-    divisor = {"batchmean": x.shape[0], "mean": max(1, int(keep.sum())) * x.shape[-1]}.get(reduction, 1)
-    factor = temperature**2 / divisor
-    rows = factor * torch.where(keep, oracle.divergence_rows(kind, x, t, alpha), 0.0)
-    g = torch.ones(()) if upstream is None else upstream.cpu()
-    g = torch.where(keep, g.double().expand(keep.shape), 0.0).unsqueeze(-1)
-    unit = torch.ones(1, dtype=torch.float64)
-    dx, dt = (factor / temperature * g * each for each in oracle.divergence_grads(kind, x, t, alpha, unit))
-    flat = [each.reshape(-1, each.shape[-1]) for each in (dx, dt, input, target)]
-    return [
-        rows if reduction == "none" else rows.sum(), dx @ weight, dt @ weight,
-        flat[0].T @ flat[2] + flat[1].T @ flat[3], (flat[0] + flat[1]).sum(0),
-    ]  # fmt: skip
+    alpha = divergence(kind).alpha if alpha is None else alpha
+    named = dict(zip(NAMES[1:], given, strict=True))
+    found = oracle.projected_divergence(kind, alpha, named, reduction, upstream, mask, temperature)
+    return [found[name] for name in NAMES]
 
 
 def check(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:

@@ -7,7 +7,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from smart_fast import LinearDivergence, linear_jsd_loss, linear_kl_loss, linear_sym_kl_loss
@@ -61,34 +60,9 @@ def run(kind: str, given: dict[str, Tensor], upstream: Tensor | None = None, **o
     return {"loss": loss, **dict(zip(leaves, grads, strict=True))}
 
 
-def expected(
-    kind: str, given: dict[str, Tensor], reduction: str, alpha: float | None = None, upstream: Tensor | None = None,
-    mask: Tensor | None = None, temperature: float = 1.0, scale: float = 1.0, cap: float | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The same from whole float64 logits; the derivative of the hyperbolic tangent as 1 / cosh**2."""
-    alpha = divergence(kind).alpha if alpha is None else alpha
-    plain = {name: each.detach().double().cpu() for name, each in given.items()}
-    shared = "target_weight" not in plain
-    prefixes = ("", "" if shared else "target_")
-    raw = [scale * F.linear(plain[side], plain[f"{prefix}weight"], plain.get(f"{prefix}bias"))
-           for side, prefix in zip(("input", "target"), prefixes, strict=True)]  # fmt: skip
-    slopes = [scale / temperature * (torch.ones_like(a) if cap is None else torch.cosh(a / cap) ** -2) for a in raw]
-    x, t = ((a if cap is None else cap * torch.tanh(a / cap)) / temperature for a in raw)
-    keep = torch.ones(x.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
-    divisor = {"batchmean": x.shape[0], "mean": max(1, int(keep.sum())) * x.shape[-1]}.get(reduction, 1)
-    factor = temperature**2 / divisor
-    rows = factor * torch.where(keep, oracle.divergence_rows(kind, x, t, alpha), 0.0)
-    g = torch.ones(()) if upstream is None else upstream.cpu()
-    g = torch.where(keep, g.double().expand(keep.shape), 0.0).unsqueeze(-1)
-    to_logits = oracle.divergence_grads(kind, x, t, alpha, torch.ones(1, dtype=torch.float64))
-    found = {"loss": rows if reduction == "none" else rows.sum()}
-    for grad, slope, side, prefix in zip(to_logits, slopes, ("input", "target"), prefixes, strict=True):
-        grad = factor * g * grad * slope
-        found[side] = grad @ plain[f"{prefix}weight"]
-        flat, hidden = grad.flatten(0, -2), plain[side].flatten(0, -2)
-        for name, value in ((f"{prefix}weight", flat.T @ hidden), (f"{prefix}bias", flat.sum(0))):
-            found[name] = found[name] + value if name in found else value
-    return found
+def expected(kind: str, given: dict[str, Tensor], *args: object, **options: object) -> dict[str, Tensor]:
+    """`oracle.projected_divergence`, alpha that of ``kind`` if none is given."""
+    return oracle.projected_divergence(kind, divergence(kind).alpha, given, *args, **options)
 
 
 def check(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, but: tuple[str, ...] = ()) -> None:
@@ -113,7 +87,7 @@ def agree(
         kind, given, upstream, reduction=reduction, mask=mask, temperature=1.6, chunk_bytes=size, logit_scale=1.3,
         logit_softcap=cap, **options,
     )  # fmt: skip
-    check(got, expected(kind, given, reduction, alpha, upstream, mask, 1.6, 1.3, cap), tolerance)
+    check(got, oracle.projected_divergence(kind, alpha, given, reduction, upstream, mask, 1.6, 1.3, cap), tolerance)
 
 
 @in_pytorch

@@ -311,6 +311,10 @@ def test_the_recipe_beats_the_default_and_settings_beat_the_recipe() -> None:
         SMARTArguments(smart_recipe="best")
     with pytest.raises(ValueError, match=r"smart_proximal_beta must be in \[0, 1\], got 2"):
         SMARTArguments(smart_proximal_beta=2.0)
+    with pytest.raises(TypeError, match="smart_embeddings must be a string, got int"):
+        SMARTArguments(smart_embeddings=4)
+    with pytest.raises(ValueError, match="smart_embeddings must not hold an empty name, got ''"):
+        SMARTArguments(smart_embeddings="")
     with pytest.raises(ValueError, match="ascent='fisher' takes one step"):
         SMARTArguments(smart_ascent="fisher", smart_steps=2)
 

@@ -3,14 +3,12 @@ that is the way."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT, once, run_python
+from tests.helpers import ROOT, checks_found, run_python
 
 SCRIPT = Path(__file__).with_name("plan_native_checks.py")
 CHECKS = (
@@ -34,19 +32,9 @@ print(registry.state.found["triton"].nodes, registry.plain_divergence("triton") 
 """
 
 
-def checked(directory: Path) -> Any:
-    done = run_python([str(SCRIPT)], cwd=directory, env={"TRITON_CACHE_DIR": str(directory / "cache")})
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line["check"]: line["wrong"] for line in lines}
-
-
 @pytest.fixture(scope="session")
 def found(native: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pytest.importorskip("triton")
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc on PATH")
-    return once(tmp_path_factory, "plan_native_checks", checked)
+    return checks_found(tmp_path_factory, SCRIPT)
 
 
 def test_every_check_is_named(found: Any) -> None:

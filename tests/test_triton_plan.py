@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import once, run_python
+from tests.helpers import checks_found
 
 SCRIPT = Path(__file__).with_name("plan_checks.py")
 LAUNCHERS = (
@@ -23,19 +21,9 @@ CHECKS = (
 )  # fmt: skip
 
 
-def checked(directory: Path) -> Any:
-    done = run_python([str(SCRIPT)], cwd=directory, env={"TRITON_CACHE_DIR": str(directory / "cache")})
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {line["check"]: line["wrong"] for line in lines}
-
-
 @pytest.fixture(scope="session")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pytest.importorskip("triton")
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc on PATH")
-    return once(tmp_path_factory, "plan_checks", checked)
+    return checks_found(tmp_path_factory, SCRIPT)
 
 
 def test_every_check_is_named(found: Any) -> None:

@@ -32,7 +32,12 @@ class Optimized:
         noise = autograd.noise_values(backend, embed, noise, step.noise_var, mask, unit, step.noise).detach()
         if len(self.running) < self.count:
             made = torch.empty_like(noise, dtype=_wide(noise)).requires_grad_()
-            self.running.append((made, self.factory([made])))
+            optimizer = self.factory([made])
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    f"optimizer must make a torch.optim.Optimizer of [noise], it made {type(optimizer).__name__}"
+                )
+            self.running.append((made, optimizer))
         leaf, optimizer = self.running[self.calls % self.count]
         self.calls += 1
         with torch.no_grad():

@@ -112,6 +112,11 @@ class SMARTArguments:
         Raises:
             TypeError, ValueError: a setting that does not exist, or of the wrong type.
         """
+        if self.smart_embeddings is not None:
+            if not isinstance(self.smart_embeddings, str):
+                raise TypeError(f"smart_embeddings must be a string, got {type(self.smart_embeddings).__name__}")
+            if not all(each.strip() for each in self.smart_embeddings.split(",")):
+                raise ValueError(f"smart_embeddings must not hold an empty name, got {self.smart_embeddings!r}")
         if self.smart_recipe is not None:
             check_choice("smart_recipe", self.smart_recipe, tuple(RECIPES))
         recipe = RECIPES.get(self.smart_recipe or "", {})

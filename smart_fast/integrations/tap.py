@@ -183,7 +183,9 @@ def own_embeddings(model: Any) -> Any:
     """What ``get_input_embeddings()`` gives; NotImplemented where it is not to be had."""
     try:
         return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    except (NotImplementedError, AttributeError):  # as transformers has it for models without embeddings of tokens
+    # Both are what transformers raises for models without embeddings of tokens, or whose base model is not in place;
+    # `find` then looks for modules by their names, or says what to name.
+    except (NotImplementedError, AttributeError):
         return NotImplemented
 
 
@@ -204,7 +206,7 @@ def _part(model: Any, side: str) -> Any:
     """The encoder or the decoder of a model that has both."""
     if not is_encoder_decoder(model):
         return None
-    with contextlib.suppress(AttributeError, NotImplementedError):
+    with contextlib.suppress(AttributeError, NotImplementedError):  # models whose parts have other names: the whole
         part = getattr(model, f"get_{side}")()
         return None if part is model else part
     return None
