@@ -17,6 +17,7 @@ import transformers
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments
 
 from smart_fast import SMARTLoss, kl_loss, sym_kl_loss
+from smart_fast.integrations.arguments import NORMS
 from smart_fast.integrations.transformers import SMARTSeq2SeqTrainer, SMARTTrainer
 from tests.helpers import exhaustively
 from tests.test_integrations import SEED, arguments, assert_close, logged, train
@@ -50,7 +51,9 @@ def batch() -> dict[str, Tensor]:
 MODELS = {"bart": bart, "t5": t5}
 
 
-def by_hand(model: nn.Module, inputs: dict[str, Tensor], which: str) -> tuple[float, dict[str, Tensor]]:
+def by_hand(
+    model: nn.Module, inputs: dict[str, Tensor], which: str, norm: str = "token"
+) -> tuple[float, dict[str, Tensor]]:
     """The regularizer and the gradients of one step, from embeddings that are passed to the model."""
     labels, mask = inputs["labels"], inputs["attention_mask"]
     shifted = torch.cat([torch.full((ROWS, 1), END), labels[:, :-1].masked_fill(labels[:, :-1] == -100, PAD)], 1)
@@ -68,7 +71,7 @@ def by_hand(model: nn.Module, inputs: dict[str, Tensor], which: str) -> tuple[fl
     torch.manual_seed(SEED)
     smart = SMARTLoss(
         logits_of, lambda x, t: kl_loss(x, t, "sum"), lambda x, t: sym_kl_loss(x, t, "sum"), step_size=0.1,
-        noise_var=0.01, update="sift", backend="torch",
+        noise_var=0.01, update="sift", norm_fn=NORMS[norm], backend="torch",
     )  # fmt: skip
     embeds = tuple(clean[side] for side in chosen)
     state = logits_of(*embeds)
@@ -83,15 +86,16 @@ SETTINGS = {"smart_weight": 3.0, "smart_step_size": 0.1, "smart_noise_var": 0.01
 
 
 @pytest.mark.parametrize(
-    ("kind", "which"),
-    [("bart", "both"), ("t5", "both"), ("t5", "decoder"), *exhaustively(("bart", "encoder"), ("t5", "encoder"))],
-)
-def test_both_embeddings_are_perturbed(kind: str, which: str, tmp_path: Path) -> None:
+    ("kind", "which", "norm"),  # a norm over the sentence sees the noise at padding, which causal models do not
+    [("bart", "both", "sentence-l2"), ("t5", "both", "token"), ("t5", "decoder", "sentence-l2"),
+     *exhaustively(("bart", "encoder", "token"), ("t5", "encoder", "token"))],
+)  # fmt: skip
+def test_both_embeddings_are_perturbed(kind: str, which: str, norm: str, tmp_path: Path) -> None:
     name = {"bart": "BartForConditionalGeneration", "t5": "T5ForConditionalGeneration"}[kind]
     model, inputs = MODELS[kind](name).train(), batch()
-    smoothness, expected = by_hand(model, inputs, which)
+    smoothness, expected = by_hand(model, inputs, which, norm)
     args = arguments(tmp_path, Seq2SeqTrainingArguments)
-    settings = {**SETTINGS, **({} if which == "both" else {"smart_embeddings": which})}
+    settings = {**SETTINGS, "smart_norm": norm, **({} if which == "both" else {"smart_embeddings": which})}
     trainer, gradients = train(model, args, inputs, SMARTSeq2SeqTrainer, **settings)
     assert logged(trainer, "smart_loss") == pytest.approx([smoothness], rel=1e-4)
     assert_close(gradients, expected)
