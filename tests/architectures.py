@@ -74,7 +74,7 @@ def _takes(config: Any, name: str) -> bool:
         if isinstance(value, bool) or not (isinstance(value, int) or (value is None and name in _MAY_BE_NONE)):
             return False
         setattr(config, name, _BY_NAME[name])
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # sizes that a configuration derives from others
         return False
     return True
 

@@ -71,7 +71,7 @@ def by_hand(
     torch.manual_seed(SEED)
     smart = SMARTLoss(
         logits_of, lambda x, t: kl_loss(x, t, "sum"), lambda x, t: sym_kl_loss(x, t, "sum"), step_size=0.1,
-        noise_var=0.01, update="sift", norm_fn=NORMS[norm], backend="torch",
+        noise_var=0.01, update="paper", epsilon=0.05, norm_fn=NORMS[norm], backend="torch",
     )  # fmt: skip
     embeds = tuple(clean[side] for side in chosen)
     state = logits_of(*embeds)
@@ -86,7 +86,7 @@ SETTINGS = {"smart_weight": 3.0, "smart_step_size": 0.1, "smart_noise_var": 0.01
 
 
 @pytest.mark.parametrize(
-    ("kind", "which", "norm"),  # a norm over the sentence sees the noise at padding, which causal models do not
+    ("kind", "which", "norm"),  # a ball of the sentence holds the noise at padding, which causal models do not see
     [("bart", "both", "sentence-l2"), ("t5", "both", "token"), ("t5", "decoder", "sentence-l2"),
      *exhaustively(("bart", "encoder", "token"), ("t5", "encoder", "token"))],
 )  # fmt: skip
@@ -95,7 +95,13 @@ def test_both_embeddings_are_perturbed(kind: str, which: str, norm: str, tmp_pat
     model, inputs = MODELS[kind](name).train(), batch()
     smoothness, expected = by_hand(model, inputs, which, norm)
     args = arguments(tmp_path, Seq2SeqTrainingArguments)
-    settings = {**SETTINGS, "smart_norm": norm, **({} if which == "both" else {"smart_embeddings": which})}
+    settings = {
+        **SETTINGS,
+        "smart_norm": norm,
+        "smart_update": "paper",
+        "smart_epsilon": 0.05,
+        **({} if which == "both" else {"smart_embeddings": which}),
+    }
     trainer, gradients = train(model, args, inputs, SMARTSeq2SeqTrainer, **settings)
     assert logged(trainer, "smart_loss") == pytest.approx([smoothness], rel=1e-4)
     assert_close(gradients, expected)
