@@ -144,7 +144,7 @@ def divergence_backward_kernel(
     g = as_fp32(factor) * tl.load(grad_ptr + g_base, mask=real, other=0.0).to(tl.float32)
     first, second = load_sums(stats_ptr, row, real)
     dx, dt = row_gradients(g, p, q, r, first, second, as_fp32(alpha), KIND)
-    ends = (block == 0) | (block == blocks - 1)
+    ends = (block == 0) | ((block + 1) * BLOCK > width)  # where a row ends depends on its skew
     if WANT_X:
         _store_gradient(dx_ptr, dx, row, col, skew, valid, real, width, ends, MASKED, SKEW)
     if WANT_T:

@@ -104,7 +104,7 @@ def test_vocabulary(kind: str, width: int, apart: float, device: torch.device, p
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *exhaustively(torch.float32)])
-@pytest.mark.parametrize("width", [259, *exhaustively(2045, 8191, 8197)])
+@pytest.mark.parametrize("width", [259, 2045, *exhaustively(8191, 8197)])
 @pytest.mark.parametrize(("apart", "masked"), [(1e-2, False), (3.0, True), *exhaustively((1e-2, True), (3.0, False))])
 def test_rows_that_begin_within_16_bytes(
     masked: bool, apart: float, width: int, dtype: torch.dtype, device: torch.device, poison: None
