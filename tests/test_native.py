@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -207,33 +206,27 @@ def test_no_gradient_no_memory(native):
 
 
 @pytest.mark.exhaustive
-def test_kernels_under_address_and_undefined_behavior_sanitizer(tmp_path):
+@pytest.mark.parametrize("instructions", ["portable", "widest"])
+def test_kernels_under_address_and_undefined_behavior_sanitizer(instructions, tmp_path, monkeypatch):
     csrc = native_build.sources()
     if reason := native_build.missing():
         pytest.skip(reason)
-    here = Path(__file__).parent
+    monkeypatch.delenv("SMART_FAST_INSTRUCTION_SETS", raising=False)
+    chosen = native_build.instruction_set() if instructions == "widest" else instructions
     flags = [flag for flag in native_build.FLAGS if flag not in ("-O3", "-fopenmp")]
-    flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{csrc}"]
+    flags += ["-O1", "-g1", "-fno-inline-functions", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     compiler = os.environ.get("CXX", "c++").split()
-    units = [*sorted((csrc / "cpu").glob("*.cpp")), here / "native" / "test_kernels.cpp"]
-
-    def compile_unit(source):
-        target = tmp_path / f"{source.stem}.o"
-        return subprocess.run([*compiler, *flags, "-c", source, "-o", target], capture_output=True, text=True), target
-
-    with ThreadPoolExecutor(2) as pool:
-        compiled = list(pool.map(compile_unit, units))
-    assert all(done.returncode == 0 for done, _ in compiled), "".join(done.stderr for done, _ in compiled)
     program = tmp_path / "test_kernels"
-    objects = [target for _, target in compiled]
-    linked = subprocess.run([*compiler, *flags, *objects, "-o", program], capture_output=True, text=True)
-    if linked.returncode != 0 and "asan" in linked.stderr:
+    units = [csrc / f"cpu/{chosen}.cpp", csrc / "cpu/dispatch.cpp", Path(__file__).parent / "native/test_kernels.cpp"]
+    command = [*compiler, *flags, f"-I{csrc}", f"-DSMART_FAST_ONLY={chosen}", *units, "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode != 0 and "asan" in built.stderr:
         pytest.skip("this compiler comes without sanitizers")
-    assert linked.returncode == 0, linked.stderr
+    assert built.returncode == 0, built.stderr
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "0 failures" in done.stdout
+    assert "1 instruction sets, 0 failures" in done.stdout
 
 
 # ---- names that stand for nothing ------------------------------------------------------------------------------------

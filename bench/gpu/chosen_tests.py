@@ -44,6 +44,14 @@ LEFT_OUT = {
     "test_long_groups": "PyTorch's own reduction of long groups",
     "test_smart_loss_mask": "test_mask and test_smart_loss have the kernels",
     "test_fp16_extremes": "test_half_precision has the kernels in fp16",
+    "test_dimensions": "test_strides has the kernels",
+    "test_one_dimension": "a row as others are",
+    "test_one_class_is_zero": "a row as others are",
+    "test_signs_reach_the_corners": "test_signs has the kernels",
+    "test_steps_from_uniform_noise": "test_uniform_noise_is_the_same_everywhere has the noise",
+    "test_uniform_distribution": "test_uniform_noise_is_the_same_everywhere has the noise",
+    "test_perturbed_embeddings": "test_smart_loss has the kernels",
+    "test_whole_logits_agree_in_kernels": "test_half_precision_in_kernels has them",
 }
 
 

@@ -70,13 +70,25 @@ void perturb_and_ascend(int64_t rows, int64_t width) {
       std::vector<float> units(size_t(rows), 0.3f);
       units.back() = 0;
       const float* unit = relative ? units.data() : nullptr;
-      const cpu::Perturb perturb = {shape, embed_rows, mask_bytes, unit, 42, 0.1f, out.data(), noise.floats(), stream};
-      cpu::kernels().perturb(perturb, 0, (rows * width + cpu::perturb_chunk - 1) / cpu::perturb_chunk);
-      check(!masked || noise.floats()[0] == 0, "masked noise", width);
+      cpu::Perturb perturb = {};
+      perturb.shape = shape;
+      perturb.embed = embed_rows;
+      perturb.mask = mask_bytes;
+      perturb.unit = unit;
+      perturb.seed = 42;
+      perturb.noise_var = 0.1f;
+      perturb.out = out.data();
+      perturb.noise_out = noise.floats();
+      perturb.stream = stream;
+      for (const Noise kind : {Noise::uniform, Noise::normal}) {
+        perturb.kind = kind;
+        cpu::kernels().perturb(perturb, 0, (rows * width + cpu::perturb_chunk - 1) / cpu::perturb_chunk);
+        check(!masked || noise.floats()[0] == 0, "masked noise", width);
+      }
 
       const Scratch scratch(cpu::ascend_scratch(width));
       for (const Norm norm : {Norm::inf, Norm::l2, Norm::l1, Norm::opaque})
-        for (const Update update : {Update::smart_pytorch, Update::sift, Update::paper})
+        for (const Update update : {Update::smart_pytorch, Update::sift, Update::paper, Update::sign})
           for (const bool stored : {false, true}) {
             cpu::Ascend ascend = {};
             ascend.shape = shape;
@@ -125,9 +137,9 @@ void divergences(int64_t rows, int64_t width) {
   const int64_t chunks = cpu::chunks(rows, width);
   for (const Kind kind : {Kind::kl, Kind::sym_kl, Kind::js, Kind::jsd})
     for (const Dtype x_dtype : dtypes)
-      for (const Dtype t_dtype : dtypes)
+      for (const Dtype t_dtype : {x_dtype, Dtype::fp32})
         for (int variant = 0; variant < 16; ++variant) {
-          const bool masked = variant & 1, strided = variant & 2, stream = variant & 4, relative = variant & 8;
+          const bool masked = variant & 1, strided = variant & 2, stream = variant & 4, difference = variant & 8;
           const int64_t step = strided ? width + 5 : width;
           Tensor x(rows * step, x_dtype, 3), t(rows * step, t_dtype, 4), dx(rows * width, x_dtype),
               dt(rows * width, t_dtype), terms(rows * width, x_dtype), stats(rows * statistics, Dtype::fp32);
@@ -142,8 +154,8 @@ void divergences(int64_t rows, int64_t width) {
           args.kind = kind;
           args.alpha = 0.5f;
           args.upstream = args.weight = 1.0f;
-          args.scale = relative ? 0.5f : 1.0f;
-          args.relative = relative;
+          args.scale = difference ? 0.5f : 1.0f;
+          args.from_difference = difference;
           args.stream = stream;
           args.stats = stats.floats();
           args.partial = partial.data();
@@ -233,9 +245,9 @@ int main() {
   for (const char* name : {"portable", "avx2", "avx512"}) {
     if (!cpu::choose(name)) continue;
     ++sets;
-    for (const int64_t width : {1, 2, 3, 7, 16, 33, 64, 65, 129, 1023, 1024, 1025, 3000}) {
+    for (const int64_t width : {1, 3, 7, 16, 33, 65, 1023, 1025}) {
       perturb_and_ascend(width > 1000 ? 2 : 5, width);
-      divergences(width > 1000 ? 2 : 17, width);
+      divergences(width > 1000 ? 2 : 5, width);
       fisher_directions(width > 1000 ? 2 : 37, width);
     }
   }
