@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
                                                               const optional<Tensor>& mask, string_view kind,
                                                               string_view output, double alpha, double weight,
                                                               double scale, bool from_difference, bool keep, bool want_input,
-                                                              bool want_target) {
+                                                              bool want_target, double rescale) {
   const View view({input, target});
   const Output shape = output_of(output);
   Tensor holder;
@@ -267,6 +267,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
   args.alpha = float(alpha);
   args.weight = float(weight);
   args.upstream = float(weight * scale);
+  args.rescale = float(rescale);
   const int64_t rows = view.shape.rows;
   const at::IntArrayRef leading = input.sizes().slice(0, input.dim() - 1);
   Tensor loss = shape == Output::terms ? new_output(input.sizes(), at::result_type(input, target))
@@ -413,8 +414,8 @@ TORCH_LIBRARY_FRAGMENT(smart_fast, library) {
   library.def("native_divergence(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
               " float weight, float scale, bool from_difference) -> Tensor", tags);
   library.def("native_divergence_forward(Tensor input, Tensor target, Tensor? mask, str kind, str output, float alpha,"
-              " float weight, float scale, bool from_difference, bool keep, bool want_input, bool want_target)"
-              " -> (Tensor, Tensor, Tensor, Tensor)", tags);
+              " float weight, float scale, bool from_difference, bool keep, bool want_input, bool want_target,"
+              " float rescale=1.0) -> (Tensor, Tensor, Tensor, Tensor)", tags);
   library.def("native_divergence_backward(Tensor grad, Tensor input, Tensor target, Tensor stats, Tensor? mask,"
               " str kind, str output, float alpha, float weight, float scale, bool from_difference, bool want_input,"
               " bool want_target) -> (Tensor, Tensor)", tags);

@@ -31,7 +31,7 @@ struct Launchers final : nodes::Executor {
   bool beside_loss(const Tensor&, const Tensor&, const Spec&) const override { return false; }
 
   Forward forward(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, const Spec& spec, bool keep, bool,
-                  bool) const override {
+                  bool, double) const override {
     const auto results = divergence_forward(input, input, target, mask, string_view(spec.kind), string_view(spec.output),
                                             spec.alpha, spec.weight, Keyed{spec.scale}, spec.from_difference, keep);
     return {results[0], results[1], {}, {}};

@@ -17,6 +17,7 @@ from smart_fast import norms
 from smart_fast.backends import base, select
 from smart_fast.backends.base import STATISTICS, Step
 from tests import cuda_emulation, oracle
+from tests.helpers import exhaustively
 
 LOSSES = [smart_fast.kl_loss, smart_fast.sym_kl_loss, smart_fast.js_loss]
 MIB = 2**20
@@ -290,3 +291,43 @@ def test_a_divergence_without_formulas_does_not_compile(kind):
         done = subprocess.run(command, input=code, capture_output=True, text=True, check=False)
         assert (done.returncode == 0) == (kind == "Kind::jsd"), done.stderr
         assert kind == "Kind::jsd" or "a divergence without formulas" in done.stderr
+
+
+# ---- the upstream gradient that is expected --------------------------------------------------------------------------
+
+
+def weighed_gradients(kind, pair, weight):
+    x, t = (each.detach().clone().requires_grad_() for each in pair)
+    (weight * kind(x, t, reduction="batchmean", backend="native")).backward()
+    return x.grad, t.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7, 3), (40, 40), (5, 1000), *exhaustively(((3, 4099),), ((64, 7000),))])
+@pytest.mark.parametrize("kind", [*LOSSES, smart_fast.jsd_loss])
+def test_gradients_do_not_depend_on_what_was_expected(kind, shape, dtype, native):
+    """Weights that repeat are expected, and multiplied by as gradients are written: with the bits of a second pass."""
+    logits = pair(*shape, apart=0.3, dtype=dtype)
+    plain = weighed_gradients(kind, logits, torch.tensor(1.0))
+    for weight in (0.3, 0.3, 0.3, 0.3, 0.3, 0.3, -2.7, 0.3, 0.3, float("inf"), 1.0):
+        weight = torch.tensor(weight)
+        for got, one in zip(weighed_gradients(kind, logits, weight), plain, strict=True):
+            torch.testing.assert_close(got, one * weight, rtol=0, atol=0, equal_nan=True)
+
+
+def test_expected_or_not_a_second_backward_pass_gives_the_same(native):
+    for upstream in (0.3, 0.3, 0.3, 0.3, 0.3, 0.7):
+        x, t = pair(6, 100)
+        loss = upstream * smart_fast.sym_kl_loss(x, t, backend="native")
+        first = torch.autograd.grad(loss, (x, t), retain_graph=True)
+        assert all(map(torch.equal, first, torch.autograd.grad(loss, (x, t))))
+
+
+def test_a_weight_is_not_rounded_to_bf16(native):
+    x, t = pair(4, 500, apart=0.3, dtype=torch.bfloat16)
+    loss = smart_fast.sym_kl_loss(x, t, reduction="sum", backend="native")
+    upstream = torch.tensor(0.3, dtype=loss.dtype)
+    loss.backward(upstream)
+    wanted = oracle.divergence_grads("sym_kl", x.double(), t.double(), 1.0, upstream.double().expand(4, 500))
+    for got, want in zip((x.grad, t.grad), wanted, strict=True):
+        assert abs((got * want).sum() / (want * want).sum() - 1) < 5e-4  # rounded to bf16, 0.3 is 2.6e-3 more

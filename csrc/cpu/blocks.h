@@ -179,9 +179,10 @@ inline float* open_block(void* data, Dtype dtype, int64_t count, float* buffer, 
   return dtype == Dtype::fp32 && count % LANES == 0 && !stream ? static_cast<float*>(data) : buffer;
 }
 
-// `negated`: of 16-bit numbers, where to write the same with the other sign, or null.
+// `negated`: of 16-bit numbers, where to write the same with the other sign, or null. `rescale` multiplies 16-bit numbers
+// once they are rounded, and they are rounded again.
 inline void write_block(void* data, Dtype dtype, int64_t count, const float* values, bool stream,
-                        void* negated = nullptr) {
+                        void* negated = nullptr, float rescale = 1.0f) {
   if (values == data) return;
   if (dtype == Dtype::fp32) {
     if (stream)
@@ -192,8 +193,14 @@ inline void write_block(void* data, Dtype dtype, int64_t count, const float* val
   }
   alignas(64) uint16_t rounded[BLOCK + LANES];
   uint16_t* target = stream || count % LANES != 0 ? rounded : static_cast<uint16_t*>(data);
-  if (dtype == Dtype::bf16) {
+  if (dtype == Dtype::bf16 && rescale != 1.0f) {
+    for (int64_t i = 0; i < count; i += LANES)
+      *reinterpret_cast<HUnaligned*>(target + i) = to_bf16(from_bf16(to_bf16(load(values + i))) * rescale);
+  } else if (dtype == Dtype::bf16) {
     for (int64_t i = 0; i < count; i += LANES) *reinterpret_cast<HUnaligned*>(target + i) = to_bf16(load(values + i));
+  } else if (rescale != 1.0f) {
+    for (int64_t i = 0; i < count; i += LANES)
+      *reinterpret_cast<HUnaligned*>(target + i) = to_fp16(from_fp16(to_fp16(load(values + i))) * rescale);
   } else {
     for (int64_t i = 0; i < count; i += LANES) *reinterpret_cast<HUnaligned*>(target + i) = to_fp16(load(values + i));
   }

@@ -79,7 +79,7 @@ struct Columns {
   }
 
   // Back to rows of a dense output. Those that are masked become zeros.
-  void write(void* data, Dtype dtype, float* values, void* negated = nullptr) {
+  void write(void* data, Dtype dtype, float* values, void* negated = nullptr, float rescale = 1.0f) {
     if (negated != nullptr) negated = advance(negated, dtype, first * width);
     if (!all_real)
       for (int64_t j = 0; j < width; ++j) store(values + j * LANES, keep_real(load(values + j * LANES)));
@@ -87,11 +87,11 @@ struct Columns {
     if (width <= 8) {
       float* const dense = valid == LANES ? open_block(target, dtype, LANES * width, lines, stream) : lines;
       columns_to_dense(values, width, dense);
-      return write_block(target, dtype, valid * width, dense, stream, negated);
+      return write_block(target, dtype, valid * width, dense, stream, negated, rescale);
     }
     for (int64_t j = 0; j < pitch; j += LANES) transpose(values + j * LANES, LANES, lines + j, pitch);
     for (int64_t lane = 1; lane < valid; ++lane) copy_vectors(lines + lane * width, lines + lane * pitch, width);
-    write_block(target, dtype, valid * width, lines, stream, negated);
+    write_block(target, dtype, valid * width, lines, stream, negated, rescale);
   }
 };
 

@@ -209,10 +209,16 @@ struct Sums {
   }
 };
 
+// Gradients of fp32 are rescaled before they are stored, those of 16 bits as they are rounded (write_block).
+SMART_FAST_INLINE F rescale_of(const cpu::Divergence& args, Dtype dtype) {
+  return Simd::splat(dtype == Dtype::fp32 ? args.rescale : 1.0f);
+}
+
 // Third pass where the gradient to t alone had to wait for the sums. q and r lie where the exponentials were.
 template <Kind KIND, class Tile>
 inline void gradients_to_target(Tile& tile, F scale, const RowStatistics& row) {
   const cpu::Divergence& args = *tile.given;
+  const F rescale_t = rescale_of(args, args.t.dtype);
   for (int64_t b = 0; b < tile.blocks(); ++b) {
     const float *q = tile.scratch.exp_t + b * BLOCK, *r = tile.scratch.exp_x + b * BLOCK;
     float* dt = tile.open_out(args.dt, args.t.dtype, b, tile.block_dt);
@@ -220,9 +226,9 @@ inline void gradients_to_target(Tile& tile, F scale, const RowStatistics& row) {
       F to_x, to_t;
       Row<KIND>::template row_gradients<false>(F{}, load(q + i * LANES), load(r + i * LANES), args.alpha, scale, row.first,
                                                row.second, to_x, to_t);
-      store(dt + i * LANES, to_t);
+      store(dt + i * LANES, to_t * rescale_t);
     }
-    tile.write_out(args.dt, args.t.dtype, b, dt);
+    tile.write_out(args.dt, args.t.dtype, b, dt, nullptr, args.rescale);
   }
 }
 
@@ -230,6 +236,7 @@ inline void gradients_to_target(Tile& tile, F scale, const RowStatistics& row) {
 template <Kind KIND, class Tile, bool STORED, bool NEAR>
 inline void gradients_of_row(Tile& tile, F scale, const RowStatistics& row) {
   const cpu::Divergence& args = *tile.given;
+  const F rescale_x = rescale_of(args, args.x.dtype), rescale_t = rescale_of(args, args.t.dtype);
   for (int64_t b = 0; b < tile.blocks(); ++b) {
     const Block block = tile.load_block(b);
     const Probabilities<Tile, STORED> probabilities(row, tile.scratch, b);
@@ -239,11 +246,11 @@ inline void gradients_of_row(Tile& tile, F scale, const RowStatistics& row) {
       F p, q, r, to_x, to_t;
       probabilities.template get<NEAR>(block, i, p, q, r);
       Row<KIND>::template row_gradients<NEAR>(p, q, r, args.alpha, scale, row.first, row.second, to_x, to_t);
-      store(dx + i * LANES, to_x);
-      store(dt + i * LANES, to_t);
+      store(dx + i * LANES, to_x * rescale_x);
+      store(dt + i * LANES, to_t * rescale_t);
     }
-    tile.write_out(args.dx, args.x.dtype, b, dx);
-    tile.write_out(args.dt, args.t.dtype, b, dt);
+    tile.write_out(args.dx, args.x.dtype, b, dx, nullptr, args.rescale);
+    tile.write_out(args.dt, args.t.dtype, b, dt, nullptr, args.rescale);
   }
 }
 
@@ -256,6 +263,7 @@ __attribute__((noinline)) void sum_rows(Tile& tile, RowStatistics& row) {
   constexpr bool now = GRADIENTS && late != Late::both;
   const float alpha = args.alpha;
   const F scale = Simd::splat(Row<KIND>::factor(args.upstream, alpha));
+  const F rescale_x = rescale_of(args, args.x.dtype), rescale_t = rescale_of(args, args.t.dtype);
   // Opposite gradients of 16 bits are rounded once.
   const bool opposite = Row<KIND>::opposite(alpha) && args.dx != nullptr && args.dt != nullptr &&
                         args.x.dtype == args.t.dtype && args.x.dtype != Dtype::fp32;
@@ -273,8 +281,8 @@ __attribute__((noinline)) void sum_rows(Tile& tile, RowStatistics& row) {
       Row<KIND>::template add_row_terms<NEAR>(p, q, r, alpha, part);
       if (now) {
         Row<KIND>::template row_gradients<NEAR>(p, q, r, alpha, scale, F{}, F{}, to_x, to_t);
-        store(dx + i * LANES, to_x);
-        if (with_dt) store(dt + i * LANES, to_t);
+        store(dx + i * LANES, to_x * rescale_x);
+        if (with_dt) store(dt + i * LANES, to_t * rescale_t);
         if (late == Late::target) {
           store(tile.scratch.exp_t + b * BLOCK + i * LANES, q);
           store(tile.scratch.exp_x + b * BLOCK + i * LANES, r);
@@ -283,8 +291,8 @@ __attribute__((noinline)) void sum_rows(Tile& tile, RowStatistics& row) {
     }
     sums.add(part);
     if (now) {
-      tile.write_out(args.dx, args.x.dtype, b, dx, opposite ? args.dt : nullptr);
-      if (with_dt) tile.write_out(args.dt, args.t.dtype, b, dt);
+      tile.write_out(args.dx, args.x.dtype, b, dx, opposite ? args.dt : nullptr, args.rescale);
+      if (with_dt) tile.write_out(args.dt, args.t.dtype, b, dt, nullptr, args.rescale);
     }
   }
   F totals[Row<KIND>::row_sums];

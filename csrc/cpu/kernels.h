@@ -62,6 +62,7 @@ struct Divergence {
   float* stats;         // [rows, statistics], or null in a forward pass; measure: [rows, parts]
   void *dx, *dt;        // gradients in the dtypes of x and t, or null
   float upstream;       // of a loss of whole rows: upstream gradient, weight and scale included
+  float rescale = 1;    // what gradients beside the loss are multiplied by once they are rounded, as a second pass would
   bool stream;
   Rows grad;            // backward: upstream gradients of terms, or a factor for each row; no data for none
 };

@@ -159,10 +159,11 @@ struct Wide {
     return open_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), buffer,
                       given->stream);
   }
-  void write_out(void* data, Dtype dtype, int64_t block, float* values, void* negated = nullptr) {
+  void write_out(void* data, Dtype dtype, int64_t block, float* values, void* negated = nullptr, float rescale = 1.0f) {
     if (data == nullptr) return;
     if (negated != nullptr) negated = advance(negated, dtype, row * width + block * BLOCK);
-    write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values, given->stream, negated);
+    write_block(advance(data, dtype, row * width + block * BLOCK), dtype, part(block), values, given->stream, negated,
+                rescale);
   }
   void zero_out(void* data, Dtype dtype) {
     if (data != nullptr) write_zeros(advance(data, dtype, row * width), dtype, width);
@@ -233,8 +234,8 @@ struct Narrow : Columns {
   double total_of(F per_row) const { return total(keep_real(per_row)); }
 
   float* open_out(void*, Dtype, int64_t, float* buffer) { return buffer; }
-  void write_out(void* data, Dtype dtype, int64_t, float* values, void* negated = nullptr) {
-    if (data != nullptr) write(data, dtype, values, negated);
+  void write_out(void* data, Dtype dtype, int64_t, float* values, void* negated = nullptr, float rescale = 1.0f) {
+    if (data != nullptr) write(data, dtype, values, negated, rescale);
   }
   void zero_out(void* data, Dtype dtype) {
     if (data != nullptr) write_zeros(advance(data, dtype, first * width), dtype, valid * width);

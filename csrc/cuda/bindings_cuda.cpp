@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
                                                               const optional<Tensor>& mask, string_view kind,
                                                               string_view output, double alpha, double weight,
                                                               double scale, bool from_difference, bool keep, bool want_input,
-                                                              bool want_target) {
+                                                              bool want_target, double rescale) {
   const Output form = output_of(output);
   TORCH_CHECK_VALUE(form != Output::terms || !(want_input || want_target),
                     "smart_fast: elementwise terms need their upstream gradient");
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> divergence_forward(const Tensor& inpu
   if (want_input || want_target) {
     args.dx = pointer_if<void>(want_input, dx);
     args.dt = pointer_if<void>(want_target, dt);
-    args.weight = float(weight * scale);
+    args.weight = float(weight * scale * rescale);
     C10_CUDA_CHECK(cuda::divergence_backward(args, launch.stream()));
   }
   return {loss, stats, dx, dt};

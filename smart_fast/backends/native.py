@@ -153,7 +153,7 @@ def _fake_perturb_fresh(
 
 def _fake_divergence_forward(
     input: Tensor, target: Tensor, mask: Tensor | None, kind: str, output: str, alpha: float, weight: float,
-    scale: float, from_difference: bool, keep: bool, want_input: bool, want_target: bool,
+    scale: float, from_difference: bool, keep: bool, want_input: bool, want_target: bool, rescale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     spec = DivergenceSpec(kind, output, alpha, weight, scale, from_difference)
     loss, stats = steps.fake_divergence_forward(input, target, mask, *spec, keep)
