@@ -25,6 +25,7 @@ from .task import TOLERANCE, Finding, deviation, finding
 
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 REFERENCE_ELEMENTS = 1 << 26  # elements of a float64 block of logits
+WEIGHT = 0.3  # of the regularizer in a loss: what gradients are multiplied by
 REGIMES = {"far": 1.0, "near": 0.01}  # how far apart logits are: standard deviation of x - t
 
 Exact = Callable[[Tensor, Tensor], Tensor]  # two float64 blocks of logits [rows, V] -> the sum of their losses
@@ -110,11 +111,11 @@ class Divergence(_Task):
         return lambda input, target: loss(input, target, backend=backend)
 
     def call(self, function: Callable[..., Any], sides: int = 2) -> Callable[..., Any]:
-        """Gradients to the first ``sides`` of input and target."""
+        """Gradients of WEIGHT times the loss to the first ``sides`` of input and target."""
 
         def forward_backward(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
             loss = function(input, target)
-            return (loss, *torch.autograd.grad(loss, (input, target)[:sides])) if self.backward else (loss,)
+            return (loss, *torch.autograd.grad(WEIGHT * loss, (input, target)[:sides])) if self.backward else (loss,)
 
         return forward_backward
 
@@ -164,11 +165,11 @@ class LinearDivergence(_Task):
         return {} if backend == "torch" or self.regime == "near" else {"whole logits": whole}
 
     def call(self, function: Callable[..., Any], sides: int = 2) -> Callable[..., Any]:
-        """Gradients to the first ``sides`` of input and target, and to the weight."""
+        """Gradients of WEIGHT times the loss to the first ``sides`` of input and target, and to the weight."""
 
         def forward_backward(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             loss = function(input, target, weight)
-            return loss, *torch.autograd.grad(loss, (*(input, target)[:sides], weight))
+            return loss, *torch.autograd.grad(WEIGHT * loss, (*(input, target)[:sides], weight))
 
         return forward_backward
 
@@ -197,7 +198,7 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
 def check_logits(
     results: Sequence[Tensor], inputs: Sequence[Tensor], exact: Exact, rounding: Rounding | None = None
 ) -> list[Finding]:
-    """``(loss, *gradients)`` against ``exact`` of both ``inputs`` ``[..., V]``; as many gradients as are given. With
+    """``(loss, *gradients of WEIGHT times it)`` against ``exact`` of both ``inputs``; as many as are given. With
     ``rounding``, that much more is allowed."""
     loss, *grads = (each.detach() for each in results)
     width = inputs[0].shape[-1]
@@ -208,10 +209,10 @@ def check_logits(
         sides = [each[block].double().requires_grad_(bool(grads)) for each in pair]
         if rounding is not None:
             loss_off, grad_off = rounding(*(each.detach() for each in sides))
-            more, more_of_grads = more + loss_off, more_of_grads + grad_off.square().sum().item()
+            more, more_of_grads = more + loss_off, more_of_grads + (WEIGHT * grad_off).square().sum().item()
         value = exact(*sides)
         total += value.item()
-        for side, expected in enumerate(torch.autograd.grad(value, sides[: len(grads)]) if grads else ()):
+        for side, expected in enumerate(torch.autograd.grad(WEIGHT * value, sides[: len(grads)]) if grads else ()):
             off[side] += (grads[side].reshape(-1, width)[block].double() - expected).square().sum().item()
             size[side] += expected.square().sum().item()
     dtype = inputs[0].dtype
@@ -223,7 +224,8 @@ def check_logits(
 
 
 def linear64(inputs: Sequence[Tensor], exact: Exact, sides: int = 2, rounding: Rounding | None = None) -> Reference:
-    """Loss, and gradients to the first ``sides`` of input and target and to the weight, where the others are constant.
+    """Loss, and gradients of WEIGHT times it to the first ``sides`` of input and target and to the weight, the other
+    sides being constant.
 
     Computed in float64, kept in fp32. What ``rounding`` allows each class goes through the same projections, with
     random signs.
@@ -238,13 +240,13 @@ def linear64(inputs: Sequence[Tensor], exact: Exact, sides: int = 2, rounding: R
         logits = [(each @ wide.t()).requires_grad_() for each in states]
         value = exact(*logits)
         total += value.item()
-        for side, grad in enumerate(torch.autograd.grad(value, logits[:sides])):
+        for side, grad in enumerate(torch.autograd.grad(WEIGHT * value, logits[:sides])):
             gradients[side][block] = grad @ wide
             gradients[-1].addmm_(grad.t(), states[side])
         if rounding is not None:
             loss_off, grad_off = rounding(*(each.detach() for each in logits))
             drawn = torch.rand(grad_off.shape, dtype=torch.float64, device=wide.device, generator=signs)
-            grad_off = torch.where(drawn < 0.5, grad_off, -grad_off)
+            grad_off = WEIGHT * torch.where(drawn < 0.5, grad_off, -grad_off)
             more, more_of_hidden = more + loss_off, more_of_hidden + (grad_off @ wide).square().sum().item()
             more_of_weight.addmm_(grad_off.t(), states[-1])
     kept = [each.float() for each in gradients]

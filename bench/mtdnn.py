@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import Divergence, check_logits, divergence64
+from .divergences import WEIGHT, Divergence, check_logits, divergence64
 from .operations import EPSILON, STEP_SIZE, Ascend, Perturb
 from .regularizer import NOISE_VAR, Regularizer
 from .task import Contestant, Finding, Task
@@ -162,4 +162,4 @@ class _Smart(Regularizer):
         moved = embed.detach().double() + step / (step.abs().amax(-1, keepdim=True) + EPSILON)
         moved.requires_grad_()
         loss = divergence64("sym_kl", model(moved), clean)
-        return [loss.detach(), *torch.autograd.grad(loss, (moved, clean, *self._used(model)))]
+        return [loss.detach(), *torch.autograd.grad(WEIGHT * loss, (moved, clean, *self._used(model)))]

@@ -15,7 +15,7 @@ from smart_fast import autograd
 from smart_fast.backends import select
 
 from .captured import Captured
-from .divergences import divergence64
+from .divergences import WEIGHT, divergence64
 from .operations import EPSILON, STEP_SIZE, seeded_noise
 from .task import Finding, deviation, finding
 
@@ -45,8 +45,8 @@ class Regularizer:
     """SMART regularization: ``SMARTLoss(model, kl_loss, sym_kl_loss)`` at its defaults (one ascent step).
 
     ``dtype``: that of the model's arithmetic, under autocast unless float32; weights are float32. The call is forward
-    and backward, to the parameters, the embedding and the clean logits. The clean pass itself is outside: it belongs to
-    the task that is regularized. Dropout is off, so that results can be compared.
+    and backward of WEIGHT times it, to the parameters, the embedding and the clean logits. The clean pass itself is
+    outside: it belongs to the task that is regularized. Dropout is off, so that results can be compared.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Regularizer:
         def forward_backward(embed: Tensor, state: Tensor) -> tuple[Tensor, ...]:
             with autocast(self.device, self.dtype):
                 loss = function(embed, state)
-            return loss, *torch.autograd.grad(loss, (embed, state, *self.parameters))
+            return loss, *torch.autograd.grad(WEIGHT * loss, (embed, state, *self.parameters))
 
         return forward_backward
 
@@ -144,7 +144,7 @@ class Regularizer:
         ]
 
     def _exact(self, embed: Tensor, state: Tensor, noise: Tensor) -> list[Tensor]:
-        """Loss and gradients in float64, written out: one ascent step, then the returned loss."""
+        """Loss, and gradients of WEIGHT times it, in float64, written out: one ascent step, then the returned loss."""
         model = copy.deepcopy(self.model).double()
         clean = state.detach().double().requires_grad_()
         start = (embed.detach().double() + noise).requires_grad_()
@@ -153,4 +153,4 @@ class Regularizer:
         moved = embed.detach().double() + step / (step.abs().amax(-1, keepdim=True) + EPSILON)
         moved.requires_grad_()
         exact = divergence64("sym_kl", model(moved).flatten(0, -2), clean.flatten(0, -2))
-        return [exact.detach(), *torch.autograd.grad(exact, (moved, clean, *self._used(model)))]
+        return [exact.detach(), *torch.autograd.grad(WEIGHT * exact, (moved, clean, *self._used(model)))]
