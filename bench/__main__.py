@@ -28,6 +28,7 @@ ALONE = (
     "kernels",
     "tune",
     "compare",
+    "doctor",
     "host",
     "instructions",
     "report",
@@ -50,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "model; train: whole training steps); or accuracy: how exact the divergences of nearly equal logits are; or "
         "quality: what the regularizers do to accuracy, clean and attacked; or kernels: bytes over time of each fused "
         "kernel; or tune: sweep launch choices of the Triton kernels on a GPU, and write the table they are launched "
-        "by; or compare A.json B.json: whether two runs agree on every speed; or host: what small calls cost the host, "
+        "by; or compare A.json B.json: whether two runs agree on every speed; or doctor: "
+        "whether this machine confirms the ratios of the committed results, and how it differs from theirs; or host: "
+        "what small calls cost the host, "
         "Triton's kernels launched into a stub of the CUDA driver; or instructions: how many the hot loops of the "
         "Triton kernels take, compiled for an H100; or report: measure nothing, write the "
         "tables and figures of README.md and docs/ from bench/results",

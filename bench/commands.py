@@ -201,6 +201,25 @@ def compare(call: Call) -> int:
     return 1 if any(each.verdict == compare.DISAGREE for each in found) else 0
 
 
+def doctor(call: Call) -> int:
+    from . import doctor, headline, readme
+
+    build_native(call.console)
+    committed = readme.reports()
+    began = doctor.Stolen()
+    with call.console.status("") as status:
+        findings = list(
+            doctor.examine(
+                committed,
+                seconds=call.options.seconds or 4.0,
+                say=lambda doing: status.update(doing.replace("[", r"\[")),
+            )
+        )
+        found = doctor.traits(headline.report_of(committed), began)
+    doctor.show(findings, found, call.console)
+    return int(not findings or any(each.verdict == doctor.REFUTED for each in findings))
+
+
 def tune(call: Call) -> int:
     device, options, console = call.device, call.options, call.console
     if device.type != "cuda":
@@ -233,6 +252,7 @@ ALONE = {
     "kernels": kernels,
     "tune": tune,
     "compare": compare,
+    "doctor": doctor,
     "host": host,
     "instructions": instructions,
     "report": report,

@@ -30,7 +30,13 @@ def report_of(reports: Sequence[Report]) -> Report:
     }
     device = max(timed, key=lambda each: timed[each])
     chosen = [each for each in reports if _device(each) == device]
-    return Report(chosen[0].environment, rows=[row for each in chosen for row in each.rows])
+    return Report(
+        chosen[0].environment,
+        copy_rate=max((each.copy_rate for each in chosen if each.copy_rate), default=None),
+        busy=max((each.busy for each in chosen if each.busy is not None), default=None),
+        rows=[row for each in chosen for row in each.rows],
+        gemm_rates={dtype: rate for each in chosen for dtype, rate in each.gemm_rates.items()},
+    )
 
 
 def _device(report: Report) -> str:

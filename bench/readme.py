@@ -71,21 +71,21 @@ def draw(folder: pathlib.Path = ROOT / "docs" / "images", results: pathlib.Path 
     """The figures of README and docs."""
     from . import figures
 
-    return figures.write(headline.report_of(_reports(results)), results, folder)
+    return figures.write(headline.report_of(reports(results)), results, folder)
 
 
-def _reports(results: pathlib.Path) -> list[Report]:
+def reports(results: pathlib.Path = RESULTS) -> list[Report]:
     return _newest([load_json(path) for path in sorted(results.glob("speed-*.json"))])
 
 
 def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
     """Marker -> Markdown."""
-    reports = _reports(results)
-    language = [_part(report, lambda row: row.group == "lm") for report in reports]
-    others = [_part(report, lambda row: row.group != "lm") for report in reports]
+    found = reports(results)
+    language = [_part(report, lambda row: row.group == "lm") for report in found]
+    others = [_part(report, lambda row: row.group != "lm") for report in found]
     return {
         **gpu_section.sections(results),
-        "headline": _headline(reports),
+        "headline": _headline(found),
         "accuracy": _accuracy(results / "accuracy.json"),
         "quality": _quality(results / "quality.json"),
         "agreement": _agreement(results / "agreement-1.json", results / "agreement-2.json"),
