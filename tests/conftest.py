@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if not torch.cuda.is_available():
 def pytest_configure(config: pytest.Config) -> None:
     if "not exhaustive" not in config.option.markexpr:
         os.environ.setdefault("SMART_FAST_INSTRUCTION_SETS", "all")  # all of csrc/cpu is compiled and tested
+    if not torch.cuda.is_available():
+        config.pluginmanager.register(Sampling())
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,23 @@ LONGEST = (
 )  # fmt: skip
 
 
+class Sampling:
+    """Emulators take ten times as long as what they stand for: `.ci/run` sees a third of their exhaustive tests, and
+    of wide rows two divergences, one with one sum and one with two. The others are the sweep's."""
+
+    @pytest.hookimpl(tryfirst=True)  # before -m chooses
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            given = item.callspec.params if hasattr(item, "callspec") else {}
+            names = [*(each for each in given.values() if isinstance(each, str)), *getattr(item, "fixturenames", ())]
+            emulated = "triton" in names or "emulated" in names
+            if "exhaustive" not in item.keywords or not emulated:
+                continue
+            wide = given.get("width", 0) >= 9000 and given.get("kind") in ("kl", "js")
+            if wide or zlib.crc32(item.nodeid.encode()) % 3:
+                item.add_marker(pytest.mark.sweep)
+
+
 @pytest.hookimpl(trylast=True)  # after -m has chosen
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # By far the longest first, or one of several workers has them left at the end.
@@ -50,13 +70,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
-    wide = pytest.mark.skip(reason="interpreted, wide rows take seconds: two divergences, with one sum and with two")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
-        given = item.callspec.params if hasattr(item, "callspec") else {}
-        if "triton" in given.values() and given.get("width", 0) >= 9000 and given.get("kind") in ("kl", "js"):
-            item.add_marker(wide)
 
 
 @pytest.fixture(scope="session")
