@@ -16,7 +16,7 @@ from torch import Tensor
 
 import smart_fast
 from bench.cases import DTYPES
-from bench.divergences import REGIMES, Divergence, LinearDivergence, check_logits, compare_linear, linear64
+from bench.divergences import REGIMES, WEIGHT, Divergence, LinearDivergence, check_logits, compare_linear, linear64
 from bench.measure import copy_bandwidth, gemm_rate, input_sets, interleaved_samples, speed_interval, synchronize
 from bench.task import Finding
 
@@ -24,7 +24,6 @@ from .lines import device, dry_run, emit, not_sound, why
 from .shapes import shapes
 
 EAGER, COMPILED = "formula, eager", "formula, torch.compile"
-WEIGHT = 0.3  # of the regularizer in the loss of the step
 SECONDS = 2.0  # for each case and regime
 
 Loss = Callable[..., Tensor]
@@ -101,9 +100,8 @@ def step(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
 def check(
     task: Task, run: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], formula: bool
 ) -> list[Finding]:
-    """Against float64, the weight taken out of the gradients."""
-    value, *grads = run(*inputs)
-    results = [value, *(grad / WEIGHT for grad in grads)]
+    """Against float64."""
+    results = run(*inputs)
     rounding = task.rounding() if formula else None
     if isinstance(task, LinearDivergence):
         return compare_linear(results, linear64(inputs, task.exact, rounding=rounding))
