@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from tests import interpreter
+
 if TYPE_CHECKING:
     from smart_fast.backends.base import Backend
     from smart_fast.backends.native import Native
@@ -141,6 +143,8 @@ def serving(request: pytest.FixtureRequest, chosen: str) -> Iterator[tuple[Backe
         if device.type == "cpu" and torch.cuda.is_available():
             pytest.skip("kernels are compiled here; TRITON_INTERPRET=1 with CUDA_VISIBLE_DEVICES= interprets them")
         module = pytest.importorskip("smart_fast.backends.triton").TRITON
+        if device.type == "cpu":
+            interpreter.quicken()
     else:
         module = request.getfixturevalue("native")
         if reason := module.cannot_serve(device):
