@@ -1,0 +1,89 @@
+"""Which runs there are, in the order of what they are worth: a run that is cut short has the most important ones."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .methods import BREGMAN, METHODS, NEFTUNE, PLAIN, RECOMMENDED, SHIPPED, SMART_PYTORCH
+from .results import Results
+from .train import VALIDATED, Run
+
+SIZE, OTHER_SIZES = 400, (200, 1600)
+TUNING_SEEDS, SEEDS = (1000,), (0, 1, 2, 3, 4)
+TESTED, ATTACKED, TUNED_ON, ATTACKED_IN_TUNING = 300, 80, 300, 40
+#: What the goals are about comes first; a wave is tuned, then tested.
+WAVES = (
+    (PLAIN, RECOMMENDED, NEFTUNE, "R3F", SHIPPED),
+    ("fisher", SMART_PYTORCH, "R-Drop", BREGMAN, f"{RECOMMENDED} + {BREGMAN}", "SiFT", "FreeLB"),
+)
+QUICK = (PLAIN, SMART_PYTORCH, RECOMMENDED, NEFTUNE)
+QUICK_SEEDS, QUICK_SIZE = (0, 1), 200
+
+
+def tuning(method: str) -> list[Run]:
+    """A method with one setting to choose from needs none."""
+    candidates = METHODS[method].candidates
+    if len(candidates) == 1:
+        return []
+    return [
+        Run("tune", method, each, seed, SIZE, TUNED_ON, ATTACKED_IN_TUNING)
+        for seed in TUNING_SEEDS
+        for each in candidates
+    ]
+
+
+def validated(line: dict[str, Any]) -> float:
+    """What settings are chosen by: mean accuracy on the validation parts of two domains, one that was trained in."""
+    return statistics.mean(line["scores"]["clean"][domain] for domain in VALIDATED)
+
+
+def chosen(method: str, results: Results) -> dict[str, Any] | None:
+    """The settings of ``method`` that validation data speak for; None while they are not known."""
+    made_of = METHODS[method].made_of
+    if made_of:
+        parts = [chosen(each, results) for each in made_of]
+        return None if None in parts else {name: value for part in parts if part for name, value in part.items()}
+    candidates = METHODS[method].candidates
+    if len(candidates) == 1:
+        return candidates[0]
+    found = [[results.of(run) for run in tuning(method) if run.settings == each] for each in candidates]
+    means = [statistics.mean(validated(line) for line in lines if line) for lines in found if all(lines)]
+    return candidates[means.index(max(means))] if len(means) == len(candidates) else None
+
+
+def trials(method: str, settings: dict[str, Any], size: int = SIZE, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    return [Run("test", method, settings, seed, size, TESTED, ATTACKED) for seed in seeds]
+
+
+def full(results: Results) -> Iterator[Run]:
+    """Every run; settings are looked up when a test is due, so that tuning before it counts."""
+    for wave in WAVES:
+        for method in wave:
+            yield from tuning(method)
+        for seed in SEEDS:
+            yield from _tested(wave, results, SIZE, (seed,))
+    everything = [method for wave in WAVES for method in wave]
+    for size in OTHER_SIZES:
+        for seed in SEEDS:
+            yield from _tested(everything, results, size, (seed,))
+    for seed in SEEDS:
+        for method in (PLAIN, RECOMMENDED):
+            for run in _tested((method,), results, SIZE, (seed,)):
+                yield Run(**{**run.key, "start": "random"})
+
+
+def quick(results: Results) -> Iterator[Run]:
+    """Few methods, sentences and seeds; as they were tuned, or with the first of their candidates."""
+    for seed in QUICK_SEEDS:
+        for method in QUICK:
+            settings = chosen(method, results) or METHODS[method].candidates[0]
+            yield Run("test", method, settings, seed, QUICK_SIZE, TESTED // 2, ATTACKED // 2)
+
+
+def _tested(methods: Sequence[str], results: Results, size: int, seeds: Sequence[int]) -> Iterator[Run]:
+    for method in methods:
+        settings = chosen(method, results)
+        if settings is not None:
+            yield from trials(method, settings, size, seeds)
