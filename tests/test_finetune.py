@@ -1,0 +1,335 @@
+"""`bench.finetune` on made-up sentences and a tiny model: nothing is downloaded."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import random
+import statistics
+import tarfile
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+
+from bench.finetune import attacks, data, plan, report, train
+from bench.finetune.methods import BREGMAN, METHODS, PLAIN, RECOMMENDED
+from bench.finetune.results import Results
+
+GOOD, BAD, OTHER = ("fine", "great", "lovely"), ("awful", "dreary", "broken"), ("the", "plot", "camera", "of", "was")
+WORDS = ("[pad]", *GOOD, *BAD, *OTHER)
+
+
+class Tiny(nn.Module):
+    """Attention-free: the mean of its words, through one layer; takes what a model of transformers takes."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(len(WORDS) + 1, 8), nn.Linear(8, 16)
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(16, outputs)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None):
+        embed = self.words(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = attention_mask[..., None]
+        mean = (embed * mask).sum(1) / mask.sum(1)
+        return SimpleNamespace(logits=self.head(self.drop(self.layer(mean).tanh())))
+
+
+def made_up(number: int = 900) -> list[data.Sentence]:
+    draw, found = random.Random(0), []
+    for i in range(number):
+        words = draw.choice((GOOD, BAD))
+        text = " ".join([draw.choice(words), *draw.choices(OTHER, k=draw.randint(1, 9)), draw.choice(words)])
+        rating = draw.uniform(1, 4) * (1 if words is GOOD else -1)
+        found.append(data.Sentence(tuple(data.DOMAINS)[i % 4], str(i // 12), f"{text} {i}", rating))
+    return found
+
+
+@pytest.fixture(scope="module")
+def materials() -> train.Materials:
+    sentences = made_up()
+
+    def encode(texts):
+        return [[WORDS.index(word) if word in WORDS else len(WORDS) for word in text.split()] for text in texts]
+
+    return train.Materials(
+        lambda start, outputs: Tiny(outputs),
+        encode,
+        functools.cache(lambda neutral: data.split(sentences, neutral=neutral)),
+    )
+
+
+def run_of(method: str = PLAIN, settings: dict | None = None, **others) -> train.Run:
+    given = {"stage": "test", "seed": 0, "size": 48, "tested": 20, "attacked": 12, "epochs": 1, **others}
+    return train.Run(method=method, settings=METHODS[method].candidates[0] if settings is None else settings, **given)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_document_is_in_two_parts():
+    sentences = [data.Sentence("product", str(i // 7), f"sentence {i}", 1.0) for i in range(2000)]
+    parts = data.split(sentences, neutral=False)
+    documents = {part: {each.document for each in parts["product", part]} for part in data.PARTS}
+    assert sum(map(len, documents.values())) == len(set().union(*documents.values())) == 286
+    shares = {part: len(found) / 286 for part, found in documents.items()}
+    assert shares == pytest.approx({"train": 0.6, "validation": 0.15, "test": 0.25}, abs=0.08)
+
+
+def test_parts_do_not_depend_on_what_else_there_is_nor_on_order():
+    sentences = made_up(200)
+    whole, half = (data.split(some, neutral=True) for some in (sentences, sentences[99::-1]))
+    for key, found in half.items():
+        assert found == [each for each in whole[key] if each in sentences[:100]]
+
+
+def test_ratings_become_classes():
+    labels = [data.Sentence("movie", "1", "text", rating).label for rating in (-4, -0.51, -0.5, 0, 0.5, 0.51)]
+    assert labels == [0, 0, None, None, None, 1]
+    sentences = [data.Sentence("movie", str(i), f"text {i}", i % 2) for i in range(100)]
+    assert sum(map(len, data.split(sentences, neutral=False).values())) == 50
+    assert sum(map(len, data.split(sentences, neutral=True).values())) == 100
+
+
+def test_files_are_read_as_they_are(tmp_path, monkeypatch):
+    """latin-1, CRLF, a byte that would end a line of ``splitlines``, blank ends; a text in two domains counts once."""
+    inner, outer = io.BytesIO(), tmp_path / data.SENTENCES.file
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for file, by_document in data.DOMAINS.values():
+            first, second = ("3_1", "3_2") if by_document else ("1", "2")
+            text = f"{first}\t-1.5\tcaf\xe9 \x85 {file} \r\n{second}\t2\tThe  same in all\r\n".encode("latin-1")
+            member = tarfile.TarInfo(f"hutto_ICWSM_2014/{file}_GroundTruth.txt")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
+    with zipfile.ZipFile(outer, "w") as archive:
+        archive.writestr("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    with pytest.raises(RuntimeError, match=r"not the file that was pinned: sha256 .*, expected 5d97c37f"):
+        data.sentences(tmp_path)
+    monkeypatch.setattr(
+        data, "SENTENCES", data.SENTENCES._replace(sha256=data.hashlib.sha256(outer.read_bytes()).hexdigest())
+    )
+    found = data.sentences(tmp_path)
+    assert found[:2] == [
+        data.Sentence("movie", "1", "caf\xe9 \x85 movieReviewSnippets", -1.5),
+        data.Sentence("movie", "2", "The  same in all", 2.0),
+    ]
+    assert [(each.domain, each.document) for each in found[2:]] == [
+        ("product", "3"),
+        ("editorial", "3"),
+        ("tweet", "1"),
+    ]
+
+
+def test_what_is_missing_is_said(tmp_path, monkeypatch):
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="...\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(data.subprocess, "run", lambda *command, **options: failed)
+    with pytest.raises(RuntimeError, match=r"vaderSentiment==0.5 is missing: .*No matching distribution.*Put the file"):
+        data.sentences(tmp_path)
+
+
+# ---- attacks ---------------------------------------------------------------------------------------------------------
+
+
+def test_embedding_attacks_keep_their_budget_and_succeed():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    embed = torch.randn(3, 5, 8) * torch.rand(3, 5, 1)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    sizes = embed.square().mean(-1, keepdim=True).sqrt()
+    for radius in attacks.RADII:
+        moved = attacks.ascend(lambda x: model(x).sum(), embed, mask, radius)
+        share = (moved - embed).abs() / sizes
+        assert share.max() <= radius * (1 + 1e-4)
+        assert (moved == embed)[~mask].all()
+        # The loss is linear: its worst is at the corner of the box.
+        torch.testing.assert_close(moved[mask], (embed + radius * sizes * model.weight[0].sign())[mask])
+
+
+def test_typos_and_lost_words_are_seeded_and_keep_their_rates():
+    text = " ".join("word" + letter * 3 for letter in "abcdefghijklmnopqrstuvwxyz") + " a of"
+    many = [f"{text} {i}" for i in range(200)]
+    assert [attacks.typos(each) for each in many] == [attacks.typos(each) for each in many]
+    assert attacks.typos(text, 1) != attacks.typos(text, 2)
+    words = [pair for each in many for pair in zip(each.split(), attacks.typos(each).split(), strict=True)]
+    changed = [(before, after) for before, after in words if before != after]
+    assert all(len(before) > 3 and abs(len(before) - len(after)) <= 1 for before, after in changed)
+    assert len(changed) / (26 * 200) == pytest.approx(
+        attacks.TYPOS, abs=0.05
+    )  # some letters are replaced by themselves
+    kept = [attacks.lost_words(each).split() for each in many]
+    assert statistics.mean(len(each) / 29 for each in kept) == pytest.approx(1 - attacks.LOST, abs=0.02)
+    assert all(attacks.lost_words(word) == word for word in map(str, range(50)))
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["classes", "rating"])
+def test_every_method_makes_a_run(method, task, materials):
+    if (method, task) == ("fisher", "rating"):
+        pytest.skip("one output has no Fisher direction")
+    made_of = METHODS[method].made_of
+    settings = {k: v for each in made_of for k, v in METHODS[each].candidates[0].items()} if made_of else None
+    line = train.perform(run_of(method, settings, task=task), materials)
+    assert json.loads(json.dumps(line))["run"]["method"] == method
+    scores = line["scores"]
+    assert set(scores["clean"]) == set(scores["typos"]) == set(data.DOMAINS)
+    assert all(math.isfinite(value) for value in (*scores["clean"].values(), scores["pgd_0.1"], scores["pgd_0.3"]))
+    if task == "classes":
+        assert scores["pgd_0.3"] <= scores["pgd_0.1"] <= 1
+    else:
+        assert scores["pgd_0.3"] >= scores["pgd_0.1"] > 0
+
+
+def test_methods_differ_by_their_loss_alone(materials):
+    """Same sentences, same first weights; a method changes what is learned, a seed everything, no seed nothing."""
+
+    def weights(run):
+        return train.trained(run, materials).head.weight
+
+    plain = weights(run_of())
+    assert torch.equal(plain, weights(run_of()))
+    for method in (RECOMMENDED, "R-Drop", "FreeLB", "NEFTune"):
+        other = weights(run_of(method))
+        assert 0 < (other - plain).norm() < 0.2 * plain.norm(), method
+    assert (weights(run_of(seed=1)) - plain).norm() > 0.5 * plain.norm()
+    assert train.sample(run_of(), materials) == train.sample(run_of(RECOMMENDED), materials)
+
+
+def test_it_learns_and_attacks_undo_it(materials, monkeypatch):
+    monkeypatch.setattr(train, "RATE", 3e-2)
+    monkeypatch.setattr(attacks, "RADII", (0.5, 4.0))
+    line = train.perform(run_of(epochs=8, size=96), materials)
+    assert line["scores"]["clean"]["movie"] > 0.9
+    assert line["scores"]["pgd_4.0"] < 0.5
+
+
+def test_validation_sees_two_domains_and_no_test_part(materials, monkeypatch):
+    seen: set[str] = set()
+    encode = materials.encode
+    monkeypatch.setattr(materials, "encode", lambda texts: seen.update(texts) or encode(texts))
+    scores = train.perform(run_of(stage="tune", tested=1000), materials)["scores"]
+    assert set(scores["clean"]) == set(train.VALIDATED)
+    tests = {each.text for (_, part), found in materials.parts(False).items() if part == "test" for each in found}
+    assert tests
+    assert not tests & seen
+
+
+def test_batches_hold_all_rows_once_by_length():
+    draw = random.Random(0)
+    lengths = [draw.randint(3, 40) for _ in range(100)]
+    batches = train.batches_of(lengths, torch.Generator().manual_seed(0), 4)
+    assert sorted(i for batch in batches for i in batch) == list(range(100))
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert padded < 1.15 * sum(lengths)
+    assert batches != train.batches_of(lengths, torch.Generator().manual_seed(1), 4)
+
+
+def test_predictions_come_back_in_order(materials):
+    torch.manual_seed(0)
+    model, ids = Tiny(2).eval(), [[1 + i % 5] * (1 + i % 7) for i in range(150)]
+    logits = train.predicted(model, ids, torch.device("cpu"))
+    for i in (0, 77, 149):
+        alone = model(input_ids=torch.tensor([ids[i]]), attention_mask=torch.ones(1, len(ids[i]))).logits[0]
+        torch.testing.assert_close(logits[i], alone.detach())
+
+
+def test_calibration_error():
+    sure = torch.tensor([[0.0, math.log(4.0)]] * 10)  # confidence 0.8
+    assert train.calibration_error(sure, torch.tensor([1] * 8 + [0] * 2)) == pytest.approx(0, abs=1e-6)
+    assert train.calibration_error(sure, torch.tensor([1] * 5 + [0] * 5)) == pytest.approx(0.3, abs=1e-6)
+
+
+# ---- lines, plan and report ------------------------------------------------------------------------------------------
+
+
+def line_of(run: train.Run, clean: float, typos: float = 0.5) -> dict:
+    scores = {
+        "clean": dict.fromkeys(data.DOMAINS, clean), "ece": dict.fromkeys(data.DOMAINS, 0.1),
+        "half": dict.fromkeys(data.DOMAINS, clean), "typos": dict.fromkeys(data.DOMAINS, typos),
+        "lost_words": dict.fromkeys(data.DOMAINS, typos), "pgd_0.1": 0.2, "pgd_0.3": 0.1,
+    }  # fmt: skip
+    return {"run": run.key, "scores": scores, "seconds": [1.0, 1.0]}
+
+
+def test_a_run_that_was_cut_goes_on(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    first, second = run_of(seed=0), run_of(seed=1)
+    Results(path).add(line_of(first, 0.5))
+    whole = path.read_bytes()
+    Results(path).add(line_of(second, 0.6))
+    path.write_bytes(path.read_bytes()[:-20])  # killed while it wrote
+    results = Results(path)
+    assert results.of(first) is not None
+    assert results.of(second) is None
+    other = Results(path)  # of another process
+    results.add(line_of(second, 0.7))
+    assert path.read_bytes().startswith(whole)
+    other.refresh()
+    for each in (results, other, Results(path)):
+        assert each.of(second)["scores"]["clean"]["movie"] == 0.7
+        assert len(each.lines) == 2
+    assert results.of(run_of(seed=0, size=49)) is None  # every part of the key counts
+
+
+def test_settings_are_chosen_by_validation_alone(tmp_path):
+    results = Results(tmp_path / "lines.jsonl")
+    runs = plan.tuning(RECOMMENDED)
+    assert len(runs) == 4 * len(plan.TUNING_SEEDS)
+    assert not set(plan.TUNING_SEEDS) & set(plan.SEEDS)
+    best = METHODS[RECOMMENDED].candidates[2]
+    for run in runs[:-1]:
+        results.add(line_of(run, 0.8 if run.settings == best else 0.7))
+    assert plan.chosen(RECOMMENDED, results) is None  # one is missing
+    results.add(line_of(runs[-1], 0.6))
+    results.add(line_of(plan.trials(RECOMMENDED, METHODS[RECOMMENDED].candidates[0], 400, (0,))[0], 0.99))
+    assert plan.chosen(RECOMMENDED, results) == best
+    for run in plan.tuning(BREGMAN):
+        results.add(line_of(run, 0.7))
+    both = {**best, **METHODS[BREGMAN].candidates[0]}
+    assert plan.chosen(f"{RECOMMENDED} + {BREGMAN}", results) == both
+
+
+def test_every_method_has_as_many_candidates():
+    tuned = {name: len(each.candidates) for name, each in METHODS.items() if len(each.candidates) > 1}
+    assert set(tuned.values()) == {4}
+    planned = {name for wave in plan.WAVES for name in wave}
+    assert planned == set(METHODS)
+
+
+def test_intervals_are_those_of_the_t_distribution():
+    found = report.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.mean, found.half) == pytest.approx((3.0, 2.776445 * math.sqrt(2.5 / 5)), rel=1e-6)
+    assert found.above_zero
+    assert not report.interval([1.0, -0.5, 2.0]).above_zero
+    assert not report.interval([1.0]).above_zero
+    assert report.interval([0.01, 0.03]).text() == "+2.0 ± 12.7"
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    """Seeds that differ by ten points hide no difference of one point; seeds of one method alone do not count."""
+    results = Results(tmp_path / "lines.jsonl")
+    for seed, level in enumerate((0.5, 0.6, 0.7, 0.8)):
+        results.add(line_of(run_of(PLAIN, seed=seed), level, level - 0.2))
+        if seed < 3:
+            results.add(line_of(run_of("R3F", seed=seed), level + 0.01 + 0.001 * seed, level - 0.15))
+    plain, other = report.rows(results, 48)
+    assert plain.means["in domain"].mean == pytest.approx(0.65)
+    found = other.differences["out of domain"]
+    assert (found.mean, found.number) == (pytest.approx(0.011), 3)
+    assert found.half == pytest.approx(4.302653 * 0.001 / math.sqrt(3), rel=1e-4)
+    assert other.differences["lost to typos"].mean == pytest.approx(0.161 - 0.2)
+    header, *lines = report.table([plain, other])
+    assert all(len(line) == len(header) for line in lines)
