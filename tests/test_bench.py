@@ -415,9 +415,13 @@ def test_readme_holds_the_committed_results(tmp_path: Path) -> None:
 def test_figures_are_made_of_the_committed_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench import figures, headline, style
+    from bench.finetune import figures as finetune_figures
 
     folder = readme.ROOT / "docs" / "images"
-    committed = sorted(folder.glob("*.svg"))
+    finetuned = set(folder.glob("finetune-*.svg"))
+    for path in finetuned:
+        assert finetune_figures.digest(readme.RESULTS / "finetune.jsonl") in path.read_text(), path.name
+    committed = sorted({*folder.glob("*.svg")} - finetuned)
     assert len(committed) == 8
     for path in committed:
         assert figures.digest(readme.RESULTS) in path.read_text(), f"{path.name} is older: python -m bench report"

@@ -19,9 +19,10 @@ from torch import nn
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 
-from bench.finetune import attacks, data, plan, report, train
+from bench.finetune import attacks, data, plan, report, section, train
 from bench.finetune.methods import BREGMAN, METHODS, PLAIN, RECOMMENDED
 from bench.finetune.results import Results
+from bench.report import environment as report_environment
 
 GOOD, BAD, OTHER = ("fine", "great", "lovely"), ("awful", "dreary", "broken"), ("the", "plot", "camera", "of", "was")
 WORDS = ("[pad]", *GOOD, *BAD, *OTHER)
@@ -333,3 +334,29 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert other.differences["lost to typos"].mean == pytest.approx(0.161 - 0.2)
     header, *lines = report.table([plain, other])
     assert all(len(line) == len(header) for line in lines)
+
+
+def test_the_docs_say_what_was_found(tmp_path):
+    """Goals, candidates with the one that was taken, and figures, of lines that were made up."""
+    path = tmp_path / "finetune.jsonl"
+    assert section.section(path) == section.NOTHING
+    results, about = Results(path), {"environment": report_environment(torch.device("cpu"))}
+    for i, run in enumerate(plan.tuning(RECOMMENDED)):
+        results.add(line_of(run, 0.7 + 0.01 * i) | about)
+    for seed in range(3):
+        for method, clean, typos in ((PLAIN, 0.75, 0.6), (RECOMMENDED, 0.77 + 0.001 * seed, 0.7), ("R3F", 0.79, 0.7)):
+            results.add(line_of(run_of(method, seed=seed, size=plan.SIZE), clean, typos) | about)
+    results.add({"costs": {PLAIN: {"time": 1.0, "memory": 1.0}, RECOMMENDED: {"time": 2.5, "memory": 1.1}}} | about)
+    text = section.section(path)
+    assert "| RECOMMENDED | weight 1, radius 0.3: 70.0 | " in text
+    assert "| **weight 3, radius 1: 73.0** |" in text
+    assert "| out of domain at least 1.5 points above plain | +2.1 ± 0.2 | yes |" in text
+    assert "| out of domain above R3F | +2.1 ± 0.2 to +4.0 ± 0.0 | no |" in text
+    assert "| 5 times plain's accuracy under PGD 0.1 | 20.0% to 20.0% | no |" in text
+    assert "| at most 2.4 times plain's step time | 2.50 | no |" in text
+    pytest.importorskip("matplotlib")
+    from bench.finetune import figures
+
+    written = figures.write(path, tmp_path, plan.SIZE)
+    assert len(written) == 4
+    assert all(figures.digest(path) in each.read_text() for each in written)

@@ -15,8 +15,9 @@ TUNING_SEEDS, SEEDS = (1000,), (0, 1, 2, 3, 4)
 TESTED, ATTACKED, TUNED_ON, ATTACKED_IN_TUNING = 300, 80, 300, 40
 #: What the goals are about comes first; a wave is tuned, then tested.
 WAVES = (
-    (PLAIN, RECOMMENDED, NEFTUNE, "R3F", SHIPPED),
-    ("fisher", SMART_PYTORCH, "R-Drop", BREGMAN, f"{RECOMMENDED} + {BREGMAN}", "SiFT", "FreeLB"),
+    (PLAIN, RECOMMENDED, NEFTUNE),
+    ("R3F", "fisher", SMART_PYTORCH, SHIPPED),
+    ("R-Drop", BREGMAN, f"{RECOMMENDED} + {BREGMAN}", "SiFT", "FreeLB"),
 )
 QUICK = (PLAIN, SMART_PYTORCH, RECOMMENDED, NEFTUNE)
 QUICK_SEEDS, QUICK_SIZE = (0, 1), 200

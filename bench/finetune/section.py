@@ -1,0 +1,147 @@
+"""The section of the docs that is made of committed results."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from . import attacks, plan
+from .methods import METHODS, NEFTUNE, PLAIN, RECOMMENDED
+from .report import Interval, Row, rows, sizes
+from .results import Results
+from .train import BATCH, EPOCHS, LENGTH, RATE, VALIDATED
+
+NOTHING = "(No results are committed yet: `python -m bench finetune` makes them.)\n"
+#: Columns of the docs' tables: what does not fit is in the file of results.
+TABLES = {
+    "Accuracy and calibration": ("in domain", "out of domain", "editorials and tweets", "calibration error"),
+    "Attacks": ("PGD 0.1", "PGD 0.3", "lost to typos", "lost to lost words"),
+}
+
+
+def section(path: pathlib.Path) -> str:
+    if not path.is_file():
+        return NOTHING
+    results = Results(path)
+    parts = [_how(results)]
+    for size in sizes(results):
+        found = rows(results, size)
+        parts += [f"### {size} sentences\n", *(_table(title, found, names) for title, names in TABLES.items())]
+    parts += [_goals(results), _tuning(results), _control(results), _cost(results)]
+    return "\n".join(part for part in parts if part)
+
+
+def _how(results: Results) -> str:
+    line = next(results.runs(), None)
+    if line is None:
+        return NOTHING
+    made = line["environment"]
+    return (
+        f"{EPOCHS} epochs of AdamW at {RATE:g}, batches of {BATCH}, at most {LENGTH} tokens ({made['device']}, torch "
+        f"{made['versions']['torch']}, transformers {made['versions']['transformers']}). Each seed draws the sentences "
+        f"that are trained on and {plan.TESTED} a domain to test on, the same for every method; texts are attacked in "
+        f"half of these, embeddings in {plan.ATTACKED} of the domain that was trained in (sign steps, {attacks.STEPS} "
+        "for each radius, in units of each token's root mean square). Lines but plain's are differences to plain in "
+        "points, paired by seed, with 95 % t intervals.\n"
+    )
+
+
+def _table(title: str, found: Sequence[Row], names: Sequence[str]) -> str:
+    lines = [["method", "seeds", *names]]
+    for row in found:
+        shown = row.means if row.method == PLAIN else row.differences
+        cells = [shown[name].text("" if row.method == PLAIN else "+") if shown else "" for name in names]
+        seeds = (row.means if row.method == PLAIN else row.differences or row.means)["in domain"].number
+        lines.append([row.method, str(seeds), *cells])
+    return f"{title}:\n\n{markdown(lines)}"
+
+
+def _goals(results: Results) -> str:
+    """What was hoped for at `plan.SIZE` sentences, and what came of it."""
+    found = {row.method: row for row in rows(results, plan.SIZE)}
+    ours, plain = found.get(RECOMMENDED), found.get(PLAIN)
+    if ours is None or plain is None or not ours.differences:
+        return ""
+    out, inside = ours.differences["out of domain"], ours.differences["in domain"]
+    attacked, base = ours.means["PGD 0.1"].mean, plain.means["PGD 0.1"].mean
+    typos = ours.differences["lost to typos"]
+    lines = [
+        ["goal", "found", "reached"],
+        ["out of domain at least 1.5 points above plain", out.text(), _yes(out.mean >= 0.015 and out.above_zero)],
+        ["in domain not worse than plain", inside.text(), _yes(inside.mean >= 0)],
+        ["5 times plain's accuracy under PGD 0.1", f"{attacked:.1%} to {base:.1%}", _yes(attacked >= 5 * base)],
+        ["less lost to typos than plain, interval below zero", typos.text(), _yes(_below_zero(typos))],
+    ]
+    for rival in (NEFTUNE, "R3F"):
+        if rival in found and found[rival].differences:
+            there = found[rival].differences["out of domain"]
+            lines.append(
+                [f"out of domain above {rival}", f"{out.text()} to {there.text()}", _yes(out.mean > there.mean)]
+            )
+    if ours.cost:
+        lines.append(
+            ["at most 2.4 times plain's step time", f"{ours.cost['time']:.2f}", _yes(ours.cost["time"] <= 2.4)]
+        )
+    return f"### What was hoped for\n\nOf {RECOMMENDED}, tuned, at {plan.SIZE} sentences:\n\n{markdown(lines)}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _below_zero(found: Interval) -> bool:
+    return found.half is not None and found.mean + found.half < 0
+
+
+def _tuning(results: Results) -> str:
+    """Every candidate that was tried on validation parts, the one that was taken in bold."""
+    lines = [["method", *(f"candidate {i + 1}" for i in range(4))]]
+    for method in METHODS:
+        tried = [results.of(run) for run in plan.tuning(method)]
+        if not any(tried):
+            continue
+        taken, cells = plan.chosen(method, results), []
+        for line in tried[:4]:  # more seeds: the first one's
+            if line is None:
+                cells.append("not run")
+                continue
+            about = ", ".join(f"{name} {value:g}" for name, value in line["run"]["settings"].items())
+            cell = f"{about}: {100 * plan.validated(line):.1f}"
+            cells.append(f"**{cell}**" if line["run"]["settings"] == taken else cell)
+        lines.append([method, *cells])
+    if len(lines) == 1:
+        return ""
+    return (
+        f"### What was tuned\n\nMean accuracy in % on the validation parts of {' and '.join(VALIDATED)}, {plan.SIZE} "
+        f"sentences, seed {', '.join(map(str, plan.TUNING_SEEDS))}, which no test uses; what was taken is bold:\n\n"
+        f"{markdown(lines)}"
+    )
+
+
+def _control(results: Results) -> str:
+    found = rows(results, plan.SIZE, start="random")
+    if not found:
+        return ""
+    return (
+        "### From random weights\n\nThe same model without its pretraining, which shows what of the above the "
+        f"checkpoint has learned from its own data:\n\n{_table('Accuracy', found, ('in domain', 'out of domain'))}"
+    )
+
+
+def _cost(results: Results) -> str:
+    costs: dict[str, Any] = (results.costs or {"costs": {}})["costs"]
+    lines = [["method", "x step time", "x peak memory"]]
+    lines += [[name, f"{each['time']:.2f}", f"{each['memory']:.2f}"] for name, each in costs.items()]
+    if not costs:
+        return ""
+    return (
+        "### What it costs\n\nMedian of ratios to plain's step, in turns in one process; memory beside weights, "
+        f"optimizer and gradients that were there before the step:\n\n{markdown(lines)}"
+    )
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    header, *others = lines
+    table = [header, ["---", *["---:"] * (len(header) - 1)], *others]
+    return "".join(f"| {' | '.join(line)} |\n" for line in table)
