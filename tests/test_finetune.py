@@ -346,6 +346,11 @@ def test_the_docs_say_what_was_found(tmp_path):
     for seed in range(3):
         for method, clean, typos in ((PLAIN, 0.75, 0.6), (RECOMMENDED, 0.77 + 0.001 * seed, 0.7), ("R3F", 0.79, 0.7)):
             results.add(line_of(run_of(method, seed=seed, size=plan.SIZE), clean, typos) | about)
+    for seed in range(2):
+        for method, error in ((PLAIN, 1.5), (RECOMMENDED, 1.25)):
+            run = run_of(method, seed=seed, size=plan.SIZE, task="rating")
+            scores = line_of(run, error)["scores"] | {"ece": {}}
+            results.add({"run": run.key, "scores": scores} | about)
     results.add({"costs": {PLAIN: {"time": 1.0, "memory": 1.0}, RECOMMENDED: {"time": 2.5, "memory": 1.1}}} | about)
     text = section.section(path)
     assert "| RECOMMENDED | weight 1, radius 0.3: 70.0 | " in text
@@ -353,6 +358,7 @@ def test_the_docs_say_what_was_found(tmp_path):
     assert "| out of domain at least 1.5 points above plain | +2.1 ± 0.2 | yes |" in text
     assert "| out of domain above R3F | +2.1 ± 0.2 to +4.0 ± 0.0 | no |" in text
     assert "| 5 times plain's accuracy under PGD 0.1 | 20.0% to 20.0% | no |" in text
+    assert "| RECOMMENDED | 2 | -0.250 ± 0.000 | -0.250 ± 0.000 |" in text
     assert "| at most 2.4 times plain's step time | 2.50 | no |" in text
     pytest.importorskip("matplotlib")
     from bench.finetune import figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ WAVES = (
     ("R3F", "fisher", SMART_PYTORCH, SHIPPED),
     ("R-Drop", BREGMAN, f"{RECOMMENDED} + {BREGMAN}", "SiFT", "FreeLB"),
 )
+RATED = (PLAIN, RECOMMENDED, NEFTUNE, "R3F")  # as regression on the rating, with what was chosen for classes
 QUICK = (PLAIN, SMART_PYTORCH, RECOMMENDED, NEFTUNE)
 QUICK_SEEDS, QUICK_SIZE = (0, 1), 200
 
@@ -65,14 +67,16 @@ def full(results: Results) -> Iterator[Run]:
             yield from tuning(method)
         for seed in SEEDS:
             yield from _tested(wave, results, SIZE, (seed,))
+    for seed in SEEDS:
+        for run in _tested((PLAIN, RECOMMENDED), results, SIZE, (seed,)):
+            yield dataclasses.replace(run, start="random")
+    for seed in SEEDS:
+        for run in _tested(RATED, results, SIZE, (seed,)):
+            yield dataclasses.replace(run, task="rating")
     everything = [method for wave in WAVES for method in wave]
     for size in OTHER_SIZES:
         for seed in SEEDS:
             yield from _tested(everything, results, size, (seed,))
-    for seed in SEEDS:
-        for method in (PLAIN, RECOMMENDED):
-            for run in _tested((method,), results, SIZE, (seed,)):
-                yield Run(**{**run.key, "start": "random"})
 
 
 def quick(results: Results) -> Iterator[Run]:

@@ -21,10 +21,10 @@ class Interval(NamedTuple):
     def above_zero(self) -> bool:
         return self.half is not None and self.mean - self.half > 0
 
-    def text(self, sign: str = "+") -> str:
-        """In points."""
-        half = "" if self.half is None else f" ± {100 * self.half:.1f}"
-        return f"{100 * self.mean:{sign}.1f}{half}"
+    def text(self, sign: str = "+", scale: float = 100, digits: int = 1) -> str:
+        """In points, or another ``scale``."""
+        half = "" if self.half is None else f" ± {scale * self.half:.{digits}f}"
+        return f"{scale * self.mean:{sign}.{digits}f}{half}"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -68,6 +68,10 @@ FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 
 
+#: Those that mean something of ratings: there they are errors.
+RATED = "in domain", "out of domain", "PGD 0.1", "PGD 0.3"
+
+
 class Row(NamedTuple):
     method: str
     settings: dict[str, Any]
@@ -81,6 +85,7 @@ def rows(results: Results, size: int, **wanted: Any) -> list[Row]:
     wanted = {"start": "pretrained", "task": "classes", **wanted}
     lines = list(results.runs(stage="test", size=size, **wanted))
     costs = (results.costs or {"costs": {}})["costs"]
+    figures = {name: of for name, of in FIGURES.items() if wanted["task"] == "classes" or name in RATED}
     found = []
     plain = {line["run"]["seed"]: line for line in lines if line["run"]["method"] == PLAIN}
     for method in METHODS:
@@ -92,8 +97,8 @@ def rows(results: Results, size: int, **wanted: Any) -> list[Row]:
             Row(
                 method,
                 next(iter(mine.values()))["run"]["settings"],
-                {name: interval([of(each) for each in mine.values()]) for name, of in FIGURES.items()},
-                {name: interval([of(mine[i]) - of(plain[i]) for i in both]) for name, of in FIGURES.items() if both},
+                {name: interval([of(each) for each in mine.values()]) for name, of in figures.items()},
+                {name: interval([of(mine[i]) - of(plain[i]) for i in both]) for name, of in figures.items() if both},
                 costs.get(method, {}),
             )
         )

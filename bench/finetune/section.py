@@ -8,7 +8,7 @@ from typing import Any
 
 from . import attacks, plan
 from .methods import METHODS, NEFTUNE, PLAIN, RECOMMENDED
-from .report import Interval, Row, rows, sizes
+from .report import RATED, Interval, Row, rows, sizes
 from .results import Results
 from .train import BATCH, EPOCHS, LENGTH, RATE, VALIDATED
 
@@ -28,7 +28,7 @@ def section(path: pathlib.Path) -> str:
     for size in sizes(results):
         found = rows(results, size)
         parts += [f"### {size} sentences\n", *(_table(title, found, names) for title, names in TABLES.items())]
-    parts += [_goals(results), _tuning(results), _control(results), _cost(results)]
+    parts += [_goals(results), _tuning(results), _rated(results), _control(results), _cost(results)]
     return "\n".join(part for part in parts if part)
 
 
@@ -47,14 +47,18 @@ def _how(results: Results) -> str:
     )
 
 
-def _table(title: str, found: Sequence[Row], names: Sequence[str]) -> str:
+def _table(title: str, found: Sequence[Row], names: Sequence[str], scale: float = 100, digits: int = 1) -> str:
     lines = [["method", "seeds", *names]]
     for row in found:
         shown = row.means if row.method == PLAIN else row.differences
-        cells = [shown[name].text("" if row.method == PLAIN else "+") if shown else "" for name in names]
+        cells = [_cell(shown[name], row.method, scale, digits) if shown else "" for name in names]
         seeds = (row.means if row.method == PLAIN else row.differences or row.means)["in domain"].number
         lines.append([row.method, str(seeds), *cells])
     return f"{title}:\n\n{markdown(lines)}"
+
+
+def _cell(found: Interval, method: str, scale: float, digits: int) -> str:
+    return found.text("" if method == PLAIN else "+", scale, digits)
 
 
 def _goals(results: Results) -> str:
@@ -116,6 +120,17 @@ def _tuning(results: Results) -> str:
         f"### What was tuned\n\nMean accuracy in % on the validation parts of {' and '.join(VALIDATED)}, {plan.SIZE} "
         f"sentences, seed {', '.join(map(str, plan.TUNING_SEEDS))}, which no test uses; what was taken is bold:\n\n"
         f"{markdown(lines)}"
+    )
+
+
+def _rated(results: Results) -> str:
+    found = rows(results, plan.SIZE, task="rating")
+    if not found:
+        return ""
+    return (
+        f"### As regression\n\n{plan.SIZE} sentences with their ratings, neutral ones too, squared errors in the task "
+        "and in the regularizer, settings as chosen for classes; root mean square errors, of ratings from −4 to 4, less is "
+        f"better. {_table('Error', found, RATED, 1, 3)}"
     )
 
 
