@@ -366,3 +366,36 @@ def test_the_docs_say_what_was_found(tmp_path):
     written = figures.write(path, tmp_path, plan.SIZE)
     assert len(written) == 4
     assert all(figures.digest(path) in each.read_text() for each in written)
+
+
+@pytest.mark.parametrize("method", ["plain", "RECOMMENDED", "NEFTune"])
+def test_language_model(method):
+    """Cross-entropy is that of transformers; padding counts nowhere; a few steps lower the perplexity."""
+    transformers = pytest.importorskip("transformers")
+    from bench.finetune import language
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    run = language.Run(method, 0, 30, 8)
+    found = language.Language(model, run)
+    ids = [[1, 7, 9, 4, 9], [2, 3, 8]]
+    batch = train.batch_of(ids, [0.0, 0.0], torch.device("cpu"), True)
+    labels = batch.ids.masked_fill(~batch.mask, -100)
+    theirs = model(input_ids=batch.ids, attention_mask=batch.mask.long(), labels=labels).loss
+    states = found.states(found.words(batch.ids), batch.mask)
+    torch.testing.assert_close(found.next_token(states, batch.ids, batch.mask), theirs)
+    assert found.perplexity(ids, torch.device("cpu")) == pytest.approx(theirs.exp().item(), rel=1e-4)
+    regularized = found.loss(batch.ids, batch.mask).item()
+    assert (
+        (regularized > theirs.item() + 1e-4)
+        if method == "RECOMMENDED"
+        else (regularized == pytest.approx(theirs.item(), rel=0.2))
+    )
+    before = found.perplexity([[1, 2, 3, 4]] * 4, torch.device("cpu"))
+    parts = {(domain, part): made_up(40) for domain in data.DOMAINS for part in data.PARTS}
+    line = language.perform(run, model, lambda texts: [[1, 2, 3, 4]] * len(texts), parts, torch.device("cpu"))
+    assert set(line["perplexity"]) == set(data.DOMAINS)
+    assert line["perplexity"]["movie"] < before

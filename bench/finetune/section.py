@@ -129,8 +129,8 @@ def _rated(results: Results) -> str:
         return ""
     return (
         f"### As regression\n\n{plan.SIZE} sentences with their ratings, neutral ones too, squared errors in the task "
-        "and in the regularizer, settings as chosen for classes; root mean square errors, of ratings from −4 to 4, less is "
-        f"better. {_table('Error', found, RATED, 1, 3)}"
+        "and in the regularizer, settings as chosen for classes; root mean square errors, of ratings from −4 to 4, "
+        f"less is better. {_table('Error', found, RATED, 1, 3)}"
     )
 
 
