@@ -138,6 +138,27 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
         data.sentences(tmp_path)
 
 
+def test_what_is_carried_is_what_is_read(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    from bench.finetune import workers
+
+    folder = tmp_path / "cache" / "package" / "model"
+    folder.mkdir(parents=True)
+    for name in workers.KEPT:
+        (folder / name).write_text(name)
+    safetensors.save_file({"w": torch.randn(300), "n": torch.arange(3)}, folder / "model.safetensors")
+    (tmp_path / "cache" / data.SENTENCES.file).write_bytes(b"sentences")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data, "CARRIED", tmp_path / "carried")
+    monkeypatch.setattr(data, "encoder_folder", lambda: folder)
+    monkeypatch.setattr(data, "fetch", lambda package: tmp_path / "cache" / package.file)
+    packed = workers.pack()
+    found = safetensors.load_file(packed / "package" / "model" / "model.safetensors")
+    assert {name: each.dtype for name, each in found.items()} == {"w": torch.float16, "n": torch.int64}
+    whole = {each.relative_to(tmp_path / "cache") for each in (tmp_path / "cache").rglob("*") if each.is_file()}
+    assert whole == {each.relative_to(packed) for each in packed.rglob("*") if each.is_file()}
+
+
 # ---- attacks ---------------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +304,66 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
         assert each.of(second)["scores"]["clean"]["movie"] == 0.7
         assert len(each.lines) == 2
     assert results.of(run_of(seed=0, size=49)) is None  # every part of the key counts
+
+
+def test_two_processes_do_not_make_the_same_run(tmp_path):
+    path, run = tmp_path / "lines.jsonl", run_of()
+    results = Results(path)
+    with results.claimed(run) as mine:
+        assert mine
+        with Results(path).claimed(run) as theirs, Results(path).claimed(run_of(seed=1)) as other:
+            assert not theirs
+            assert other
+    Results(path).add(line_of(run, 0.5))
+    with results.claimed(run) as mine:  # free again, and it is seen that it was made
+        assert mine
+        assert results.of(run) is not None
+
+
+def test_the_command_makes_what_is_missing(tmp_path, materials, monkeypatch):
+    """Tuning first, then tests with what it chose; cut short and started again, it makes each run once."""
+    from rich.console import Console
+
+    from bench.finetune import command
+
+    made = []
+
+    def perform(run, loaded, say):
+        if len(made) == 6:
+            raise KeyboardInterrupt
+        made.append(run)
+        return line_of(run, 0.7 + 0.01 * (run.settings.get("radius") == 1.0))
+
+    monkeypatch.setattr(command, "perform", perform)
+    monkeypatch.setattr(command.materials, "load", lambda device, cache: materials)
+    monkeypatch.setattr(command.costs, "measure", lambda *_: {PLAIN: {"time": 1.0, "memory": 1.0}})
+    monkeypatch.setattr(plan, "WAVES", ((PLAIN, RECOMMENDED),))
+    monkeypatch.setattr(plan, "OTHER_SIZES", ())
+    monkeypatch.setattr(plan, "RATED", (PLAIN,))
+    monkeypatch.setattr(plan, "SEEDS", (0, 1))
+    options = SimpleNamespace(json=tmp_path / "lines.jsonl", quick=False, cases="", limit=None)
+    call = SimpleNamespace(
+        options=options, device=torch.device("cpu"), console=Console(file=io.StringIO()), start=0.0, wrote=print,
+        parser=None, folder=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        command.main(call)
+    first = made[:]
+    made.clear()
+    made.extend([None] * 7)  # past the interruption
+    assert command.main(call) == 0
+    runs = first + made[7:]
+    assert [run.stage for run in runs[:4]] == ["tune"] * 4
+    assert {run.stage for run in runs[4:]} == {"test"}
+    assert {run.settings["radius"] for run in runs[4:] if run.method == RECOMMENDED} == {1.0}
+    keys = [json.dumps(run.key) for run in runs]
+    assert len(set(keys)) == len(keys) == 4 + 4 + 4 + 2
+    results = Results(options.json)
+    assert len(results.lines) == len(keys) + 1
+    assert results.costs is not None
+    made.clear()
+    assert command.main(call) == 0
+    assert made == []
 
 
 def test_settings_are_chosen_by_validation_alone(tmp_path):

@@ -1,4 +1,7 @@
-"""``python -m bench finetune``: make the runs that are missing, and show what there is."""
+"""``python -m bench finetune``: make the runs that are missing, and show what there is.
+
+Several processes may work on one file of results: start the command several times.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,20 @@ from . import costs, data, materials, plan, report
 from .results import Results
 from .train import Run, perform
 
+WAIT = 5.0  # seconds between looks at what other processes do
 COMMITTED = HERE / "results" / "finetune.jsonl"
 
 
 def main(call: Call) -> int:
-    """``--json``: lines, added to; ``--cases``: only runs whose key, as JSON, contains it; ``--limit``: seconds after
+    """``--json``: lines, added to; ``--cases``: only runs whose key, as JSON, contains it ("costs": none but
+    step times and memory, which come last); ``--limit``: seconds after
     which no run starts."""
     options = call.options
     path: pathlib.Path = options.json or call.folder / ("finetune-quick.jsonl" if options.quick else "finetune.jsonl")
     results = Results(path)
     try:
-        loaded = materials.load(call.device)
+        cache = data.CARRIED if data.CARRIED.is_dir() and not data.CACHE.is_dir() else data.CACHE
+        loaded = materials.load(call.device, cache)
     except RuntimeError as error:
         call.console.print(f"[red]finetune:[/] {error}", highlight=False, soft_wrap=True)
         return 1
@@ -36,28 +42,39 @@ def main(call: Call) -> int:
     about = {
         "environment": environment(call.device),
         "data": {each.requirement: each.sha256 for each in (data.MINILM, data.SENTENCES)},
+        "weights": "rounded to float16" if cache == data.CARRIED else "as published",
     }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=call.console, transient=True) as progress:
-        total = sum(1 for _ in (plan.quick(tuned) if options.quick else plan.full(results)))
-        bar = progress.add_task("", total=total)
+        bar = progress.add_task("")
 
         def say(doing: str) -> None:
             progress.update(bar, description=doing.replace("[", r"\["))
 
-        for run in plan.quick(tuned) if options.quick else plan.full(results):
-            progress.advance(bar)
-            results.refresh()  # another process may have made it
-            if options.cases not in json.dumps(run.key) or results.of(run) is not None:
-                continue
+        def planned() -> list[Run]:
+            every = plan.quick(tuned) if options.quick else plan.full(results)
+            found = [run for run in every if options.cases in json.dumps(run.key)]
+            missing = [run for run in found if results.of(run) is None]
+            progress.update(bar, total=len(found), completed=len(found) - len(missing))
+            return missing
+
+        while missing := planned():  # anew after each run: what tuning chose decides what is tested
             if options.limit and time.perf_counter() - call.start > options.limit:
                 call.console.print("stopped at its limit: run it again to go on", highlight=False)
                 break
-            results.add(_performed(run, loaded, say) | about)
-            if not call.console.is_terminal:
-                call.console.print(_line(results.lines[-1], call.start), highlight=False, markup=False)
+            for run in missing:
+                with results.claimed(run) as mine:
+                    if mine and results.of(run) is None:
+                        results.add(_performed(run, loaded, say) | about)
+                        if not call.console.is_terminal:
+                            line = _line(results.of(run) or {}, call.start)
+                            call.console.print(line, highlight=False, markup=False, soft_wrap=True)
+                        break
+            else:  # other processes are at all of them
+                time.sleep(WAIT)
+                results.refresh()
         else:
-            if results.costs is None and not options.cases:
+            if results.costs is None and options.cases in ("", "costs"):
                 results.add({"costs": costs.measure(results, loaded, say)} | about)
     report.show(results, call.console)
     call.wrote(path)

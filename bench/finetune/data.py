@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 CACHE = pathlib.Path(__file__).parents[1] / "out" / "finetune"  # git ignores it
+#: What `workers` packs for a machine that can fetch nothing; it is used where there is no cache.
+CARRIED = CACHE.with_name("finetune-carried")
 
 
 class Package(NamedTuple):

@@ -26,8 +26,10 @@ def load(device: torch.device, cache: pathlib.Path = data.CACHE) -> Materials:
     def model(start: str, outputs: int) -> nn.Module:
         if start == "random":
             config = AutoConfig.from_pretrained(folder, num_labels=outputs)
-            return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
-        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=outputs)  # type: ignore[no-any-return]
+            made = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        else:
+            made = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=outputs, dtype=torch.float32)
+        return made  # type: ignore[no-any-return]
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return tokenizer(list(texts), truncation=True, max_length=LENGTH)["input_ids"]  # type: ignore[no-any-return]

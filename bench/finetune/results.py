@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +51,23 @@ class Results:
         """The line of ``run``."""
         key = json.loads(json.dumps(run.key))  # as it is read back
         return next((line for line in self.lines if line.get("run") == key), None)
+
+    @contextlib.contextmanager
+    def claimed(self, run: Run) -> Iterator[bool]:
+        """Whether no other process is at ``run``; while inside, no other will be. A lock ends with its process."""
+        import fcntl  # not there on Windows, where tables can be made all the same
+
+        whole = f"{self.path.resolve()} {json.dumps(run.key, sort_keys=True)}"
+        folder = pathlib.Path(tempfile.gettempdir()) / "smart-fast-finetune"
+        folder.mkdir(exist_ok=True)
+        with open(folder / hashlib.sha256(whole.encode()).hexdigest()[:24], "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            self.refresh()  # another may have ended it since
+            yield True
 
     def runs(self, **wanted: Any) -> Iterator[dict[str, Any]]:
         """Lines of runs with these values in their keys."""
