@@ -19,7 +19,7 @@ from torch import nn
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 
-from bench.finetune import attacks, data, plan, report, section, train
+from bench.finetune import attacks, costs, data, plan, report, section, train
 from bench.finetune.methods import BREGMAN, METHODS, PLAIN, RECOMMENDED
 from bench.finetune.results import Results
 from bench.report import environment as report_environment
@@ -46,7 +46,7 @@ class Tiny(nn.Module):
         return SimpleNamespace(logits=self.head(self.drop(self.layer(mean).tanh())))
 
 
-def made_up(number: int = 900) -> list[data.Sentence]:
+def made_up(number: int = 1600) -> list[data.Sentence]:
     draw, found = random.Random(0), []
     for i in range(number):
         words = draw.choice((GOOD, BAD))
@@ -272,6 +272,14 @@ def test_calibration_error():
     sure = torch.tensor([[0.0, math.log(4.0)]] * 10)  # confidence 0.8
     assert train.calibration_error(sure, torch.tensor([1] * 8 + [0] * 2)) == pytest.approx(0, abs=1e-6)
     assert train.calibration_error(sure, torch.tensor([1] * 5 + [0] * 5)) == pytest.approx(0.3, abs=1e-6)
+
+
+def test_costs_are_shares_of_plain(tmp_path, materials):
+    found = costs.measure(Results(tmp_path / "none.jsonl"), materials, lambda doing: None, rounds=2)
+    assert set(found) == set(METHODS)
+    assert found[PLAIN] == {"time": 1.0, "memory": 1.0}
+    assert found[RECOMMENDED]["time"] > 1.2
+    assert found[RECOMMENDED]["memory"] > 1.0
 
 
 # ---- lines, plan and report ------------------------------------------------------------------------------------------
