@@ -442,8 +442,8 @@ def test_the_docs_say_what_was_found(tmp_path):
             results.add({"run": run.key, "scores": scores} | about)
     results.add({"costs": {PLAIN: {"time": 1.0, "memory": 1.0}, RECOMMENDED: {"time": 2.5, "memory": 1.1}}} | about)
     text = section.section(path)
-    assert "| RECOMMENDED | weight 1, radius 0.3: 70.0 | " in text
-    assert "| **weight 3, radius 1: 73.0** |" in text
+    assert "| RECOMMENDED | weight 0.3, radius 0.3: 70.0; " in text
+    assert "; **weight 1, radius 1: 73.0** |" in text
     assert "| out of domain at least 1.5 points above plain | +2.1 ± 0.2 | yes |" in text
     assert "| out of domain above R3F | +2.1 ± 0.2 to +4.0 ± 0.0 | no |" in text
     assert "| 5 times plain's accuracy under PGD 0.1 | 20.0% to 20.0% | no |" in text

@@ -166,7 +166,7 @@ class Method(NamedTuple):
 PLAIN, SMART_PYTORCH, RECOMMENDED, NEFTUNE, BREGMAN = "plain", "smart-pytorch", "RECOMMENDED", "NEFTune", "Bregman"
 SHIPPED = "RECOMMENDED as shipped"
 #: Radii are in units of each token's root mean square.
-WEIGHT_AND_RADIUS = grid(weight=(1.0, 3.0), radius=(0.3, 1.0))
+WEIGHT_AND_RADIUS = grid(weight=(0.3, 1.0), radius=(0.3, 1.0))
 METHODS: Mapping[str, Method] = {
     PLAIN: Method(regularized),
     SMART_PYTORCH: Method(regularized, grid(weight=(0.02, 0.3, 1.0, 3.0))),

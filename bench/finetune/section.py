@@ -100,20 +100,16 @@ def _below_zero(found: Interval) -> bool:
 
 def _tuning(results: Results) -> str:
     """Every candidate that was tried on validation parts, the one that was taken in bold."""
-    lines = [["method", *(f"candidate {i + 1}" for i in range(4))]]
+    lines = [["method", "candidates"]]
     for method in METHODS:
-        tried = [results.of(run) for run in plan.tuning(method)]
-        if not any(tried):
-            continue
         taken, cells = plan.chosen(method, results), []
-        for line in tried[:4]:  # more seeds: the first one's
-            if line is None:
-                cells.append("not run")
-                continue
-            about = ", ".join(f"{name} {value:g}" for name, value in line["run"]["settings"].items())
+        for line in results.runs(stage="tune", method=method):
+            settings = line["run"]["settings"]
+            about = ", ".join(f"{name} {value:g}" for name, value in settings.items())
             cell = f"{about}: {100 * plan.validated(line):.1f}"
-            cells.append(f"**{cell}**" if line["run"]["settings"] == taken else cell)
-        lines.append([method, *cells])
+            cells.append(f"**{cell}**" if settings == taken else cell)
+        if cells:
+            lines.append([method, "; ".join(cells)])
     if len(lines) == 1:
         return ""
     return (
