@@ -361,11 +361,11 @@ def test_the_command_makes_what_is_missing(tmp_path, materials, monkeypatch):
     made.extend([None] * 7)  # past the interruption
     assert command.main(call) == 0
     runs = first + made[7:]
-    assert [run.stage for run in runs[:4]] == ["tune"] * 4
-    assert {run.stage for run in runs[4:]} == {"test"}
-    assert {run.settings["radius"] for run in runs[4:] if run.method == RECOMMENDED} == {1.0}
+    assert [run.stage for run in runs[:5]] == ["tune"] * 5
+    assert {run.stage for run in runs[5:]} == {"test"}
+    assert {run.settings["radius"] for run in runs[5:] if run.method == RECOMMENDED} == {1.0}
     keys = [json.dumps(run.key) for run in runs]
-    assert len(set(keys)) == len(keys) == 4 + 4 + 4 + 2
+    assert len(set(keys)) == len(keys) == 1 + 4 + 4 + 4 + 2
     results = Results(options.json)
     assert len(results.lines) == len(keys) + 1
     assert results.costs is not None

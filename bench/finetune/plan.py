@@ -26,9 +26,9 @@ QUICK_SEEDS, QUICK_SIZE = (0, 1), 200
 
 
 def tuning(method: str) -> list[Run]:
-    """A method with one setting to choose from needs none."""
+    """A method with one setting to choose from needs none; plain is run to compare with."""
     candidates = METHODS[method].candidates
-    if len(candidates) == 1:
+    if len(candidates) == 1 and method != PLAIN:
         return []
     return [
         Run("tune", method, each, seed, SIZE, TUNED_ON, ATTACKED_IN_TUNING)
