@@ -16,8 +16,9 @@ TUNING_SEEDS, SEEDS = (1000,), (0, 1, 2, 3, 4)
 TESTED, ATTACKED, TUNED_ON, ATTACKED_IN_TUNING = 300, 80, 300, 40
 #: What the goals are about comes first; a wave is tuned, then tested.
 WAVES = (
-    (PLAIN, RECOMMENDED, NEFTUNE),
-    ("R3F", "fisher", SMART_PYTORCH, SHIPPED),
+    (PLAIN, RECOMMENDED),
+    (NEFTUNE, "R3F"),
+    ("fisher", SMART_PYTORCH, SHIPPED),
     ("R-Drop", BREGMAN, f"{RECOMMENDED} + {BREGMAN}", "SiFT", "FreeLB"),
 )
 RATED = (PLAIN, RECOMMENDED, NEFTUNE, "R3F")  # as regression on the rating, with what was chosen for classes
