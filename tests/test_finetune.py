@@ -358,6 +358,7 @@ def test_the_command_makes_what_is_missing(tmp_path, materials, monkeypatch):
     monkeypatch.setattr(command.costs, "measure", lambda *_: {PLAIN: {"time": 1.0, "memory": 1.0}})
     monkeypatch.setattr(plan, "WAVES", ((PLAIN, RECOMMENDED),))
     monkeypatch.setattr(plan, "OTHER_SIZES", ())
+    monkeypatch.setattr(plan, "RATES", ())
     monkeypatch.setattr(plan, "RATED", (PLAIN,))
     monkeypatch.setattr(plan, "SEEDS", (0, 1))
     options = SimpleNamespace(json=tmp_path / "lines.jsonl", quick=False, cases="", limit=None)

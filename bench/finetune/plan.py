@@ -13,6 +13,7 @@ from .train import VALIDATED, Run
 
 SIZE, OTHER_SIZES = 400, (200, 1600)
 TUNING_SEEDS, SEEDS = (1000,), (0, 1, 2, 3, 4)
+RATES = 5e-5, 1e-4, 2e-4, 4e-4  # of which `train.RATE` was chosen, for plain fine-tuning, before all else
 TESTED, ATTACKED, TUNED_ON, ATTACKED_IN_TUNING = 300, 80, 300, 40
 #: What the goals are about comes first; a wave is tuned, then tested.
 WAVES = (
@@ -35,6 +36,15 @@ def tuning(method: str) -> list[Run]:
         Run("tune", method, each, seed, SIZE, TUNED_ON, ATTACKED_IN_TUNING)
         for seed in TUNING_SEEDS
         for each in candidates
+    ]
+
+
+def rates() -> list[Run]:
+    """All methods train at the rate that suits plain fine-tuning: no advantage of theirs."""
+    return [
+        Run("tune", PLAIN, {}, seed, SIZE, TUNED_ON, ATTACKED_IN_TUNING, rate=rate)
+        for rate in RATES
+        for seed in TUNING_SEEDS
     ]
 
 
@@ -63,6 +73,7 @@ def trials(method: str, settings: dict[str, Any], size: int = SIZE, seeds: Seque
 
 def full(results: Results) -> Iterator[Run]:
     """Every run; settings are looked up when a test is due, so that tuning before it counts."""
+    yield from rates()
     for wave in WAVES:
         for method in wave:
             yield from tuning(method)

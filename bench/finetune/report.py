@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from .methods import METHODS, PLAIN
 from .results import Results
+from .train import RATE
 
 
 class Interval(NamedTuple):
@@ -82,7 +83,7 @@ class Row(NamedTuple):
 
 def rows(results: Results, size: int, **wanted: Any) -> list[Row]:
     """A row a method that was tested with ``size`` sentences, in the order of the table of methods."""
-    wanted = {"start": "pretrained", "task": "classes", **wanted}
+    wanted = {"start": "pretrained", "task": "classes", "rate": RATE, **wanted}
     lines = list(results.runs(stage="test", size=size, **wanted))
     costs = (results.costs or {"costs": {}})["costs"]
     figures = {name: of for name, of in FIGURES.items() if wanted["task"] == "classes" or name in RATED}
@@ -118,7 +119,8 @@ def table(found: Sequence[Row]) -> list[list[str]]:
 
 
 def sizes(results: Results) -> list[int]:
-    return sorted({line["run"]["size"] for line in results.runs(stage="test", start="pretrained", task="classes")})
+    found = results.runs(stage="test", start="pretrained", task="classes", rate=RATE)
+    return sorted({line["run"]["size"] for line in found})
 
 
 def show(results: Results, console: Any) -> None:

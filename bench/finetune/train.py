@@ -42,6 +42,7 @@ class Run:
     task: str = "classes"
     start: str = "pretrained"
     epochs: int = EPOCHS
+    rate: float = RATE
 
     @property
     def key(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def trained(run: Run, materials: Materials, say: Callable[[str], None] = lambda 
     torch.manual_seed(run.seed)
     model = materials.model(run.start, objective.outputs).to(materials.device).train()
     training = METHODS[run.method].make(model, objective, **run.settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.rate, fused=True)
     steps = run.epochs * math.ceil(len(ids) / BATCH)
     warm = WARM_UP * steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
