@@ -231,9 +231,8 @@ def test_methods_differ_by_their_loss_alone(materials):
 
 
 def test_it_learns_and_attacks_undo_it(materials, monkeypatch):
-    monkeypatch.setattr(train, "RATE", 3e-2)
     monkeypatch.setattr(attacks, "RADII", (0.5, 4.0))
-    line = train.perform(run_of(epochs=8, size=96), materials)
+    line = train.perform(run_of(epochs=8, size=96, rate=3e-2), materials)
     assert line["scores"]["clean"]["movie"] > 0.9
     assert line["scores"]["pgd_4.0"] < 0.5
 
