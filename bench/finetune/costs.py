@@ -15,7 +15,7 @@ from .methods import METHODS, OBJECTIVES, PLAIN
 from .results import Results
 from .train import BATCH, RATE, Materials, Run, batch_of, sample, targets_of
 
-ROUNDS = 8
+ROUNDS = 6
 
 
 def measure(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from . import attacks, plan
-from .methods import METHODS, NEFTUNE, PLAIN, RECOMMENDED
+from .methods import METHODS, NEFTUNE, PLAIN, RECOMMENDED, SHIPPED
 from .report import RATED, Interval, Row, rows, sizes
 from .results import Results
 from .train import BATCH, EPOCHS, LENGTH, RATE, VALIDATED
@@ -25,12 +26,24 @@ def section(path: pathlib.Path) -> str:
     if not path.is_file():
         return NOTHING
     results = Results(path)
-    parts = [_how(results)]
+    parts = [_how(results), _lacking(results)]
     for size in sizes(results):
         found = rows(results, size)
         parts += [f"### {size} sentences\n", *(_table(title, found, names) for title, names in TABLES.items())]
     parts += [_goals(results), _tuning(results), _rated(results), _control(results), _cost(results)]
     return "\n".join(part for part in parts if part)
+
+
+def _lacking(results: Results) -> str:
+    """What of the plan is still to be run: tables of a part of it say so."""
+    tested = {row.method: row.means["in domain"].number for row in rows(results, plan.SIZE)}
+    lacking = [name for name in METHODS if tested.get(name, 0) < len(plan.SEEDS)]
+    if not lacking:
+        return ""
+    return (
+        f"**Not all of it has been run**: at {plan.SIZE} sentences fewer than {len(plan.SEEDS)} seeds, or none, of "
+        f"{', '.join(lacking)}. What follows is what there is.\n"
+    )
 
 
 def _how(results: Results) -> str:
@@ -65,7 +78,7 @@ def _cell(found: Interval, method: str, scale: float, digits: int) -> str:
 def _goals(results: Results) -> str:
     """What was hoped for at `plan.SIZE` sentences, and what came of it."""
     found = {row.method: row for row in rows(results, plan.SIZE)}
-    ours, plain = found.get(RECOMMENDED), found.get(PLAIN)
+    ours, plain = found.get(RECOMMENDED, found.get(SHIPPED)), found.get(PLAIN)
     if ours is None or plain is None or not ours.differences:
         return ""
     out, inside = ours.differences["out of domain"], ours.differences["in domain"]
@@ -88,7 +101,8 @@ def _goals(results: Results) -> str:
         lines.append(
             ["at most 2.4 times plain's step time", f"{ours.cost['time']:.2f}", _yes(ours.cost["time"] <= 2.4)]
         )
-    return f"### What was hoped for\n\nOf {RECOMMENDED}, tuned, at {plan.SIZE} sentences:\n\n{markdown(lines)}"
+    tuned = ", tuned" if ours.method == RECOMMENDED else ""
+    return f"### What was hoped for\n\nOf {ours.method}{tuned}, at {plan.SIZE} sentences:\n\n{markdown(lines)}"
 
 
 def _yes(value: bool) -> str:
@@ -102,20 +116,28 @@ def _below_zero(found: Interval) -> bool:
 def _tuning(results: Results) -> str:
     """Every candidate that was tried on validation parts, the one that was taken in bold."""
     lines = [["method", "candidates"]]
-    for method in METHODS:
-        found, taken = _by_settings(results.runs(stage="tune", method=method, rate=RATE)), plan.chosen(method, results)
-        cells = [f"**{text}**" if settings == taken and taken else text for settings, text in found]
+    for method, rate in itertools.product(METHODS, sorted({RATE, *plan.RATES}, key=lambda rate: rate != RATE)):
+        if method == PLAIN and rate != RATE:
+            continue  # that is said below
+        wanted = {"stage": "tune", "method": method, "rate": rate}
+        tried = [line for seed in plan.TUNING_SEEDS for line in results.runs(seed=seed, **wanted)]
+        taken = plan.chosen(method, results) if rate == RATE else None
+        cells = [f"**{text}**" if taken and settings == taken else text for settings, text in _by_settings(tried)]
         if cells:
-            lines.append([method, "; ".join(cells)])
+            lines.append([method if rate == RATE else f"{method} at {rate:g}", "; ".join(cells)])
     if len(lines) == 1:
         return ""
-    tried = {rate: _by_settings(results.runs(stage="tune", method=PLAIN, rate=rate)) for rate in plan.RATES}
-    rates = (f"{rate:g}: {text}" for rate, found in tried.items() for _, text in found)
+    found_of = {rate: [results.of(run) for run in plan.rates() if run.rate == rate] for rate in plan.RATES}
+    rates = (
+        f"{rate:g}: {', '.join(f'{100 * plan.validated(line):.1f}' for line in found if line)}"
+        for rate, found in found_of.items()
+        if any(found)
+    )
     return (
         f"### What was tuned\n\nMean accuracy in % on the validation parts of {' and '.join(VALIDATED)}, {plan.SIZE} "
         f"sentences, seed {', '.join(map(str, plan.TUNING_SEEDS))}, which no test uses; what was taken is bold:\n\n"
         f"{markdown(lines)}\nAll methods train at {RATE:g}, chosen for plain fine-tuning in the same way. Its accuracy "
-        f"by rate: {'; '.join(rates)}.\n"
+        f"by rate, for seeds {' and '.join(map(str, plan.RATE_SEEDS))} as far as they were run: {'; '.join(rates)}.\n"
     )
 
 
