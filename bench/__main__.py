@@ -25,6 +25,7 @@ GROUPS = ("all", "ops", "lm", "regulariser", "train", "overhead")
 ALONE = (
     "accuracy",
     "quality",
+    "finetune",
     "kernels",
     "tune",
     "compare",
@@ -49,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help=f"what to measure, among {', '.join(GROUPS)} (default all; lm: divergences at the size of a language "
         "model; train: whole training steps); or accuracy: how exact the divergences of nearly equal logits are; or "
-        "quality: what the regularizers do to accuracy, clean and attacked; or kernels: bytes over time of each fused "
+        "quality: what the regularizers do to accuracy, clean and attacked; or finetune: the same on a "
+        "pretrained encoder and real text from the package index; or kernels: bytes over time of each fused "
         "kernel; or tune: sweep launch choices of the Triton kernels on a GPU, and write the table they are launched "
         "by; or compare A.json B.json: whether two runs agree on every speed; or doctor: "
         "whether this machine confirms the ratios of the committed results, and how it differs from theirs; or host: "

@@ -246,9 +246,16 @@ def tune(call: Call) -> int:
     return 0 if table["entries"] else 1
 
 
+def finetune(call: Call) -> int:
+    from .finetune import command
+
+    return command.main(call)
+
+
 ALONE = {
     "accuracy": accuracy,
     "quality": quality,
+    "finetune": finetune,
     "kernels": kernels,
     "tune": tune,
     "compare": compare,

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _table() -> tuple[stages.Stage, ...]:
-    return (*stages.STAGES, stages.SWEEP)
+    return (*stages.STAGES, stages.SWEEP, stages.FINETUNE)
 
 
 def check(todo: list[stages.Stage], folder: pathlib.Path, limit: float, dry_run: bool, commit: str | None) -> int:

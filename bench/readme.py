@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from . import accuracy, compare, headline, quality
+from .finetune import section as finetune_section
 from .gpu import section as gpu_section
 from .peers import COMPILED, EAGER, MODEL_ONLY, OURS
 from .report import (
@@ -44,6 +45,7 @@ PAGES = {
         "agreement",
         "instructions",
     ),
+    "docs/real-text.md": ("finetune",),
 }
 NOT_MEASURED = "(No results are committed yet: `python -m bench lm` measures them.)\n"
 
@@ -70,8 +72,12 @@ def write(root: pathlib.Path = ROOT, results: pathlib.Path = RESULTS) -> dict[st
 def draw(folder: pathlib.Path = ROOT / "docs" / "images", results: pathlib.Path = RESULTS) -> list[pathlib.Path]:
     """The figures of README and docs."""
     from . import figures
+    from .finetune import figures as finetune_figures
+    from .finetune.plan import SIZE
 
-    return figures.write(headline.report_of(reports(results)), results, folder)
+    written = figures.write(headline.report_of(reports(results)), results, folder)
+    finetuned = results / "finetune.jsonl"
+    return written + (finetune_figures.write(finetuned, folder, SIZE) if finetuned.is_file() else [])
 
 
 def reports(results: pathlib.Path = RESULTS) -> list[Report]:
@@ -90,6 +96,7 @@ def sections(results: pathlib.Path = RESULTS) -> dict[str, str]:
         "quality": _quality(results / "quality.json"),
         "agreement": _agreement(results / "agreement-1.json", results / "agreement-2.json"),
         "instructions": _instructions(results / "instructions.json"),
+        "finetune": finetune_section.section(results / "finetune.jsonl"),
         "speed": "\n".join(_speed(report) for report in others if report.rows),
         "speed-lm": "\n".join(_language(report) for report in language if report.rows) or NOT_MEASURED,
     }

@@ -167,7 +167,7 @@ def test_wrong_gradient_to_the_weight_gets_no_time():
     assert rows["smart-fast half"].timing is rows["smart-fast without"].timing is None
 
 
-def test_linear_cases_run_ours_in_both_ways():
+def test_linear_cases_run_ours_in_both_ways(native):
     task = cases.lm_linear("js", 8, 6, 50, torch.float32, "cpu").build(CPU)
     field = [each.name for each in peers.contestants(task, CPU, ["torch", "native"], compiling=False)]
     ours = ["smart-fast torch", "smart-fast native", "smart-fast native, whole logits"]
@@ -415,9 +415,13 @@ def test_readme_holds_the_committed_results(tmp_path: Path) -> None:
 def test_figures_are_made_of_the_committed_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench import figures, headline, style
+    from bench.finetune import figures as finetune_figures
 
     folder = readme.ROOT / "docs" / "images"
-    committed = sorted(folder.glob("*.svg"))
+    finetuned = set(folder.glob("finetune-*.svg"))
+    for path in finetuned:
+        assert finetune_figures.digest(readme.RESULTS / "finetune.jsonl") in path.read_text(), path.name
+    committed = sorted({*folder.glob("*.svg")} - finetuned)
     assert len(committed) == 8
     for path in committed:
         assert figures.digest(readme.RESULTS) in path.read_text(), f"{path.name} is older: python -m bench report"

@@ -55,11 +55,13 @@ STAGES = (
 )
 #: Of the second call alone.
 SWEEP = _stage("sweep", 100, "the three launch choices that matter")
+#: Of a call of its own, by name: what it needs to be carried leaves no room for more (`bench.finetune.workers`).
+FINETUNE = Stage("finetune", 480, ("-m", "bench.finetune.workers"), "real weights and text, as many runs as fit")
 
 
 def chosen(names: Sequence[str]) -> list[Stage]:
     """Stages by name, or by what several names begin with ("kernels"), in the order of the table."""
-    table = (*STAGES, SWEEP)
+    table = (*STAGES, SWEEP, FINETUNE)
     for name in names:
         if not any(_called(stage, name) for stage in table):
             raise ValueError(f"no stage {name!r}: choose from {', '.join(stage.name for stage in table)}")
