@@ -16,7 +16,7 @@ from rich.console import Console
 from bench import host
 from tests.helpers import ROOT, once, run_python
 
-ATTEMPTS = 2
+ATTEMPTS = 3
 #: The most that a case may cost, as a share of what it costs smart-pytorch, the model's own passes taken off. Counted
 #: in instructions the shares are 0.37, 0.34, 0.37 and 0.33 (1.19 and 0.75 of Triton by way of Python, 2.66 and 1.57
 #: without plans); times are 0.57 to 0.64 and 0.46 of Triton, whose launches reach further through memory, and those
