@@ -7,6 +7,7 @@ native beside eager, and each ratio is set beside the committed one.
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Stolen:
         now = _steal()
         if self.before is None or now is None:
             return None
-        return (now - self.before) / (time.perf_counter() - self.start) / (torch.get_num_threads() or 1)
+        return (now - self.before) / (time.perf_counter() - self.start) / (os.cpu_count() or 1)
 
 
 def traits(committed: Report, began: Stolen) -> list[Trait]:

@@ -30,7 +30,7 @@ struct Executor {
   // Row statistics are kept and probabilities recomputed, except where gradients beside the loss save a CPU a second
   // reading of the logits.
   virtual bool beside_loss(const Tensor& input, const Tensor& target, const Spec& spec) const = 0;
-  // Gradients beside the loss are multiplied by `rescale` in place, as it were: with the same bits.
+  // Gradients beside the loss come multiplied by `rescale`; a CPU's have the bits that `mul_` would give them.
   virtual Forward forward(const Tensor& input, const Tensor& target, const optional<Tensor>& mask, const Spec& spec,
                           bool keep, bool want_input, bool want_target, double rescale) const = 0;
   virtual Backward backward(const Tensor& grad, const Tensor& input, const Tensor& target, const Tensor& stats,

@@ -331,3 +331,16 @@ def test_a_weight_is_not_rounded_to_bf16(native):
     wanted = oracle.divergence_grads("sym_kl", x.double(), t.double(), 1.0, upstream.double().expand(4, 500))
     for got, want in zip((x.grad, t.grad), wanted, strict=True):
         assert abs((got * want).sum() / (want * want).sum() - 1) < 5e-4  # rounded to bf16, 0.3 is 2.6e-3 more
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 100), (5, 1024)])
+def test_the_operator_rescales_as_a_second_pass_would(shape, dtype, native):
+    logits = [each.detach() for each in pair(*shape, dtype=dtype)]
+    for kind in ("kl", "sym_kl", "jsd"):
+        given = (*logits, None, kind, "sum", 0.5, 1.0, 1.0, False, False, True, True)
+        loss, _, *plain = torch.ops.smart_fast.native_divergence_forward(*given)
+        same, _, *rescaled = torch.ops.smart_fast.native_divergence_forward(*given, 0.3)
+        assert torch.equal(loss, same)
+        for got, one in zip(rescaled, plain, strict=True):
+            assert torch.equal(got, one * torch.tensor(0.3))
